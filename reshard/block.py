@@ -1,0 +1,158 @@
+"""Axes, boxes, blocks, stored tensors: integers only, no files, no torch.
+
+The picture: a *tensor* of the model has named axes. A *box* is a half-open range per axis, always in the tensor's own
+axes. A *block* says where a box lies in one stored tensor: the element offset of the box's first element and one
+element stride per axis. A *stored tensor* is what a rank's file (or memory) holds: blocks, and padding where none lies.
+Whatever two formats are, their blocks share axes, so the join of two is an intersection of ranges.
+"""
+
+from dataclasses import dataclass
+from functools import lru_cache
+from math import prod
+
+#: half-open range per axis, in the tensor's own axes
+Box = tuple[tuple[int, int], ...]
+#: a tensor of the model: its name in the descriptor, then its layer and expert numbers where it has them
+Key = tuple
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """A box (in the tensor's axes) and where it lies in a stored tensor (in elements of that stored tensor)."""
+
+    box: Box
+    offset: int
+    strides: tuple[int, ...]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(stop - start for start, stop in self.box)
+
+    @property
+    def size(self) -> int:
+        return prod(stop - start for start, stop in self.box)
+
+    def clip(self, box: Box) -> "Block | None":
+        """The part of this block inside `box` (the tensor's axes); None when they do not meet."""
+        offset = self.offset
+        meet = []
+        for (start, stop), (low, high), stride in zip(self.box, box, self.strides):
+            lower, upper = max(start, low), min(stop, high)
+            if lower >= upper:
+                return None
+            offset += (lower - start) * stride
+            meet.append((lower, upper))
+        return Block(tuple(meet), offset, self.strides)
+
+    def moved(self, elements: int) -> "Block":
+        return Block(self.box, self.offset + elements, self.strides)
+
+
+@dataclass(slots=True)
+class Stored:
+    """A tensor as rank `rank`'s file or memory holds it.
+
+    `blocks` pairs each tensor of the model that lies in it with the block where it lies; elements under no block are
+    padding, which is zero. `rank` is a number in the format's own order of ranks. `dtype` is safetensors' word.
+    """
+
+    rank: int
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    blocks: tuple[tuple[Key, Block], ...]
+    entry: "object" = None
+
+    @property
+    def size(self) -> int:
+        return prod(self.shape)
+
+    @property
+    def padding(self) -> int:
+        """Elements under no block."""
+        return self.size - sum(block.size for _, block in self.blocks)
+
+
+def chunk(size: int, parts: int, index: int) -> tuple[int, int]:
+    """The range that part `index` of `parts` gets of `size` units, by torch.chunk's rule: ceil(size/parts) each, the
+    last ones shorter or empty."""
+    step = -(-size // parts)
+    return min(index * step, size), min((index + 1) * step, size)
+
+
+def row_major(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Element strides of a contiguous tensor of `shape`."""
+    strides, step = [], 1
+    for size in reversed(shape):
+        strides.append(step)
+        step *= size
+    return tuple(reversed(strides))
+
+
+def cut(block: Block, axes: tuple[int, ...], low: int, high: int) -> list[Block]:
+    """The parts of `block` whose position along `axes` lies in [low, high).
+
+    Position means the sum of (index - start) * stride over `axes` alone, in elements and relative to the block's
+    offset. `axes` are ordered from the slowest. A flat range over several axes is up to 2·len(axes)-1 boxes; this is how
+    a plain chunk of fused rows, a flat partition or a DCP chunk becomes boxes. Offsets stay those of the uncut tensor.
+    """
+    spans = [0] * (len(axes) + 1)  # spans[i]: distance from the first to past the last element along axes[i:]
+    spans[-1] = 1
+    for i in reversed(range(len(axes))):
+        start, stop = block.box[axes[i]]
+        spans[i] = (stop - start - 1) * block.strides[axes[i]] + spans[i + 1]
+    out: list[Block] = []
+
+    def visit(box: Box, depth: int, base: int) -> None:
+        span = spans[depth]
+        if base >= high or base + span <= low:
+            return
+        if low <= base and base + span <= high:
+            out.extend(part for part in [block.clip(box)] if part)
+            return
+        if depth == len(axes):
+            raise ValueError("a cut must fall between elements")
+        axis = axes[depth]
+        start, stop = box[axis]
+        stride, inner = block.strides[axis], spans[depth + 1]
+        first = max(0, -(-(low - base) // stride))  # the indices that lie inside as a whole: first … last - 1
+        last = min(stop - start, (high - base - inner) // stride + 1)
+        if first < last:
+            out.extend(part for part in [block.clip(_with(box, axis, (start + first, start + last)))] if part)
+        else:
+            first = last = min(max(0, (low - base) // stride), stop - start)  # none does: the ends share one index
+        for i in {max(first - 1, 0), min(last, stop - start - 1)}:
+            if not first <= i < last:
+                visit(_with(box, axis, (start + i, start + i + 1)), depth + 1, base + i * stride)
+
+    visit(block.box, 0, 0)
+    return out
+
+
+def _with(box: Box, axis: int, extent: tuple[int, int]) -> Box:
+    return box[:axis] + (extent,) + box[axis + 1 :]
+
+
+def restride(block: Block, shape: tuple[int, ...], strides: tuple[int, ...]) -> Block:
+    """`block`, made for a row-major tensor of `shape`, in one whose dimensions have `strides` instead."""
+    steps = row_major(shape)
+
+    def there(flat: int) -> int:
+        total = 0
+        for step, stride in zip(steps, strides):
+            digit, flat = divmod(flat, step) if step else (0, flat)
+            total += digit * stride
+        return total
+
+    return Block(block.box, there(block.offset), tuple(there(stride) for stride in block.strides))
+
+
+@lru_cache(maxsize=65536)
+def overlap(a: Box, b: Box) -> Box | None:
+    """The intersection of two boxes of one tensor; None when they do not meet."""
+    meet = tuple((max(s, t), min(e, f)) for (s, e), (t, f) in zip(a, b))
+    return meet if all(start < stop for start, stop in meet) else None
+
+
+def volume(box: Box) -> int:
+    return prod(stop - start for start, stop in box)

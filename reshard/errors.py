@@ -1,0 +1,31 @@
+"""What can go wrong, as exceptions. Every one names the thing, both numbers, and (``hint``) what to do next."""
+
+
+class ReshardError(ValueError):
+    """Base of all errors that reshard raises on purpose. ``str(e)`` is the message; ``e.hint`` is advice or None."""
+
+    def __init__(self, message: str, hint: str | None = None):
+        super().__init__(message)
+        self.hint = hint
+
+
+class LayoutError(ReshardError):
+    """A descriptor is malformed, or does not fit the config.json it was bound to."""
+
+
+class FormatError(ReshardError):
+    """A file or folder is not what its format demands: truncated, hostile, of another version."""
+
+
+class PlanError(ReshardError):
+    """Source and destination do not join. ``problems`` lists every problem found, one line each."""
+
+    def __init__(self, problems: list[str], hint: str | None = None, shown: int = 20):
+        self.problems = tuple(problems)
+        lines = problems[:shown] + ([f"… and {len(problems) - shown} more"] if len(problems) > shown else [])
+        head = problems[0] if len(problems) == 1 else f"{len(problems)} problems:\n  " + "\n  ".join(lines)
+        super().__init__(head, hint)
+
+
+class DestinationError(ReshardError):
+    """The destination cannot be written: not empty, locked by another run, another run's leftovers, no space."""

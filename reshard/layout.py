@@ -1,0 +1,354 @@
+"""Layout descriptors: one TOML file per architecture family says, as data, how every format names, fuses and splits it.
+
+``load_descriptor(path)`` reads and checks the file; ``Descriptor.bind(config)`` gives it sizes from a config.json. What
+a bound layout means for one rank of one format is in ``place.py``. README, *Write a descriptor*, explains the notation:
+
+    [tensors]  q = "{layer} (kv* group* head) hidden"      dims in axes; {…} number the tensor; * is what TP splits
+    [hf]       q = "model.layers.{layer}.self_attn.q_proj.weight"
+    [megatron] qkv = { name = "…linear_qkv.weight", of = ["q", "k", "v"], within = "kv" }
+"""
+
+import re
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+from pathlib import Path
+
+from reshard.errors import LayoutError
+from reshard.expr import evaluate
+
+#: axes that number tensors instead of lying in their dimensions: pipeline parallelism deals out the one, expert parallelism the other
+INDEX_AXES = ("layer", "expert")
+_TOP_KEYS = {"architectures", "extends", "description", "defaults", "axes", "tensors", "replicate"}
+_TENSOR_KEYS = {"dims", "when", "stage", "dtype"}
+_ENTRY_KEYS = {"name", "of", "within", "dims", "dim", "cut", "split", "pad", "when", "stage", "alias", "only_rank0"}
+_CONSTANT_KEYS = {"value", "dtype", "shape", "when"}
+_STAGES = ("first", "last", "all")
+
+
+@dataclass(frozen=True, slots=True)
+class Tensor:
+    """A parameter of the model, whole and unfused: `dims` in axes, `split` the axes that TP spreads over, in order."""
+
+    name: str
+    index: tuple[str, ...]
+    dims: tuple[tuple[str, ...], ...]
+    split: tuple[str, ...]
+    when: str = "true"
+    stage: str = "last"
+    dtype: str | None = None
+
+    @property
+    def axes(self) -> tuple[str, ...]:
+        return tuple(axis for dim in self.dims for axis in dim)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What one format stores under one name: which tensors, in which order, fused and cut how."""
+
+    label: str
+    name: str
+    of: tuple[str, ...]
+    within: str | None = None
+    dims: tuple[tuple[str, ...], ...] | None = None
+    dim: int = 0
+    cut: str = "parts"
+    split: tuple[str, ...] | None = None
+    pad: tuple[tuple[str, str], ...] = ()
+    when: str = "true"
+    stage: str | None = None
+    alias: bool = False
+    only_rank0: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Constant:
+    """A tensor that an engine demands beside the weights, the same in every model: a template of names and one value."""
+
+    name: str
+    value: float
+    dtype: str
+    shape: tuple[int, ...]
+    when: str = "true"
+
+
+@dataclass(frozen=True)
+class Section:
+    """All that one format says of one architecture. `variants` are other ways it is written; each entry of one takes
+    the place of the entries that hold the same tensors. `until` is the newest engine release that wants the variant."""
+
+    entries: tuple[Entry, ...] = ()
+    constants: tuple[Constant, ...] = ()
+    drop: tuple[str, ...] = ()
+    variants: tuple[tuple[str, str | None, "Section"], ...] = ()
+
+    def overlaid(self, other: "Section") -> "Section":
+        """This section with `other`'s entries in the place of those that hold the same tensors."""
+        covered = {tensor for entry in other.entries for tensor in entry.of}
+        kept = tuple(e for e in self.entries if e.alias or not covered.intersection(e.of) or not other.entries)
+        names = {c.name for c in other.constants}
+        constants = tuple(c for c in self.constants if c.name not in names) + other.constants
+        return replace(self, entries=kept + other.entries, constants=constants, drop=self.drop + other.drop)
+
+    def for_version(self, version: tuple[int, ...] | None) -> "Section":
+        """As engine release `version` wants it; None is the newest known."""
+        section = self
+        for _, until, variant in self.variants:
+            if until is not None and version is not None and version <= parse_version(until):
+                section = section.overlaid(variant)
+        return section
+
+
+@dataclass(frozen=True)
+class Descriptor:
+    """A parsed TOML file. Everything is still symbolic: sizes come from ``bind``."""
+
+    name: str
+    architectures: tuple[str, ...]
+    description: str
+    defaults: Mapping[str, str]
+    axes: Mapping[str, str]
+    tensors: Mapping[str, Tensor]
+    replicate: tuple[str, ...]
+    formats: Mapping[str, Section]
+
+    def bind(self, config: Mapping[str, object]) -> "Layout":
+        """Sizes from config.json (its text_config where the model's numbers are nested there). Raises LayoutError."""
+        numbers = {key: value for key, value in config.items() if value is not None}
+        scope: dict[str, object] = dict(numbers)
+        for key, text in self.defaults.items():
+            if scope.get(key) is None:
+                scope[key] = evaluate(text, scope)
+        sizes: dict[str, int] = {}
+        for axis, text in self.axes.items():
+            size = evaluate(text, {**scope, **sizes})
+            if not isinstance(size, int) or isinstance(size, bool) or size < 0:
+                raise LayoutError(f"layout {self.name}: axis {axis} = {text!r} is {size!r}, not a size")
+            sizes[axis] = size
+        return Layout(self, config, scope, sizes)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A descriptor bound to one config.json: `sizes` of all axes, `scope` for conditions."""
+
+    descriptor: Descriptor
+    config: Mapping[str, object]
+    scope: Mapping[str, object]
+    sizes: Mapping[str, int]
+    _exists: dict = field(default_factory=dict, repr=False, compare=False)
+
+    @property
+    def name(self) -> str:
+        return self.descriptor.name
+
+    @property
+    def layers(self) -> int:
+        return self.sizes.get("layer", 0)
+
+    def shape(self, tensor: Tensor) -> tuple[int, ...]:
+        """Size per axis of `tensor`, in the order of its axes."""
+        return tuple(self.sizes[axis] for axis in tensor.axes)
+
+    def exists(self, tensor: Tensor, layer: int | None = None) -> bool:
+        """Whether the model has `tensor` (in `layer`)."""
+        at = (tensor.name, layer)
+        if at not in self._exists:
+            self._exists[at] = bool(evaluate(tensor.when, {**self.scope, **self.sizes, "layer": layer}))
+        return self._exists[at]
+
+    def section(self, format: str) -> Section:
+        if format not in self.descriptor.formats:
+            known = ", ".join(sorted(self.descriptor.formats))
+            raise LayoutError(f"layout {self.name} says nothing of format {format}", f"it knows {known}; add a [{format}] table to {self.name}.toml")
+        return self.descriptor.formats[format]
+
+
+def parse_version(text: str) -> tuple[int, ...]:
+    numbers = re.findall(r"\d+", text)
+    if not numbers:
+        raise LayoutError(f"{text!r} is not a version", "write it like 0.32")
+    return tuple(int(n) for n in numbers[:3])
+
+
+def layout_dir() -> Path:
+    """Where the descriptors lie: inside the package in a wheel, beside it in a checkout."""
+    inside = Path(__file__).parent / "layouts"
+    return inside if inside.is_dir() else Path(__file__).parent.parent / "layouts"
+
+
+@lru_cache(maxsize=1)
+def builtin_descriptors() -> Mapping[str, Descriptor]:
+    return {path.stem: load_descriptor(path) for path in sorted(layout_dir().glob("*.toml"))}
+
+
+def find_descriptor(config: Mapping[str, object]) -> Descriptor | None:
+    """The built-in descriptor that lists one of config.json's architectures."""
+    wanted = config.get("architectures") or ()
+    for path in sorted(layout_dir().glob("*.toml")):
+        text = path.read_text()
+        if any(f'"{name}"' in text for name in wanted):  # parse only a file that may be it: start-up time
+            descriptor = load_descriptor(path)
+            if set(wanted) & set(descriptor.architectures):
+                return descriptor
+    return None
+
+
+def load_descriptor(path: Path) -> Descriptor:
+    """Read and check one TOML file. Every mistake in it is a LayoutError that names file, table and key."""
+    return _parse(path.stem, _read(path))
+
+
+def _read(path: Path, seen: tuple[str, ...] = ()) -> dict:
+    """The TOML table of `path`, laid over that of the descriptor it extends."""
+    try:
+        table = tomllib.loads(path.read_text())
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
+        raise LayoutError(f"layout {path}: {error}") from None
+    parent = table.pop("extends", None)
+    if parent is None:
+        return table
+    if parent in seen or not re.fullmatch(r"\w+", parent):
+        raise LayoutError(f"layout {path}: cannot extend {parent!r}")
+    beside = path.with_name(f"{parent}.toml")
+    base = _read(beside if beside.exists() else layout_dir() / f"{parent}.toml", (*seen, path.stem))
+    base.pop("architectures", None), base.pop("description", None)
+    return _merge(base, table)
+
+
+def _merge(base: dict, over: dict) -> dict:
+    """`over` laid over `base`, tables inside tables; a false value takes a key away."""
+    out = dict(base)
+    for key, value in over.items():
+        if value is False and key in out:
+            del out[key]
+        elif isinstance(value, dict) and isinstance(out.get(key), dict) and "name" not in value and "dims" not in value:
+            out[key] = _merge(out[key], value)
+        else:
+            out[key] = value
+    return out
+
+
+def _parse(name: str, table: dict) -> Descriptor:
+    axes = _strings(name, "axes", table.get("axes", {}))
+    tensors = {key: _tensor(name, key, value, axes) for key, value in table.get("tensors", {}).items()}
+    replicate = tuple(table.get("replicate", ()))
+    for axis in replicate:
+        _known_axis(name, "replicate", axis, axes)
+    formats = {key: _section(name, key, value, tensors, axes) for key, value in table.items() if key not in _TOP_KEYS}
+    if not tensors or "hf" not in formats:
+        raise LayoutError(f"layout {name}: needs [tensors] and [hf]")
+    architectures = table.get("architectures", ())
+    if not architectures or not all(isinstance(a, str) for a in architectures):
+        raise LayoutError(f"layout {name}: architectures must list the names that config.json uses")
+    return Descriptor(name, tuple(architectures), table.get("description", ""),
+                      _strings(name, "defaults", table.get("defaults", {})), axes, tensors, replicate, formats)  # fmt: skip
+
+
+def _strings(name: str, where: str, table: dict) -> dict[str, str]:
+    for key, value in table.items():
+        if not isinstance(value, str):
+            raise LayoutError(f"layout {name}: [{where}] {key} must be an expression in quotes, got {value!r}")
+    return table
+
+
+def _known_axis(name: str, where: str, axis: str, axes: Mapping[str, str]) -> str:
+    if axis not in axes:
+        raise LayoutError(f"layout {name}: {where} uses axis {axis!r}, which [axes] does not define")
+    return axis
+
+
+def _dims(name: str, where: str, text: str, axes: Mapping[str, str]):
+    """Parse ``{layer} (kv* group* head) hidden`` into index axes, dims of axes, and starred axes."""
+    if not isinstance(text, str) or not re.fullmatch(r"\s*(\{\w+\}\s*)*(\(\s*[\w* ]+\)|\w+\*?|1)?(\s+(\([\w* ]+\)|\w+\*?|1))*\s*", text):
+        raise LayoutError(f"layout {name}: {where}: cannot read dims {text!r}", 'write them like "{layer} (kv* head) hidden"')
+    index = tuple(re.findall(r"\{(\w+)\}", text))
+    dims, split = [], []
+    for group, single in re.findall(r"\(([^)]*)\)|([\w*]+)", re.sub(r"\{\w+\}", " ", text)):
+        words = (group or single).split()
+        split += [w.rstrip("*") for w in words if w.endswith("*")]
+        dims.append(tuple(_known_axis(name, where, w.rstrip("*"), axes) for w in words if w != "1"))
+    for axis in index:
+        if axis not in INDEX_AXES:
+            raise LayoutError(f"layout {name}: {where}: {{{axis}}} must be one of {{layer}}, {{expert}}")
+        _known_axis(name, where, axis, axes)
+    flat = [axis for dim in dims for axis in dim]
+    if len(set(flat)) != len(flat):
+        raise LayoutError(f"layout {name}: {where}: an axis stands twice in {text!r}")
+    return index, tuple(dims), tuple(split)
+
+
+def _check_keys(name: str, where: str, table: dict, allowed: set[str]) -> None:
+    unknown = sorted(set(table) - allowed)
+    if unknown:
+        raise LayoutError(f"layout {name}: {where}: unknown key {unknown[0]!r}", f"known keys: {', '.join(sorted(allowed))}")
+
+
+def _tensor(name: str, key: str, value: object, axes: Mapping[str, str]) -> Tensor:
+    where = f"[tensors] {key}"
+    table = {"dims": value} if isinstance(value, str) else value
+    if not isinstance(table, dict):
+        raise LayoutError(f"layout {name}: {where}: expected dims or a table, got {value!r}")
+    _check_keys(name, where, table, _TENSOR_KEYS)
+    index, dims, split = _dims(name, where, table.get("dims"), axes)
+    stage = table.get("stage", "last")
+    if stage not in _STAGES:
+        raise LayoutError(f"layout {name}: {where}: stage must be one of {', '.join(_STAGES)}, got {stage!r}")
+    return Tensor(key, index, dims, split, str(table.get("when", "true")), stage, table.get("dtype"))
+
+
+def _section(name: str, format: str, table: object, tensors: Mapping[str, Tensor], axes: Mapping[str, str]) -> Section:
+    if not isinstance(table, dict):
+        raise LayoutError(f"layout {name}: unknown key {format!r}", f"known keys: {', '.join(sorted(_TOP_KEYS))}, and one table per format")
+    table = dict(table)
+    constants = tuple(_constant(name, format, key, value) for key, value in table.pop("constants", {}).items())
+    drop = tuple(table.pop("drop", ()))
+    variants = []
+    for label, variant in table.pop("variants", {}).items():
+        variant = dict(variant)
+        until = variant.pop("until", None)
+        variants.append((label, until, _section(name, f"{format}.variants.{label}", variant, tensors, axes)))
+    entries = tuple(_entry(name, format, key, value, tensors, axes) for key, value in table.items())
+    return Section(entries, constants, drop, tuple(variants))
+
+
+def _constant(name: str, format: str, key: str, value: object) -> Constant:
+    where = f"[{format}.constants] {key}"
+    if not isinstance(value, dict):
+        raise LayoutError(f"layout {name}: {where}: expected a table with value and dtype")
+    _check_keys(name, where, value, _CONSTANT_KEYS)
+    return Constant(key, float(value["value"]), value["dtype"], tuple(value.get("shape", ())), str(value.get("when", "true")))
+
+
+def _entry(name: str, format: str, key: str, value: object, tensors: Mapping[str, Tensor], axes: Mapping[str, str]) -> Entry:
+    where = f"[{format}] {key}"
+    table = {"name": value} if isinstance(value, str) else value
+    if not isinstance(table, dict) or "name" not in table:
+        raise LayoutError(f"layout {name}: {where}: expected a name or a table with a name, got {value!r}")
+    _check_keys(name, where, table, _ENTRY_KEYS)
+    of = tuple(table.get("of", [key]))
+    for tensor in of:
+        if tensor not in tensors:
+            raise LayoutError(f"layout {name}: {where}: no tensor {tensor!r} in [tensors]", 'say which it holds with of = ["…"]')
+    index = tensors[of[0]].index
+    fields = set(re.findall(r"\{(\w*)\}", table["name"]))
+    if not fields <= set(index) or any(tensors[t].index != index for t in of):
+        raise LayoutError(f"layout {name}: {where}: {table['name']!r} and its tensors must be numbered alike, by {index}")
+    dims = _dims(name, where, table["dims"], axes)[1] if "dims" in table else None
+    within = table.get("within")
+    for tensor in of:
+        stored = dims or tensors[tensor].dims
+        if sorted(axis for dim in stored for axis in dim) != sorted(tensors[tensor].axes):
+            raise LayoutError(f"layout {name}: {where}: dims {table.get('dims')!r} must hold the axes of {tensor}: {tensors[tensor].axes}")
+        if within is not None and not any(within in dim for dim in stored):
+            raise LayoutError(f"layout {name}: {where}: within = {within!r}, but {tensor} has no such axis")
+    if table.get("cut", "parts") not in ("parts", "whole"):
+        raise LayoutError(f"layout {name}: {where}: cut must be parts or whole, got {table['cut']!r}")
+    if table.get("stage") not in (None, *_STAGES):
+        raise LayoutError(f"layout {name}: {where}: stage must be one of {', '.join(_STAGES)}, got {table['stage']!r}")
+    split = tuple(_known_axis(name, where, axis, axes) for axis in table["split"]) if "split" in table else None
+    pad = tuple((_known_axis(name, where, axis, axes), text) for axis, text in _strings(name, where, table.get("pad", {})).items())
+    return Entry(key, table["name"], of, within, dims, int(table.get("dim", 0)), table.get("cut", "parts"), split, pad,
+                 str(table.get("when", "true")), table.get("stage"), bool(table.get("alias")), bool(table.get("only_rank0")))  # fmt: skip

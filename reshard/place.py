@@ -1,0 +1,299 @@
+"""Where a bound layout puts every tensor: the stored tensors of each rank of a (format, mesh).
+
+``Placement(layout, section, rules, mesh).stored()`` is the whole geometry of reshard: names, shapes and blocks, from
+integers alone. Each rule is written once and serves both directions, since reading and writing a format are the same
+placement on the two sides of a join.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from math import prod
+
+from reshard.block import Block, Stored, chunk, cut, restride, row_major
+from reshard.errors import LayoutError, PlanError
+from reshard.expr import evaluate
+from reshard.layout import Constant, Entry, Layout, Section, Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Mesh:
+    """Sizes of the parallel dimensions. `etp` cuts experts where tp cuts the rest; 0 means the format's own choice."""
+
+    tp: int = 1
+    pp: int = 1
+    ep: int = 1
+    etp: int = 0
+
+    def __str__(self) -> str:
+        sizes = [f"{name}{size}" for name, size in (("pp", self.pp), ("ep", self.ep)) if size > 1]
+        return "×".join([f"tp{self.tp}", *sizes])
+
+
+@dataclass(frozen=True, slots=True)
+class Rank:
+    """One rank's place in the mesh. `number` orders the ranks of a format."""
+
+    number: int
+    tp: int
+    pp: int
+    ep: int
+    etp: int
+
+
+@dataclass(frozen=True)
+class Rules:
+    """What a format does alike for all architectures.
+
+    `even`: its engine refuses cuts that leave a remainder. `local`: layers are numbered from 0 in each stage and
+    experts from 0 in each rank. `ranks`: its ranks, in order. `stages`: the layers of each pipeline stage.
+    """
+
+    ranks: Callable[[Mesh], list[Rank]]
+    stages: Callable[[int, int], list[list[int]]]
+    even: bool = True
+    local: bool = False
+
+
+def even_stages(layers: int, stages: int) -> list[list[int]]:
+    """Layers in order, as many to each stage as to any other. Raises PlanError when they don't divide."""
+    if layers % stages:
+        raise PlanError([f"cannot split {layers} layers over pp={stages}"], f"use a pp that divides {layers}")
+    size = layers // stages
+    return [list(range(i * size, (i + 1) * size)) for i in range(stages)]
+
+
+def grid(mesh: Mesh) -> list[Rank]:
+    """Ranks of a format in which each tensor-parallel rank is an expert-parallel one too: tp fastest, then pp.
+
+    With ep > 1 the experts are dealt out whole to the ranks of a stage, as vLLM's --enable-expert-parallel does.
+    """
+    if mesh.ep not in (1, mesh.tp) or mesh.etp not in (0, 1 if mesh.ep > 1 else mesh.tp):
+        raise PlanError([f"ep={mesh.ep} with tp={mesh.tp}: this format deals experts out to its tensor-parallel ranks"],
+                        f"use --ep 1 or --ep {mesh.tp}")  # fmt: skip
+    return [
+        Rank(p * mesh.tp + t, t, p, t if mesh.ep > 1 else 0, 0 if mesh.ep > 1 else t)
+        for p in range(mesh.pp)
+        for t in range(mesh.tp)
+    ]
+
+
+@dataclass
+class Placement:
+    """All stored tensors of a format on a mesh. `pads` overrides padded sizes, for a source that was padded otherwise."""
+
+    layout: Layout
+    section: Section
+    rules: Rules
+    mesh: Mesh
+    pads: dict[str, int] = field(default_factory=dict)
+    problems: list[str] = field(default_factory=list)
+    _geometry: dict = field(default_factory=dict, repr=False)
+
+    def __post_init__(self):
+        self.scope = {**self.layout.scope, **self.layout.sizes,
+                      "tp": self.mesh.tp, "pp": self.mesh.pp, "ep": self.mesh.ep}  # fmt: skip
+        self.ranks = self.rules.ranks(self.mesh)
+        self.stages = self.rules.stages(self.layout.layers, self.mesh.pp)
+        self.etp = self.mesh.etp or (1 if self.mesh.ep > 1 and self.ranks[-1].etp == 0 else self.mesh.tp)
+
+    def stored(self, ranks: list[Rank] | None = None, aliases: bool = False) -> Iterator[Stored]:
+        """Stored tensors in order of rank, without dtypes. `aliases` adds names that are read but never written.
+
+        Cuts that can't be made are gathered in `problems`, all of them; the caller raises.
+        """
+        entries = [e for e in self.section.entries if (aliases or not e.alias) and evaluate(e.when, self.scope)]
+        for rank in ranks or self.ranks:
+            for entry in entries:
+                yield from self._entry(entry, rank)
+
+    def constants(self, rank: Rank) -> Iterator[tuple[str, Constant]]:
+        """Names and values of the tensors the engine demands beside the weights on `rank`."""
+        for constant in self.section.constants:
+            if "{layer}" not in constant.name:
+                if evaluate(constant.when, self.scope):
+                    yield constant.name, constant
+                continue
+            stage = self.stages[rank.pp]
+            for i, layer in enumerate(stage):
+                if evaluate(constant.when, {**self.scope, "layer": layer}):
+                    yield constant.name.format(layer=i if self.rules.local else layer), constant
+
+    def _entry(self, entry: Entry, rank: Rank) -> Iterator[Stored]:
+        tensors = [self.layout.descriptor.tensors[name] for name in entry.of]
+        index = tensors[0].index
+        stage = entry.stage or tensors[0].stage
+        layers: list = [None]
+        if "layer" in index:
+            layers = self.stages[rank.pp]
+        elif (stage == "first" and rank.pp != 0) or (stage == "last" and rank.pp != self.mesh.pp - 1):
+            return
+        experts: list = [None]
+        if "expert" in index:
+            low, high = chunk(self.layout.sizes["expert"], self.mesh.ep, rank.ep)
+            if self.rules.even and self.layout.sizes["expert"] % self.mesh.ep:
+                self._problem(entry, f"cannot split {self.layout.sizes['expert']} experts over ep={self.mesh.ep}")
+            experts = list(range(low, high))
+        shape, blocks = self._blocks(entry, tensors, rank, "expert" in index)
+        size = prod(shape)
+        stacked_layers, stacked_experts = "{layer}" not in entry.name, "{expert}" not in entry.name
+        present: list[tuple] = []
+        for i, layer in enumerate(layers):
+            exist = [self.layout.exists(tensor, layer) for tensor in tensors]
+            if not all(exist):
+                if any(exist):
+                    missing = tensors[exist.index(False)].name
+                    self._problem(entry, f"fuses {', '.join(entry.of)}, but this model has no {missing} (layer {layer})")
+                continue
+            number = i if self.rules.local else layer
+            here = [((layer, number), (expert, j if self.rules.local else expert)) for j, expert in enumerate(experts)]
+            if stacked_layers and layer is not None:
+                present += here
+            elif stacked_experts and index[-1:] == ("expert",):
+                yield self._stack(entry, rank, shape, size, blocks, here, (len(here),))
+            else:
+                for (layer_, number_), (expert_, local) in here:
+                    key = tuple(x for x in (layer_, expert_) if x is not None)
+                    name = entry.name.format(layer=number_, expert=local) if index else entry.name
+                    yield Stored(rank.number, name, "", shape, tuple([((t, *key), block) for t, block in blocks]), entry)
+        if present:
+            lead = (len(present) // len(experts), len(experts)) if "expert" in index else (len(present),)
+            yield self._stack(entry, rank, shape, size, blocks, present, lead)
+
+    def _stack(self, entry, rank, shape, size, blocks, numbered, lead) -> Stored:
+        """One stored tensor that holds many layers' or experts' tensors one after another."""
+        out = []
+        for i, ((layer, number), (expert, _)) in enumerate(numbered):
+            key = tuple(x for x in (layer, expert) if x is not None)
+            out += [((tensor, *key), self._moved(block, i * size)) for tensor, block in blocks]
+        name = entry.name.format(layer=numbered[0][0][1]) if numbered else entry.name
+        return Stored(rank.number, name, "", lead + shape, tuple(out), entry)
+
+    def _moved(self, block: Block, elements: int) -> Block:
+        at = ("moved", id(block), elements)
+        if at not in self._geometry:
+            self._geometry[at] = block.moved(elements)
+        return self._geometry[at]
+
+    def _blocks(self, entry: Entry, tensors: list[Tensor], rank: Rank, expert: bool):
+        """Shape and blocks of one stored tensor; the same object for every layer and expert."""
+        index, count = (rank.etp, self.etp) if expert else (rank.tp, self.mesh.tp)
+        if entry.only_rank0 and index:
+            index = -index  # the same shape with nothing in it
+        at = (entry, index, count)
+        if at not in self._geometry:
+            whole = entry.cut == "whole"
+            boxes = [self._box(entry, t, 0 if whole else abs(index), 1 if whole else count) for t in tensors]
+            shape, blocks = fuse(self.layout, entry, tensors, boxes)
+            if whole and count > 1:
+                shape, blocks = self._slice(entry, shape, blocks, index, count)
+            self._geometry[at] = shape, [] if index < 0 else blocks
+        return self._geometry[at]
+
+    def _box(self, entry: Entry, tensor: Tensor, index: int, count: int):
+        """Per axis of `tensor`, (range of this rank in the padded tensor, true size)."""
+        sizes = {axis: self._padded(entry, axis) for axis in tensor.axes}
+        ranges = {axis: (0, size) for axis, size in sizes.items()}
+        split = tensor.split if entry.split is None else entry.split
+        left = count
+        for axis in split:
+            if left == 1:
+                break
+            size = sizes[axis]
+            parts = left
+            if left > size and axis in self.layout.descriptor.replicate:
+                parts = size
+                if left % size:
+                    self._problem(entry, f"cannot repeat {size} {axis} over {left} ranks: {left} is not a multiple of {size}")
+                    parts = left
+            if self.rules.even and size % parts:
+                self._problem(entry, f"cannot split axis {axis} ({size}) of {tensor.name} evenly over {parts} ranks")
+            left //= parts
+            ranges[axis] = chunk(size, parts, index // left)
+            index %= left
+        return {axis: (ranges[axis], self.layout.sizes[axis]) for axis in tensor.axes}
+
+    def _padded(self, entry: Entry, axis: str) -> int:
+        for padded, text in entry.pad:
+            if padded == axis:
+                return self.pads.get(axis) or int(evaluate(text, self.scope))
+        return self.layout.sizes[axis]
+
+    def _slice(self, entry: Entry, shape, blocks, index: int, count: int):
+        """A plain chunk of the fused dimension, which may begin and end inside a part."""
+        dim = entry.dim
+        if shape[dim] % count:
+            self._problem(entry, f"cannot cut {shape[dim]} fused rows evenly over {count} ranks")
+        low, high = chunk(shape[dim], count, index)
+        return slice_dim(shape, blocks, dim, low, high, self._dim_axes(entry, dim))
+
+    def _dim_axes(self, entry: Entry, dim: int) -> dict[str, tuple[int, ...]]:
+        out = {}
+        for name in entry.of:
+            tensor = self.layout.descriptor.tensors[name]
+            stored = entry.dims or tensor.dims
+            out[name] = tuple(tensor.axes.index(axis) for axis in stored[dim])
+        return out
+
+    def _problem(self, entry: Entry, text: str) -> None:
+        line = f"{entry.name}: {text}; layout {self.layout.name}"
+        if line not in self.problems:
+            self.problems.append(line)
+
+
+def fuse(layout: Layout, entry: Entry, tensors: list[Tensor], boxes: list[dict]):
+    """Shape of the stored tensor that holds the given boxes of `tensors`, and the block of each.
+
+    Along dimension `entry.dim` the parts stand one after another, once for every position of the axes up to and
+    including `entry.within` (once in all where that is None).
+    """
+    dims = [entry.dims or tensor.dims for tensor in tensors]
+    within, fused = entry.within, entry.dim
+    if within is not None:
+        fused = next(d for d, axes in enumerate(dims[0]) if within in axes)
+    extent = [{axis: stop - start for axis, ((start, stop), _) in box.items()} for box in boxes]
+
+    def outer(part: int) -> tuple[str, ...]:
+        axes = dims[part][fused] if dims[part] else ()
+        return axes[: axes.index(within) + 1] if within is not None else ()
+
+    widths = [prod(extent[p][axis] for axis in dims[p][fused][len(outer(p)):]) if dims[p] else 1 for p in range(len(tensors))]
+    total = sum(widths)
+    repeats = prod(extent[0][axis] for axis in outer(0))
+    shape = tuple(
+        repeats * total if d == fused else prod(extent[0][axis] for axis in axes) for d, axes in enumerate(dims[0])
+    )
+    for p, tensor in enumerate(tensors):
+        own = tuple(prod(extent[p][a] for a in axes) for d, axes in enumerate(dims[p]) if d != fused)
+        if own != tuple(s for d, s in enumerate(shape) if d != fused) or prod(extent[p][a] for a in outer(p)) != repeats:
+            raise LayoutError(f"layout {layout.name}: {entry.name}: {entry.of[0]} and {tensor.name} cannot be fused: their sizes differ")
+    steps = row_major(shape)
+    blocks, before = [], 0
+    for p, tensor in enumerate(tensors):
+        strides: dict[str, int] = {}
+        for d, axes in enumerate(dims[p]):
+            step = steps[d]
+            for axis in reversed(axes):
+                if d == fused and within is not None and axis == within:
+                    step = steps[d] * total
+                strides[axis] = step
+                step *= extent[p][axis]
+        offset = before * (steps[fused] if shape else 0)
+        before += widths[p]
+        box = tuple((start, min(stop, boxes[p][axis][1])) for axis in tensor.axes for start, stop in [boxes[p][axis][0]])
+        if all(start < stop for start, stop in box):
+            blocks.append((tensor.name, Block(box, offset, tuple(strides[axis] for axis in tensor.axes))))
+    return shape, blocks
+
+
+def slice_dim(shape, blocks, dim: int, low: int, high: int, axes: dict[str, tuple[int, ...]]):
+    """Rows [low, high) along `dim` of a stored tensor: its shape and blocks. `axes` names, per tensor, the axes in `dim`."""
+    new = shape[:dim] + (high - low,) + shape[dim + 1 :]
+    step = row_major(shape)[dim]
+    steps = row_major(new)
+    out = []
+    for tensor, block in blocks:
+        at = (block.offset // step) % shape[dim] * step  # the block's own place along dim
+        for part in cut(block, axes[tensor], low * step - at, high * step - at):
+            moved = restride(part, shape, steps)
+            out.append((tensor, moved.moved(-low * steps[dim])))
+    return new, out

@@ -1,0 +1,45 @@
+"""Where bytes live. A store knows one kind of file: where each tensor's bytes lie in it, and how to lay a new one out.
+
+Both kinds (``safetensors``, ``torchzip``) offer the same two functions, and neither touches a tensor's bytes:
+
+- ``read(path)``: check the file's structure, and say where each tensor lies;
+- ``compose(…)``: from names, dtypes and shapes alone, the whole file but for its tensors' bytes.
+"""
+
+from dataclasses import dataclass
+from math import prod
+
+#: bytes per element, by safetensors' name of the dtype
+DTYPE_SIZE = {
+    "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1,
+    "U16": 2, "I16": 2, "F16": 2, "BF16": 2,
+    "U32": 4, "I32": 4, "F32": 4,
+    "U64": 8, "I64": 8, "F64": 8, "C64": 8,
+}  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """One tensor as a file holds it.
+
+    ``dtype`` is safetensors' word for it (``BF16``), ``offset`` counts bytes from the start of the file to the first
+    element, ``strides`` count elements per dimension; None means row-major.
+    """
+
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+    strides: tuple[int, ...] | None = None
+
+    @property
+    def nbytes(self) -> int:
+        return prod(self.shape) * DTYPE_SIZE[self.dtype]
+
+
+@dataclass(frozen=True, slots=True)
+class FileImage:
+    """A file to be written: its size, all its bytes that belong to no tensor as (offset, bytes), and where tensors go."""
+
+    size: int
+    segments: tuple[tuple[int, bytes], ...]
+    tensors: dict[str, TensorInfo]
