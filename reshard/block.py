@@ -53,7 +53,8 @@ class Stored:
     """A tensor as rank `rank`'s file or memory holds it.
 
     `blocks` pairs each tensor of the model that lies in it with the block where it lies; elements under no block are
-    padding, which is zero. `rank` is a number in the format's own order of ranks. `dtype` is safetensors' word.
+    padding, which is zero. `rank` is a number in the format's own order of ranks. `dtype` is safetensors' word. Placed
+    by a layout it has neither dtype nor file yet; a store or a plan fills them in.
     """
 
     rank: int
@@ -61,7 +62,9 @@ class Stored:
     dtype: str
     shape: tuple[int, ...]
     blocks: tuple[tuple[Key, Block], ...]
-    entry: "object" = None
+    entry: "object" = None  # the layout's Entry that it was placed by
+    file: str = ""  # path within the checkpoint's folder, and the byte at which the first element lies in it
+    start: int = 0
 
     @property
     def size(self) -> int:

@@ -1,0 +1,228 @@
+"""Open a checkpoint: recognise its format, find its layout, and match every tensor in its files with that layout.
+
+What comes out is a list of stored tensors with dtypes, files and byte offsets: one side of a join. Headers only.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+from reshard import formats
+from reshard.block import Stored, restride
+from reshard.errors import FormatError, LayoutError, PlanError
+from reshard.layout import Entry, Layout, Section, builtin_descriptors, find_descriptor, load_descriptor
+from reshard.place import Mesh, Placement, slice_dim
+from reshard.stores import DTYPE_SIZE
+
+
+@dataclass
+class Checkpoint:
+    """An opened checkpoint. `stored` are its tensors; `dropped` the names in its files that are declared no weights."""
+
+    path: Path
+    format: str
+    mesh: Mesh
+    layout: Layout
+    stored: list[Stored]
+    dropped: list[str] = field(default_factory=list)
+    engine_version: str | None = None
+    config_path: Path | None = None
+
+    @property
+    def architecture(self) -> str:
+        return (self.layout.config.get("architectures") or [self.layout.name])[0]
+
+    @property
+    def tensors(self) -> list[Stored]:
+        return self.stored
+
+    @property
+    def files(self) -> list[str]:
+        return sorted({stored.file for stored in self.stored})
+
+    @property
+    def bytes(self) -> int:
+        return sum(stored.size * DTYPE_SIZE[stored.dtype] for stored in self.stored)
+
+
+def open_checkpoint(
+    path: str | Path, *, format: str | None = None, layout: str | Path | None = None, config: str | Path | None = None
+) -> Checkpoint:
+    """Read the headers of the checkpoint in folder `path`, and match them with its layout.
+
+    `format` forces what is otherwise recognised from the files; `layout` is a TOML file of the user's own; `config` is a
+    config.json, or the folder of one, for formats that have none. Raises FormatError, LayoutError or PlanError.
+    """
+    folder = Path(path)
+    kind = formats.get(format) if format else formats.recognise(folder)
+    config_path = find_config(folder, config)
+    settings = read_config(config_path)
+    contents = kind.read(folder)
+    descriptor = load_descriptor(Path(layout)) if layout else find_descriptor(settings)
+    if descriptor is None:
+        raise unknown_architecture(settings, contents)
+    bound = descriptor.bind(model_config(settings))
+    checkpoint = Checkpoint(folder, kind.name, contents.mesh, bound, [], engine_version=contents.engine_version, config_path=config_path)
+    _match(checkpoint, kind, contents)
+    return checkpoint
+
+
+def find_config(folder: Path, config: str | Path | None) -> Path:
+    if config is not None:
+        path = Path(config)
+        path = path / "config.json" if path.is_dir() else path
+        if not path.is_file():
+            raise FormatError(f"--config: {path} does not exist")
+        return path
+    path = folder / "config.json"
+    if not path.is_file():
+        raise FormatError(f"{folder} has no config.json, which gives the model's sizes", "name the original model's with --config FILE|DIR")
+    return path
+
+
+def read_config(path: Path) -> Mapping[str, object]:
+    try:
+        settings = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise FormatError(f"{path} is not JSON: {error}") from None
+    if not isinstance(settings, dict):
+        raise FormatError(f"{path} holds a {type(settings).__name__}, expected an object")
+    return settings
+
+
+def model_config(settings: Mapping[str, object]) -> Mapping[str, object]:
+    """The language model's numbers: those of text_config laid over the rest where a model nests them."""
+    nested = settings.get("text_config")
+    return {**settings, **nested, "architectures": settings.get("architectures")} if isinstance(nested, dict) else settings
+
+
+def unknown_architecture(settings: Mapping[str, object], contents: formats.Contents) -> LayoutError:
+    """The error for a model that no descriptor lists: which family comes closest, and what it leaves unexplained."""
+    names = {name for rank in contents.tensors for name in rank}
+    best: tuple[int, str, list[str]] | None = None
+    for family, descriptor in builtin_descriptors().items():
+        try:
+            bound = descriptor.bind(model_config(settings))
+            section = bound.section("hf")
+            all_entries = section.entries + tuple(e for _, _, variant in section.variants for e in variant.entries)
+            rules = formats.get("hf").rules
+            known = {s.name for s in Placement(bound, replace(section, entries=all_entries), rules, Mesh()).stored(aliases=True)}
+        except LayoutError:
+            continue
+        left = sorted(names - known)
+        if best is None or len(left) < best[0]:
+            best = len(left), family, left
+    architecture = ", ".join(map(str, settings.get("architectures") or ["(config.json names none)"]))
+    text = f"no layout descriptor for architecture {architecture}"
+    if best is None or best[0] == len(names):
+        return LayoutError(text, "write a descriptor (README, Write a descriptor) and pass it with --layout FILE.toml")
+    count, family, left = best
+    if count:
+        some = "\n  ".join(left[:12]) + (f"\n  … and {count - 12} more" if count > 12 else "")
+        text += f"\nclosest is {family}, which leaves {count} of {len(names)} tensors unexplained:\n  {some}"
+    else:
+        text += f"\n{family} explains the names of all {len(names)} tensors"
+    return LayoutError(text, f'write a descriptor that begins with extends = "{family}" and pass it with --layout FILE.toml')
+
+
+def _match(checkpoint: Checkpoint, kind: formats.Format, contents: formats.Contents) -> None:
+    """Fill in `checkpoint.stored` and `.dropped`; raises PlanError with every tensor that is missing or doesn't fit."""
+    layout, mesh = checkpoint.layout, contents.mesh
+    rules = kind.rules if contents.stages is None else replace(kind.rules, stages=lambda layers, stages: contents.stages)
+    if contents.stages is not None and sum(map(len, contents.stages)) != layout.layers:
+        raise PlanError([f"{checkpoint.path} holds {sum(map(len, contents.stages))} layers, config.json says {layout.layers}"])
+    section = _as_written(layout, layout.section(kind.section), rules, contents)
+    placement = Placement(layout, section, rules, mesh)
+    placement.pads = _pads(placement, contents)
+    problems: list[str] = []
+    left = [dict(rank) for rank in contents.tensors]
+    stored: list[Stored] = []
+    for s in (_pieces(placement, contents) if contents.boxes is not None else placement.stored(aliases=True)):
+        found = left[s.rank].pop(s.name, None) if s.rank < len(left) else None
+        if found is None:
+            if not s.entry.alias:
+                problems.append(f"{s.name} is missing (rank {s.rank}), expected shape {list(s.shape)}")
+            continue
+        file, info = found
+        if info.shape != s.shape:
+            problems.append(f"{s.name} ({file}): shape {list(info.shape)}, expected {list(s.shape)} by layout {layout.name}")
+            continue
+        if info.strides is not None:
+            s.blocks = tuple((key, restride(block, s.shape, info.strides)) for key, block in s.blocks)
+        s.dtype, s.file, s.start = info.dtype, file, info.offset
+        stored.append(s)
+    problems = placement.problems + problems
+    ignore = [*contents.ignore, *(pattern.format_map({"layer": layout.layers, **layout.scope}) for pattern in section.drop)]
+    constants = {name for rank in placement.ranks for name, _ in placement.constants(rank)} if section.constants else set()
+    for rank, names in enumerate(left):
+        for name, (file, _) in names.items():
+            if name in constants or any(fnmatchcase(name, pattern) for pattern in ignore):
+                checkpoint.dropped.append(name)
+            else:
+                problems.append(f"{name} ({file}) is not in layout {layout.name}")
+    if problems:
+        raise PlanError(list(dict.fromkeys(problems)), f"is config.json ({checkpoint.config_path}) this model's? `reshard layouts show {layout.name}` tells what is expected")
+    checkpoint.stored = stored
+    checkpoint.dropped = sorted(set(checkpoint.dropped))
+
+
+def _as_written(layout: Layout, section: Section, rules, contents: formats.Contents) -> Section:
+    """The section with the entries of those variants whose names the files really hold."""
+    names = set().union(*contents.tensors) if contents.tensors else set()
+    for _, _, variant in section.variants:
+        present = []
+        for entry in variant.entries:
+            probe = Placement(layout, Section((entry,)), rules, contents.mesh)
+            first = next((s.name for s in probe.stored()), None)
+            if first in names:
+                present.append(entry)
+        if present:
+            section = section.overlaid(replace(variant, entries=tuple(present)))
+    return section
+
+
+def _pads(placement: Placement, contents: formats.Contents) -> dict[str, int]:
+    """Padded sizes that the files show where they differ from the layout's rule."""
+    pads: dict[str, int] = {}
+    entries = tuple(e for e in placement.section.entries if e.pad)
+    probe = Placement(placement.layout, replace(placement.section, entries=entries), placement.rules, placement.mesh)
+    for s in probe.stored():
+        found = contents.tensors[s.rank].get(s.name) if s.rank < len(contents.tensors) else None
+        entry: Entry = s.entry
+        if found and len(found[1].shape) == len(s.shape):
+            axis = entry.pad[0][0]
+            padded = found[1].shape[0] * placement.mesh.tp
+            if found[1].shape[0] != s.shape[0] and padded >= placement.layout.sizes[axis]:
+                pads[axis] = padded
+    return pads
+
+
+def _pieces(placement: Placement, contents: formats.Contents):
+    """Stored tensors of files whose pieces are arbitrary boxes of whole tensors, at the offsets the files state."""
+    whole = {s.name: s for s in placement.stored(aliases=True)}
+    found = set()
+    for rank, (names, offsets) in enumerate(zip(contents.tensors, contents.boxes)):
+        for name, (_, info) in names.items():
+            s = whole.get(name)
+            if s is None:
+                continue
+            found.add(name)
+            shape, blocks = s.shape, [(key, block) for key, block in s.blocks]
+            origin = offsets.get(name, (0,) * len(shape))
+            if len(origin) != len(shape) or len(info.shape) != len(shape) or any(o + n > size for o, n, size in zip(origin, info.shape, shape)):
+                yield Stored(rank, name, "", shape, s.blocks, s.entry)  # does not fit: reported as such
+                continue
+            for dim, (begin, size) in enumerate(zip(origin, info.shape)):
+                shape, blocks = slice_dim(shape, blocks, dim, begin, begin + size, _axes_in(placement, s, dim, shape))
+            yield Stored(rank, name, "", shape, tuple(blocks), s.entry)
+    for name, s in whole.items():
+        if name not in found:
+            yield s
+
+
+def _axes_in(placement: Placement, s: Stored, dim: int, shape: tuple[int, ...]) -> dict:
+    lead = len(s.shape) - len(s.entry.dims or placement.layout.descriptor.tensors[s.entry.of[0]].dims)
+    own = placement._dim_axes(s.entry, dim - lead) if dim >= lead else {}
+    return {key: own.get(key[0], ()) for key, _ in s.blocks}

@@ -1,0 +1,104 @@
+"""``vllm`` and ``sglang``: their sharded_state folders, one set of files per rank, bytes as the engine itself writes them.
+
+Names and required constants differ between the engines and between their releases: the descriptors say which.
+Sources: vLLM 0.32 ``sharded_state_loader.py`` (files of pipeline stages are named so from after 0.28 on), SGLang 0.5.23.
+"""
+
+import re
+import struct
+from collections import defaultdict
+from functools import partial
+from math import prod
+from pathlib import Path
+
+from reshard.block import Stored
+from reshard.errors import FormatError, PlanError
+from reshard.formats import Contents, Folder, Format, OutFile, Target, parts
+from reshard.formats.manifest import mesh_of, read_manifest
+from reshard.layout import parse_version
+from reshard.place import Mesh, Rules, grid
+from reshard.stores import DTYPE_SIZE, TensorInfo, safetensors
+
+_FILE = re.compile(r"model-rank-(\d+)-part-(\d+)\.safetensors")
+_STAGED = re.compile(r"model-pp-(\d+)-tp-(\d+)-part-(\d+)\.safetensors")
+NEWEST = {"vllm": "0.32", "sglang": "0.5.23"}
+
+
+def uneven_stages(layers: int, stages: int) -> list[list[int]]:
+    """vLLM's deal of layers: a remainder goes, one each, to the stages before the last (``get_pp_indices``)."""
+    sizes = [layers // stages] * stages
+    for i in range(layers % stages):
+        sizes[-(i + 2)] += 1
+    starts = [sum(sizes[:i]) for i in range(stages)]
+    return [list(range(start, start + size)) for start, size in zip(starts, sizes)]
+
+
+def _recognise(folder: Path, names: set[str]) -> bool:
+    return any(_FILE.fullmatch(name) or _STAGED.fullmatch(name) for name in names)
+
+
+def _read(name: str, folder: Path) -> Contents:
+    by_rank: dict[tuple[int, int], dict[int, str]] = defaultdict(dict)
+    for path in folder.iterdir():
+        if match := _FILE.fullmatch(path.name):
+            by_rank[0, int(match[1])][int(match[2])] = path.name
+        elif match := _STAGED.fullmatch(path.name):
+            by_rank[int(match[1]), int(match[2])][int(match[3])] = path.name
+    if not by_rank:
+        raise FormatError(f"{folder} holds no model-rank-…-part-….safetensors")
+    manifest = read_manifest(folder)
+    mesh = Mesh(max(t for _, t in by_rank) + 1, max(p for p, _ in by_rank) + 1)
+    absent = [(p, t) for p in range(mesh.pp) for t in range(mesh.tp) if (p, t) not in by_rank]
+    if absent:
+        raise FormatError(f"{folder}: no files of rank {absent[0][1]} (stage {absent[0][0]}), but some of rank {mesh.tp - 1}", "copy the folder again, whole")
+    if manifest and (mesh_of(manifest).tp, mesh_of(manifest).pp) != (mesh.tp, mesh.pp):
+        raise FormatError(f"{folder} holds files of {mesh}, its manifest says {mesh_of(manifest)}", "files of another conversion were mixed in; convert again")
+    tensors: list[dict[str, tuple[str, TensorInfo]]] = []
+    for at in sorted(by_rank):
+        tensors.append({})
+        for file in by_rank[at].values():
+            tensors[-1].update({n: (file, info) for n, info in safetensors.read(folder / file)[0].items()})
+    if manifest:
+        mesh = mesh_of(manifest)
+    return Contents(mesh, tensors, manifest and manifest.get("layout"), manifest and manifest.get("engine_version"))
+
+
+def _write(name: str, target: Target, stored: list[Stored]) -> Folder:
+    version = target.engine_version or NEWEST[name]
+    if name == "vllm" and target.mesh.pp > 1 and parse_version(version) <= (0, 28):
+        raise PlanError([f"vLLM {version} has no name for files of a pipeline stage (pp={target.mesh.pp})"], "use --engine-version 0.32 or --pp 1")
+    by_rank: dict[int, list[Stored]] = defaultdict(list)
+    for s in stored:
+        by_rank[s.rank].append(s)
+    files = []
+    for rank in target.ranks:
+        own = {s.name: s for s in by_rank[rank.number]}
+        constants = {n: constant for n, constant in target.placement.constants(rank)}
+        specs = [(s.name, s.dtype, s.shape) for s in own.values()] + [(n, c.dtype, c.shape) for n, c in constants.items()]
+        sizes = [(n, prod(shape) * DTYPE_SIZE[dtype]) for n, dtype, shape in sorted(specs)]
+        for i, part in enumerate(parts(sizes, target.max_file)):
+            chosen = set(part)
+            image = safetensors.compose([spec for spec in specs if spec[0] in chosen])
+            where = f"pp-{rank.pp}-tp-{rank.tp}" if target.mesh.pp > 1 else f"rank-{rank.tp}"
+            values = {n: constant_bytes(c.value, c.dtype) * prod(c.shape) for n, c in constants.items() if n in chosen}
+            files.append(OutFile(f"model-{where}-part-{i}.safetensors", image, {n: own[n] for n in part if n in own}, values))
+    return Folder(files, {})
+
+
+def constant_bytes(value: float, dtype: str) -> bytes:
+    """One element of a constant, little-endian."""
+    codes = {"F64": "<d", "F32": "<f", "F16": "<e"}
+    if dtype == "BF16":
+        return struct.pack("<f", value)[2:]
+    if dtype not in codes:
+        raise FormatError(f"a constant of dtype {dtype} can't be written", "use F32, F16 or BF16 in the descriptor")
+    return struct.pack(codes[dtype], value)
+
+
+def _format(name: str, summary: str) -> Format:
+    recognise = _recognise if name == "vllm" else lambda folder, names: False  # the two look alike; --from tells
+    return Format(name, name, Rules(grid, uneven_stages), recognise, partial(_read, name), partial(_write, name), summary)
+
+
+VLLM = _format("vllm", "vLLM sharded_state (--load-format sharded_state)")
+SGLANG = _format("sglang", "SGLang sharded_state (--load-format sharded_state)")

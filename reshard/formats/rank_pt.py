@@ -1,0 +1,47 @@
+"""``rank-pt``: plain ``rank_XX.pt`` per tensor-parallel rank, each a flat dict of HF names to that rank's tensors."""
+
+import re
+from collections import defaultdict
+from pathlib import Path
+
+from reshard.block import Stored
+from reshard.errors import FormatError
+from reshard.formats import Contents, Folder, Format, OutFile, Target
+from reshard.formats.hf import tensors_of, torch_tree
+from reshard.formats.manifest import mesh_of, read_manifest
+from reshard.place import Mesh, Rules, even_stages, grid
+
+_FILE = re.compile(r"rank_(\d+)\.pt")
+
+
+def _recognise(folder: Path, names: set[str]) -> bool:
+    return any(_FILE.fullmatch(name) for name in names)
+
+
+def _read(folder: Path) -> Contents:
+    files = {int(match[1]): path.name for path in folder.iterdir() if (match := _FILE.fullmatch(path.name))}
+    if not files:
+        raise FormatError(f"{folder} holds no rank_XX.pt")
+    manifest = read_manifest(folder)
+    mesh = mesh_of(manifest) if manifest else Mesh(max(files) + 1)
+    if sorted(files) != list(range(mesh.tp * mesh.pp)):
+        raise FormatError(f"{folder} holds rank_XX.pt of ranks {sorted(files)}, expected 0 to {mesh.tp * mesh.pp - 1}", "copy the folder again, whole")
+    return Contents(mesh, [tensors_of(torch_tree(folder / files[r]), files[r]) for r in sorted(files)])
+
+
+def _write(target: Target, stored: list[Stored]) -> Folder:
+    from reshard.stores import torchzip
+
+    by_rank: dict[int, dict[str, Stored]] = defaultdict(dict)
+    for s in stored:
+        by_rank[s.rank][s.name] = s
+    files = []
+    for rank in target.ranks:
+        own = by_rank[rank.number]
+        image = torchzip.compose({s.name: torchzip.TensorSpec(s.name, s.dtype, s.shape) for s in own.values()})
+        files.append(OutFile(f"rank_{rank.number:02d}.pt", image, own))
+    return Folder(files, {})
+
+
+FORMAT = Format("rank-pt", "hf", Rules(grid, even_stages, even=False), _recognise, _read, _write,
+                "plain rank_XX.pt per rank, HF names")  # fmt: skip

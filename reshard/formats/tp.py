@@ -1,0 +1,146 @@
+"""``tp``, reshard's own: one safetensors file set per rank, Hugging Face names, self-describing.
+
+Files are named and annotated as torch's HuggingFaceStorageWriter and transformers 5 do (``shard-0000R-model-…``,
+``DCP_SHARDING_INFO`` with the offsets of each piece), so that ``from_pretrained`` and DCP open them where every piece is
+one box of the whole tensor. Where it is not (a fused tensor whose parts are each cut), no offset can say so: such
+tensors are listed under ``reshard`` in the metadata, with the mesh. Sources: torch 2.13 ``hf_storage.py``, transformers 5.23.
+"""
+
+import json
+import re
+from collections import defaultdict
+from pathlib import Path
+
+from reshard.block import Stored, row_major
+from reshard.errors import FormatError
+from reshard.formats import Contents, Folder, Format, OutFile, Target, parts
+from reshard.formats.manifest import mesh_of, read_manifest
+from reshard.place import Mesh, Rules, even_stages, grid
+from reshard.stores import DTYPE_SIZE, TensorInfo, safetensors
+
+_FILE = re.compile(r"shard-(\d{5})-model-(\d{5})-of-(\d{5})\.safetensors")
+
+
+def _recognise(folder: Path, names: set[str]) -> bool:
+    return any(_FILE.fullmatch(name) for name in names)
+
+
+def _read(folder: Path) -> Contents:
+    found: dict[int, dict[int, str]] = defaultdict(dict)
+    counts: dict[int, set[int]] = defaultdict(set)
+    for path in sorted(folder.iterdir()):
+        if match := _FILE.fullmatch(path.name):
+            rank, part, count = map(int, match.groups())
+            found[rank - 1][part] = path.name
+            counts[rank - 1].add(count)
+    if not found:
+        raise FormatError(f"{folder} holds no shard-…-model-….safetensors")
+    for rank in range(max(found) + 1):
+        held = sorted(found[rank])
+        if len(counts[rank]) != 1 or held != list(range(1, next(iter(counts[rank]), 0) + 1)):
+            raise FormatError(f"{folder}: rank {rank} has parts {held}, its files say there are {sorted(counts[rank])}", "copy the folder again, whole")
+    tensors: list[dict[str, tuple[str, TensorInfo]]] = []
+    offsets: list[dict[str, tuple[int, ...]]] = []
+    notes = set()
+    for rank in sorted(found):
+        tensors.append({})
+        offsets.append({})
+        for file in found[rank].values():
+            held, metadata = safetensors.read(folder / file)
+            tensors[-1].update({name: (file, info) for name, info in held.items()})
+            try:
+                info = json.loads(metadata.get("DCP_SHARDING_INFO", "{}"))
+                offsets[-1].update({name: tuple(value["saved_offsets"]) for name, value in info.items()})
+            except (ValueError, KeyError, TypeError, AttributeError):
+                raise FormatError(f"{folder / file}: DCP_SHARDING_INFO is not the JSON that torch writes") from None
+            notes.add(metadata.get("reshard"))
+    if notes == {None}:  # written by transformers or torch: boxes of whole tensors, on a mesh that only the boxes tell
+        return Contents(Mesh(), tensors, boxes=offsets)
+    return _ours(folder, tensors, notes)
+
+
+def _ours(folder: Path, tensors: list, notes: set) -> Contents:
+    manifest = read_manifest(folder)
+    try:
+        (note,) = notes
+        note = json.loads(note)
+        mesh = Mesh(note["tp"], note["pp"], note["ep"])
+        if min(mesh.tp, mesh.pp, mesh.ep) < 1 or (manifest and mesh_of(manifest) != mesh):
+            raise ValueError
+    except (ValueError, KeyError, TypeError):
+        raise FormatError(f"{folder}: its files disagree on the mesh: {sorted(map(str, notes))}", "files of several checkpoints were mixed") from None
+    if len(tensors) != mesh.tp * mesh.pp:
+        raise FormatError(f"{folder} has files of {len(tensors)} ranks, its metadata says {mesh.tp * mesh.pp} ({mesh})", "copy the folder again, whole")
+    return Contents(mesh, tensors, layout=note.get("layout"))
+
+
+def _write(target: Target, stored: list[Stored]) -> Folder:
+    by_rank: dict[int, list[Stored]] = defaultdict(list)
+    for s in stored:
+        by_rank[s.rank].append(s)
+    files = []
+    mesh = target.mesh
+    for rank in target.ranks:
+        own = {s.name: s for s in by_rank[rank.number]}
+        names = parts([(s.name, s.size * DTYPE_SIZE[s.dtype]) for s in own.values()], target.max_file)
+        for i, part in enumerate(names, 1):
+            tensors = {name: own[name] for name in part}
+            offsets = {s.name: whole_offsets(s, target) for s in tensors.values()}
+            note = {"format": "tp", "layout": target.placement.layout.name, "tp": mesh.tp, "pp": mesh.pp, "ep": mesh.ep,
+                    "rank": rank.number, "parts_cut": sorted(n for n, o in offsets.items() if o is None)}  # fmt: skip
+            boxes = {name: {"saved_offsets": list(o)} for name, o in offsets.items() if o is not None}
+            metadata = {"DCP_SHARDING_INFO": json.dumps(boxes), "DCP_VERSION": "1.0", "format": "pt", "reshard": json.dumps(note)}
+            image = safetensors.compose([(s.name, s.dtype, s.shape) for s in tensors.values()], metadata)
+            path = f"shard-{rank.number + 1:05d}-model-{i:05d}-of-{len(names):05d}.safetensors"
+            files.append(OutFile(path, image, tensors))
+    return Folder(files, {})
+
+
+def whole_offsets(stored: Stored, target: Target) -> tuple[int, ...] | None:
+    """Where the piece begins in the whole tensor, per dimension; None where the piece is not one box of it.
+
+    The piece is placed once more as rank 0 of one: it is a box when every block keeps its place relative to the others.
+    """
+    if target.mesh.tp * target.mesh.pp * target.mesh.ep == 1:
+        return (0,) * len(stored.shape)
+    whole = whole_tensor(stored, target)
+    if whole is None or not stored.blocks:
+        return None
+    blocks = dict(whole.blocks)
+    steps = row_major(whole.shape)
+    first = None
+    for key, block in stored.blocks:
+        at = blocks[key].clip(block.box)
+        begin, here = _digits(at.offset, steps, whole.shape), _digits(block.offset, row_major(stored.shape), stored.shape)
+        offset = tuple(b - h for b, h in zip(begin, here))
+        spans = _per_dim(at.strides, steps) == _per_dim(block.strides, row_major(stored.shape))
+        if not spans or (first is not None and offset != first):
+            return None
+        first = offset
+    return first
+
+
+def whole_tensor(stored: Stored, target: Target) -> Stored | None:
+    """`stored`'s tensor as a single rank would hold it."""
+    cache = target.placement._geometry.setdefault("whole", {})
+    if not cache:
+        single = type(target.placement)(target.placement.layout, target.placement.section, target.placement.rules, Mesh())
+        cache.update({s.name: s for s in single.stored()})
+    return cache.get(stored.name)
+
+
+def _digits(flat: int, steps: tuple[int, ...], shape: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple((flat // step) % size if step and size else 0 for step, size in zip(steps, shape))
+
+
+def _per_dim(strides: tuple[int, ...], steps: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
+    """Each axis' stride as (dimension, positions in it): comparable between tensors of different shapes."""
+    out = []
+    for stride in strides:
+        dim = next((d for d, step in enumerate(steps) if stride >= step), len(steps) - 1)
+        out.append((dim, stride // steps[dim]))
+    return tuple(out)
+
+
+FORMAT = Format("tp", "hf", Rules(grid, even_stages, even=False), _recognise, _read, _write,
+                "reshard's own: one self-describing safetensors set per rank, HF names")  # fmt: skip

@@ -1,0 +1,241 @@
+"""The join: which box of which source goes where in which destination. Pure: no files, no torch, no clock.
+
+``join(sources, destinations)`` intersects the blocks of both sides, checks that every element of every destination is
+written exactly once or is padding, and that no source is lost, and reports all problems together. A replica (two
+sources that hold the same box) is read once for its bytes and once more to be compared.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from reshard.block import Block, Box, Key, Stored, overlap, volume
+from reshard.errors import PlanError
+from reshard.stores import DTYPE_SIZE
+
+FLOATS = ("F64", "F32", "BF16", "F16")
+
+
+@dataclass(frozen=True, slots=True)
+class Move:
+    """The geometry of a copy: a box (tensor's axes), and offset and strides (elements) of it on each side."""
+
+    box: Box
+    src_offset: int
+    src_strides: tuple[int, ...]
+    dst_offset: int
+    dst_strides: tuple[int, ...]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(stop - start for start, stop in self.box)
+
+
+@dataclass(slots=True)
+class Copy:
+    """One box of tensor `key`, from where `src` holds it to where `dst` holds it."""
+
+    key: Key
+    src: Stored
+    dst: Stored
+    move: Move
+
+    @property
+    def src_bytes(self) -> int:
+        return volume(self.move.box) * DTYPE_SIZE[self.src.dtype]
+
+
+@dataclass
+class Plan:
+    """All copies that fill `destinations`. `checks` compare a replica (dst) with the source that is used (src)."""
+
+    destinations: list[Stored]
+    copies: list[Copy]
+    checks: list[Copy] = field(default_factory=list)
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes taken from the sources: each source element that some rank needs, once, and replicas to compare."""
+        return sum(self.reads().values())
+
+    @property
+    def bytes_held(self) -> int:
+        """Bytes of all destination tensors, padding included."""
+        return sum(stored.size * DTYPE_SIZE[stored.dtype] for stored in self.destinations)
+
+    @property
+    def padded(self) -> list[str]:
+        return sorted({stored.name for stored in self.destinations if stored.padding})
+
+    def reads(self, rank: int | None = None) -> dict[int, int]:
+        """Bytes read per source tensor (by id), for all ranks together or for one alone (then without checks)."""
+        used: dict[tuple[int, Key], set[Box]] = defaultdict(set)
+        width: dict[int, int] = {}
+        for copy in self.copies:
+            if rank is None or copy.dst.rank == rank:
+                used[id(copy.src), copy.key].add(copy.move.box)
+                width[id(copy.src)] = DTYPE_SIZE[copy.src.dtype]
+        if rank is None:
+            for check in self.checks:
+                used[id(check.dst), check.key].add(check.move.box)
+                used[id(check.src), check.key].add(check.move.box)
+                width[id(check.dst)] = width[id(check.src)] = DTYPE_SIZE[check.src.dtype]
+        total: dict[int, int] = defaultdict(int)
+        for (source, _), boxes in used.items():
+            total[source] += union_volume(boxes) * width[source]
+        return total
+
+    def per_rank(self) -> list[dict[str, int]]:
+        """What each destination rank reads, writes and holds, in bytes."""
+        held: dict[int, int] = defaultdict(int)
+        for stored in self.destinations:
+            held[stored.rank] += stored.size * DTYPE_SIZE[stored.dtype]
+        by_rank: dict[int, Plan] = {rank: Plan([], []) for rank in sorted(held)}
+        for copy in self.copies:
+            by_rank[copy.dst.rank].copies.append(copy)
+        return [{"rank": r, "bytes_read": part.bytes_read, "bytes_held": held[r]} for r, part in by_rank.items()]
+
+
+def union_volume(boxes: Iterable[Box]) -> int:
+    """Elements covered by any of `boxes`."""
+    boxes = list(boxes)
+    if len(boxes) == 1:
+        return volume(boxes[0])
+    if _disjoint(boxes):
+        return sum(map(volume, boxes))
+    axis = next(a for a in range(len(boxes[0])) if len({box[a] for box in boxes}) > 1)
+    marks = sorted({mark for box in boxes for mark in box[axis]})
+    total = 0
+    for low, high in zip(marks, marks[1:]):
+        inside = {box[:axis] + ((0, high - low),) + box[axis + 1 :] for box in boxes if box[axis][0] <= low and box[axis][1] >= high}
+        if inside:
+            total += union_volume(inside)
+    return total
+
+
+def _disjoint(boxes: list[Box]) -> bool:
+    """Whether no two of `boxes` meet: a sweep along the axis on which they differ most."""
+    if len(boxes) < 2:
+        return True
+    axis = max(range(len(boxes[0])), key=lambda a: len({box[a] for box in boxes}))
+    ordered = sorted(boxes, key=lambda box: box[axis])
+    for i, box in enumerate(ordered):
+        for other in ordered[i + 1 :]:
+            if other[axis][0] >= box[axis][1]:
+                break
+            if overlap(box, other):
+                return False
+    return True
+
+
+def target_dtype(dtype: str, cast: str | None, pinned: str | None) -> str:
+    """The dtype that a tensor of `dtype` is stored in: floats follow `cast` unless the layout pins them."""
+    return cast if cast and dtype in FLOATS and pinned is None else dtype
+
+
+def join(
+    sources: Iterable[Stored],
+    destinations: Iterable[Stored],
+    *,
+    cast: str | None = None,
+    pinned: Iterable[str] = (),
+    complete: bool = True,
+    check: bool = True,
+) -> Plan:
+    """The plan that fills `destinations` from `sources`. Fills in the destinations' dtypes.
+
+    `cast`: store floats as this dtype, but for the tensors named in `pinned`. `complete`: every source must be used
+    somewhere (off when only some ranks are asked for). `check`: compare replicas. Raises PlanError with all problems.
+    """
+    pinned = set(pinned)
+    problems: list[str] = []
+    holders: dict[Key, list[tuple[Stored, Block]]] = defaultdict(list)
+    for stored in sources:
+        for key, block in stored.blocks:
+            holders[key].append((stored, block))
+    moves: dict[tuple[int, int], Move | None] = {}
+    distinct: dict[tuple[int, ...], bool] = {}
+    dtype_of = {key[0]: held[0][0].dtype for key, held in reversed(holders.items())}
+    plan = Plan([], [])
+    primaries: dict[Key, list[tuple[Stored, Block]]] = {}
+    for key, held in holders.items():
+        if len(held) > 1:
+            first: dict[Box, tuple[Stored, Block]] = {}
+            for stored, block in held:
+                if block.box not in first:
+                    first[block.box] = stored, block
+                elif check:
+                    source, other = first[block.box]
+                    if source.dtype != stored.dtype:
+                        problems.append(f"{label(key)}: {where(source)} holds it as {source.dtype}, {where(stored)} as {stored.dtype}")
+                    plan.checks.append(Copy(key, source, stored, _move(other, block)))
+            held = list(first.values())
+            ids = tuple(id(block) for _, block in held)
+            if ids not in distinct:
+                distinct[ids] = _disjoint([block.box for _, block in held])
+            if not distinct[ids]:
+                problems.append(f"{label(key)}: {where(held[0][0])} and other ranks hold overlapping parts of it")
+        primaries[key] = held
+    used = set()
+    for stored in destinations:
+        plan.destinations.append(stored)
+        dtypes = {}
+        for key, block in stored.blocks:
+            held = primaries.get(key)
+            if held is None:
+                problems.append(f"{where(stored)} needs {label(key)}, which the source does not have")
+                continue
+            used.add(key)
+            filled = 0
+            for source, other in held:
+                at = id(other), id(block)
+                if at in moves:
+                    move = moves[at]
+                else:
+                    move = moves[at] = _move(other, block)
+                if move is not None:
+                    plan.copies.append(Copy(key, source, stored, move))
+                    filled += volume(move.box)
+            if filled != block.size:
+                problems.append(f"{where(stored)}: {block.size - filled} of {block.size} elements of {label(key)} are in no source file")
+            dtypes[target_dtype(held[0][0].dtype, cast, key[0] if key[0] in pinned else None)] = key
+            for source, _ in held[1:]:
+                if source.dtype != held[0][0].dtype:
+                    problems.append(f"{label(key)}: {where(held[0][0])} is {held[0][0].dtype}, {where(source)} is {source.dtype}")
+        if len(dtypes) > 1:
+            kinds = ", ".join(f"{label(key)} is {dtype}" for dtype, key in dtypes.items())
+            problems.append(f"{where(stored)} fuses tensors of different dtypes: {kinds}")
+        if dtypes:
+            stored.dtype = next(iter(dtypes))
+        elif not stored.dtype:  # all padding on this rank: of the dtype that the tensor has elsewhere
+            name = stored.entry.of[0]
+            stored.dtype = target_dtype(dtype_of.get(name, "BF16"), cast, name if name in pinned else None)
+    if complete:
+        lost = [key for key in primaries if key not in used]
+        problems += [f"{label(key)} ({where(primaries[key][0][0])}) has no place in the destination" for key in lost]
+    if problems:
+        raise PlanError(list(dict.fromkeys(problems)))
+    if check:
+        plan.checks = [c for c in plan.checks if c.key in used]
+    return plan
+
+
+def _move(source: Block, destination: Block) -> Move | None:
+    box = overlap(source.box, destination.box)
+    if box is None:
+        return None
+    src, dst = source.clip(box), destination.clip(box)
+    return Move(box, src.offset, src.strides, dst.offset, dst.strides)
+
+
+def label(key: Key) -> str:
+    """A tensor's name for people: ``q of layer 3``, ``gate of layer 3, expert 7``."""
+    name, *numbers = key
+    words = [f"{axis} {number}" for axis, number in zip(("layer", "expert"), numbers)]
+    return f"{name} of {', '.join(words)}" if words else name
+
+
+def where(stored: Stored) -> str:
+    return f"{stored.name} (rank {stored.rank})" if not stored.file else f"{stored.name} ({stored.file})"
+
+
