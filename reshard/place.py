@@ -86,12 +86,14 @@ class Placement:
     rules: Rules
     mesh: Mesh
     pads: dict[str, int] = field(default_factory=dict)
+    engine: tuple[int, ...] | None = None  # the engine's release; None is the newest known
     problems: list[str] = field(default_factory=list)
     _geometry: dict = field(default_factory=dict, repr=False)
 
     def __post_init__(self):
         self.scope = {**self.layout.scope, **self.layout.sizes,
-                      "tp": self.mesh.tp, "pp": self.mesh.pp, "ep": self.mesh.ep}  # fmt: skip
+                      "tp": self.mesh.tp, "pp": self.mesh.pp, "ep": self.mesh.ep,
+                      "engine": list(self.engine or (999,))}  # fmt: skip
         self.ranks = self.rules.ranks(self.mesh)
         self.stages = self.rules.stages(self.layout.layers, self.mesh.pp)
         self.etp = self.mesh.etp or (1 if self.mesh.ep > 1 and self.ranks[-1].etp == 0 else self.mesh.tp)

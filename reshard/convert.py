@@ -1,0 +1,324 @@
+"""Write a folder as a transaction: it appears whole or not at all, and a killed run goes on where it was.
+
+Everything is written into ``.NAME.reshard`` beside the destination; each file is made durable and then noted in the
+journal there; at the end the folder is renamed. The journal begins with a fingerprint of source, options and output, so that
+a changed source or other options never continue old work. A lock on the journal keeps two runs apart.
+"""
+
+import contextlib
+import ctypes
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from reshard import __version__
+from reshard.block import Stored
+from reshard.errors import DestinationError
+from reshard.execute import Source, run
+from reshard.formats import OutFile
+from reshard.job import Job
+from reshard.plan import Plan
+from reshard.stores import DTYPE_SIZE
+
+_JOURNAL = "journal.jsonl"
+_FLUSH = 32 << 20  # bytes written to a file before the kernel is asked to begin writing them back
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a conversion did. Bytes are counted where they are read and written, not taken from the plan."""
+
+    path: Path
+    files: list[str]
+    bytes_read: int
+    bytes_written: int
+    seconds: float
+    resumed_files: int = 0
+
+
+def convert(
+    job: Job,
+    destination: str | Path,
+    *,
+    overwrite: bool = False,
+    fsync: bool = True,
+    jobs: int = 2,
+    buffer: int = 128 << 20,
+    progress: Callable[[int], None] = lambda size: None,
+) -> Report:
+    """Run `job` into folder `destination`. `progress` is told bytes read, as they are read.
+
+    Raises DestinationError when the destination is not empty (without `overwrite`), another run holds it, what an
+    unfinished run left there belongs to other options, or the disk is too small: all before a byte is written.
+    """
+    began = time.monotonic()
+    destination = Path(os.path.abspath(destination))
+    _check_destination(job, destination, overwrite)
+    partial = destination.parent / f".{destination.name}.reshard"
+    partial.mkdir(parents=True, exist_ok=True)
+    with _locked(partial) as journal:
+        done = _resume(journal, job, partial, destination, overwrite)
+        _check_space(job, partial, done)
+        output = _Output(partial, job, done, journal, fsync)
+        try:
+            source = Source(job.source.path)
+            todo = _unfinished(job, done)
+            progress(job.bytes_read - todo.bytes_read)
+            run(todo, source, output.write, jobs=jobs, buffer=buffer, progress=progress)
+            output.finish()
+        finally:
+            output.close()
+        for name, path in job.companions.items():
+            _copy_small(path.read_bytes(), partial / name, fsync)
+        for name, content in job.folder.small.items():
+            _copy_small(content, partial / name, fsync)
+        _publish(partial, destination, overwrite, fsync)
+    names = [file.path for file in job.folder.files]
+    return Report(destination, names, source.bytes_read, output.bytes_written, time.monotonic() - began, len(done))
+
+
+def _check_destination(job: Job, destination: Path, overwrite: bool) -> None:
+    source = Path(os.path.realpath(job.source.path))
+    target = Path(os.path.realpath(destination))
+    if source == target or target in source.parents or source in target.parents:
+        raise DestinationError(f"{destination} and the source {job.source.path} are the same folder, or one lies in the other", "choose another destination")
+    if destination.exists() and not destination.is_dir():
+        raise DestinationError(f"{destination} is a file", "choose another destination")
+    if destination.is_dir() and any(destination.iterdir()) and not overwrite:
+        count = sum(1 for _ in destination.iterdir())
+        raise DestinationError(f"{destination} is not empty ({count} entries)", "use --overwrite to replace it, or choose another destination")
+
+
+@contextlib.contextmanager
+def _locked(partial: Path):
+    """The journal, opened and locked for this run alone."""
+    journal = open(partial / _JOURNAL, "a+b")
+    try:
+        fcntl.flock(journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        journal.close()
+        raise DestinationError(f"another run is writing to {partial.name[1:-8]}", "wait for it to end") from None
+    try:
+        yield journal
+    finally:
+        journal.close()
+
+
+def _resume(journal, job: Job, partial: Path, destination: Path, overwrite: bool) -> set[str]:
+    """Files that an earlier, interrupted run of the very same job has finished. Starts the journal where there is none."""
+    mark = fingerprint(job)
+    journal.seek(0)
+    lines = journal.read().split(b"\n")[:-1]  # a line without its end was being written when the run died
+    notes = []
+    for line in lines:
+        try:
+            notes.append(json.loads(line))
+        except ValueError:
+            break
+    if notes and notes[0].get("fingerprint") != mark:
+        if not overwrite:
+            raise DestinationError(
+                f"{partial} holds an unfinished conversion of another source or with other options",
+                "run that command again to finish it, or use --overwrite to throw it away",
+            )
+        notes = []
+    sizes = {file.path: file.image.size for file in job.folder.files}
+    done = {note["file"] for note in notes[1:] if (partial / note["file"]).is_file() and (partial / note["file"]).stat().st_size == sizes.get(note["file"])}
+    for path in sorted(partial.rglob("*"), reverse=True):
+        name = str(path.relative_to(partial))
+        if path.is_file() and name != _JOURNAL and name not in done:
+            path.unlink()
+    journal.seek(0)
+    journal.truncate()
+    _note(journal, {"fingerprint": mark, "reshard": __version__})
+    for name in sorted(done):
+        _note(journal, {"file": name})
+    return done
+
+
+def _note(journal, table: dict) -> None:
+    journal.write(json.dumps(table).encode() + b"\n")
+    journal.flush()
+    os.fsync(journal.fileno())
+
+
+def fingerprint(job: Job) -> str:
+    """A digest of what decides the output's bytes: source files as they are, options, and the output's own shape."""
+    digest = hashlib.sha256()
+
+    def add(*values: object) -> None:
+        digest.update(json.dumps(values, default=str).encode())
+
+    add(__version__, job.format, vars_of(job.mesh), job.dtype, job.engine_version, os.path.realpath(job.source.path))
+    for file in job.source.files:
+        status = (job.source.path / file).stat()
+        add(file, status.st_size, status.st_mtime_ns, status.st_ino)
+    for file in job.folder.files:
+        add(file.path, file.image.size, hashlib.sha256(file.image.segments[0][1]).hexdigest())
+    return digest.hexdigest()
+
+
+def vars_of(mesh) -> list[int]:
+    return [mesh.tp, mesh.pp, mesh.ep, mesh.etp]
+
+
+def _check_space(job: Job, partial: Path, done: set[str]) -> None:
+    need = sum(file.image.size for file in job.folder.files if file.path not in done)
+    need += sum(path.stat().st_size for path in job.companions.values())
+    status = os.statvfs(partial)
+    free = status.f_bavail * status.f_frsize
+    if need > free:
+        raise DestinationError(f"{partial.parent} has {free:,} bytes free, the conversion writes {need:,}", "free some space, or write to another disk")
+
+
+def _unfinished(job: Job, done: set[str]) -> Plan:
+    if not done:
+        return job.plan
+    finished = {id(s) for file in job.folder.files if file.path in done for s in file.tensors.values()}
+    left = [copy for copy in job.plan.copies if id(copy.dst) not in finished]
+    keys = {copy.key for copy in left}
+    return Plan([s for s in job.plan.destinations if id(s) not in finished], left, [c for c in job.plan.checks if c.key in keys])
+
+
+class _Output:
+    """The files being written: each knows how many of its bytes are still to come, and is closed when none are."""
+
+    def __init__(self, partial: Path, job: Job, done: set[str], journal, fsync: bool):
+        self.bytes_written = 0
+        self._partial, self._journal, self._fsync = partial, journal, fsync
+        self._lock = threading.Lock()
+        self._files: dict[str, tuple[int, OutFile]] = {}
+        self._left: dict[str, int] = {}
+        self._place: dict[int, tuple[str, int, int]] = {}
+        self._dirty: dict[str, int] = {}
+        self._todo = [file for file in job.folder.files if file.path not in done]
+        for file in self._todo:
+            for name, stored in file.tensors.items():
+                self._place[id(stored)] = file.path, file.image.tensors[name].offset, DTYPE_SIZE[stored.dtype]
+        for file in self._todo:
+            self._left[file.path] = file.image.size
+        self._by_path = {file.path: file for file in self._todo}
+
+    def write(self, stored: Stored, element: int, data: memoryview) -> None:
+        """Store `data` from `element` on of a destination tensor."""
+        path, start, width = self._place[id(stored)]
+        self._put(path, start + element * width, data)
+
+    def finish(self) -> None:
+        """Write the files in which no tensor has any bytes; every file must be complete then."""
+        for file in self._todo:
+            if file.path not in self._files:
+                self._open(file)
+        short = {path: left for path, left in self._left.items() if left}
+        assert not short, f"bytes never written: {short}"
+
+    def close(self) -> None:
+        for handle, _ in self._files.values():
+            with contextlib.suppress(OSError):
+                os.close(handle)
+        self._files.clear()
+
+    def _open(self, file: OutFile) -> int:
+        with self._lock:
+            if file.path in self._files:
+                return self._files[file.path][0]
+            target = self._partial / file.path
+            target.parent.mkdir(parents=True, exist_ok=True)
+            handle = os.open(target, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644)
+            self._files[file.path] = handle, file
+            os.ftruncate(handle, file.image.size)
+        for offset, content in file.image.segments:
+            self._put(file.path, offset, memoryview(content))
+        for name, content in file.constants.items():
+            self._put(file.path, file.image.tensors[name].offset, memoryview(content))
+        for name, stored in file.tensors.items():
+            self._pad(file, name, stored)
+        return handle
+
+    def _pad(self, file: OutFile, name: str, stored: Stored) -> None:
+        """Zero what no block covers: whole rows behind (and for a rank that holds nothing, all)."""
+        if not stored.padding:
+            return
+        width = DTYPE_SIZE[stored.dtype]
+        offset = file.image.tensors[name].offset
+        last = max((b.offset + sum((n - 1) * s for n, s in zip(b.shape, b.strides)) + 1 for _, b in stored.blocks), default=0)
+        assert stored.size - last == stored.padding, f"{stored.name}: padding inside the tensor"
+        zeros = memoryview(bytes(min(_FLUSH, stored.padding * width)))
+        at, end = offset + last * width, offset + stored.size * width
+        while at < end:
+            part = zeros[: end - at]
+            self._put(file.path, at, part)
+            at += len(part)
+
+    def _put(self, path: str, offset: int, data: memoryview) -> None:
+        entry = self._files.get(path)
+        handle = entry[0] if entry else self._open(self._by_path[path])
+        size = len(data)
+        while len(data):
+            n = os.pwrite(handle, data, offset)
+            data, offset = data[n:], offset + n
+        with self._lock:
+            self.bytes_written += size
+            self._left[path] -= size
+            complete = self._left[path] == 0
+            self._dirty[path] = dirty = self._dirty.get(path, 0) + size
+            if dirty >= _FLUSH:
+                self._dirty[path] = 0
+        if self._fsync and dirty >= _FLUSH and not complete:
+            start_writeback(handle)
+        if complete:
+            if self._fsync:
+                os.fsync(handle)
+            with self._lock:
+                if self._fsync:
+                    _note(self._journal, {"file": path})
+                os.close(self._files.pop(path)[0])
+                self._files[path] = (os.open(os.devnull, os.O_RDONLY), None)  # complete: nothing may be written any more
+
+
+_libc = None
+
+
+def start_writeback(handle: int) -> None:
+    """Ask the kernel to begin writing a file's dirty pages, without waiting: fsync then has less left to do."""
+    global _libc
+    if _libc is None:
+        _libc = ctypes.CDLL(None, use_errno=True)
+    if hasattr(_libc, "sync_file_range"):
+        _libc.sync_file_range(handle, ctypes.c_int64(0), ctypes.c_int64(0), 2)  # SYNC_FILE_RANGE_WRITE
+
+
+def _copy_small(content: bytes, path: Path, fsync: bool) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "wb") as out:
+        out.write(content)
+        if fsync:
+            out.flush()
+            os.fsync(out.fileno())
+
+
+def _publish(partial: Path, destination: Path, overwrite: bool, fsync: bool) -> None:
+    """Give the finished folder its name."""
+    old = None
+    if destination.is_dir() and any(destination.iterdir()):
+        old = destination.parent / f".{destination.name}.reshard-old"
+        shutil.rmtree(old, ignore_errors=True)
+        os.rename(destination, old)
+    elif destination.is_dir():
+        destination.rmdir()
+    os.rename(partial, destination)
+    (destination / _JOURNAL).unlink()
+    if fsync:
+        for folder in (destination, destination.parent):
+            handle = os.open(folder, os.O_RDONLY)
+            os.fsync(handle)
+            os.close(handle)
+    if old is not None:
+        shutil.rmtree(old, ignore_errors=True)

@@ -1,0 +1,163 @@
+"""A conversion before it runs: the plan, the output folder laid out to the byte, and what it will cost.
+
+``prepare`` touches headers only and raises everything that can be known to be wrong. ``convert.py`` runs what it returns.
+"""
+
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from reshard import formats
+from reshard.checkpoint import Checkpoint
+from reshard.errors import PlanError
+from reshard.execute import peak_buffer
+from reshard.formats import Folder, Target
+from reshard.formats.manifest import NAME as MANIFEST
+from reshard.formats.manifest import manifest_bytes
+from reshard.layout import parse_version
+from reshard.place import Mesh, Placement
+from reshard.plan import Plan, join
+
+DTYPES = {"bf16": "BF16", "fp16": "F16", "fp32": "F32"}
+#: files beside the weights that every folder gets, when the source has them
+COMPANIONS = ("config.json", "generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*",
+              "merges.txt", "chat_template*", "preprocessor_config.json", "processor_config.json", "LICENSE*", "*.tiktoken", "spiece.model", "*.py")  # fmt: skip
+
+
+@dataclass
+class Job:
+    """A conversion of `source` to `format` on `mesh`: what is copied (`plan`) and which files come out (`folder`)."""
+
+    source: Checkpoint
+    format: str
+    mesh: Mesh
+    plan: Plan
+    folder: Folder
+    companions: dict[str, Path]
+    engine_version: str | None
+    dtype: str | None
+    peak_buffer_bytes: int
+
+    @property
+    def bytes_read(self) -> int:
+        return self.plan.bytes_read
+
+    @property
+    def bytes_written(self) -> int:
+        return sum(file.image.size for file in self.folder.files)
+
+    @property
+    def copies(self):
+        return self.plan.copies
+
+    @property
+    def dropped(self) -> list[str]:
+        return self.source.dropped
+
+    def ranks(self) -> list[dict[str, int]]:
+        """Per destination rank: bytes it needs read, bytes of its files, bytes of its tensors."""
+        written: dict[int, int] = {}
+        rank_of = {id(file): next((s.rank for s in file.tensors.values()), 0) for file in self.folder.files}
+        for file in self.folder.files:
+            written[rank_of[id(file)]] = written.get(rank_of[id(file)], 0) + file.image.size
+        return [{**row, "bytes_written": written.get(row["rank"], 0)} for row in self.plan.per_rank()]
+
+    def to_json(self, path: str | None = None) -> dict:
+        """The keys that `convert` and `plan` share (CLI.md)."""
+        source = self.source
+        return {
+            "source": {"path": str(source.path), "format": source.format, "architecture": source.architecture, "mesh": mesh_json(source.mesh)},
+            "destination": {"path": path, "format": self.format, "architecture": source.architecture, "mesh": mesh_json(self.mesh)},
+            "tensors": len(self.plan.destinations),
+            "bytes_read": self.bytes_read,
+            "bytes_written": self.bytes_written,
+            "peak_buffer_bytes": self.peak_buffer_bytes,
+            "files": [{"path": file.path, "bytes": file.image.size} for file in self.folder.files],
+            "dropped": self.dropped,
+            "padded": self.plan.padded,
+        }
+
+
+def mesh_json(mesh: Mesh) -> dict[str, int]:
+    return {"tp": mesh.tp, "pp": mesh.pp, "ep": mesh.ep}
+
+
+def prepare(
+    source: Checkpoint,
+    *,
+    format: str,
+    mesh: Mesh = Mesh(),
+    dtype: str | None = None,
+    engine_version: str | None = None,
+    max_file: int | None = None,
+    jobs: int = 2,
+    buffer: int = 128 << 20,
+) -> Job:
+    """Plan the conversion of `source`. Raises PlanError with every problem found; nothing is written."""
+    kind = formats.get(format)
+    if format == "hf" and (mesh.tp, mesh.pp, mesh.ep) != (1, 1, 1):
+        raise PlanError([f"format hf is whole: it has no {mesh}"], "leave --tp, --pp and --ep out, or use --to tp")
+    placement = place(source, format, mesh, engine_version)
+    plan = join_to(source, placement, dtype)
+    target = Target(placement, engine_version, *([max_file] if max_file else []))
+    folder = kind.write(target, plan.destinations)
+    used = {id(s) for file in folder.files for s in file.tensors.values()}
+    assert used == {id(s) for s in plan.destinations}, "a format left tensors out of its files"
+    if engine_version is None and format in ("vllm", "sglang"):
+        from reshard.formats.engine import NEWEST
+
+        engine_version = NEWEST[format]
+    sizes = {file.path: file.image.size for file in folder.files}
+    folder.small[MANIFEST] = manifest_bytes(format, placement.mesh, source.layout.name, engine_version, sizes)
+    config = dict(source.layout.config) if not source.config_path else json.loads(source.config_path.read_bytes())
+    if dtype:
+        key = "dtype" if "dtype" in config or "torch_dtype" not in config else "torch_dtype"
+        config[key] = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}[dtype]
+        folder.small["config.json"] = (json.dumps(config, indent=2) + "\n").encode()
+    companions = {name: path for name, path in companion_files(source).items() if name not in folder.small}
+    return Job(source, format, placement.mesh, plan, folder, companions, engine_version, dtype, peak_buffer(plan, jobs, buffer))
+
+
+def place(source: Checkpoint, format: str, mesh: Mesh, engine_version: str | None = None) -> Placement:
+    """Where `format` puts the tensors of `source`'s model on `mesh`."""
+    kind = formats.get(format)
+    section = source.layout.section(kind.section)
+    if engine_version is not None and format not in ("vllm", "sglang"):
+        raise PlanError([f"--engine-version {engine_version} has no meaning for format {format}"], "it goes with --to vllm and --to sglang")
+    version = parse_version(engine_version) if engine_version else None
+    return Placement(source.layout, section.for_version(version), kind.rules, mesh, engine=version)
+
+
+def join_to(source: Checkpoint, placement: Placement, dtype: str | None, ranks=None, complete: bool = True) -> Plan:
+    """The plan that fills `placement` (or some of its ranks) from `source`."""
+    if dtype is not None and dtype not in DTYPES:
+        raise PlanError([f"unknown dtype {dtype!r}"], f"use one of {', '.join(DTYPES)}")
+    destinations = list(placement.stored(ranks))
+    if placement.problems:
+        raise PlanError(placement.problems, split_hint(placement))
+    pinned = [t.name for t in source.layout.descriptor.tensors.values() if t.dtype]
+    return join(source.stored, destinations, cast=DTYPES.get(dtype or ""), pinned=pinned, complete=complete, check=complete)
+
+
+def split_hint(placement: Placement) -> str:
+    """Tensor-parallel sizes that would work, for the model at hand."""
+    works = []
+    for tp in range(1, 65):
+        try:
+            trial = Placement(placement.layout, placement.section, placement.rules, replace(placement.mesh, tp=tp))
+            for _ in trial.stored(trial.ranks[:1]):
+                pass
+        except PlanError:
+            continue
+        if not trial.problems:
+            works.append(str(tp))
+    return f"tp sizes that fit this model here: {', '.join(works) or 'none'}" + ("; --to tp cuts unevenly" if placement.rules.even else "")
+
+
+def companion_files(source: Checkpoint) -> dict[str, Path]:
+    """config.json, tokenizer and their like: name in the destination → file at the source."""
+    folder = source.config_path.parent if source.config_path else source.path
+    found = {path.name: path for pattern in COMPANIONS for path in sorted(folder.glob(pattern)) if path.is_file()}
+    if source.config_path:
+        found["config.json"] = source.config_path
+    return dict(sorted(found.items()))
