@@ -18,7 +18,7 @@ import numpy as np
 
 from reshard.block import Block, Box, Stored, overlap, volume
 from reshard.errors import FormatError
-from reshard.plan import Copy, Plan, label, union_volume, where
+from reshard.join import Copy, Plan, label, union_volume, where
 from reshard.stores import DTYPE_SIZE
 
 _TILE = 8 << 20  # bytes: large enough that system calls cost nothing, small enough to stay in the processor's cache

@@ -1,6 +1,6 @@
 """A conversion before it runs: the plan, the output folder laid out to the byte, and what it will cost.
 
-``prepare`` touches headers only and raises everything that can be known to be wrong. ``convert.py`` runs what it returns.
+``prepare`` touches headers only and raises everything that can be known to be wrong. ``transaction.py`` runs what it returns.
 """
 
 import json
@@ -16,7 +16,7 @@ from reshard.formats.manifest import NAME as MANIFEST
 from reshard.formats.manifest import manifest_bytes
 from reshard.layout import parse_version
 from reshard.place import Mesh, Placement
-from reshard.plan import Plan, join
+from reshard.join import Plan, join
 
 DTYPES = {"bf16": "BF16", "fp16": "F16", "fp32": "F32"}
 #: files beside the weights that every folder gets, when the source has them

@@ -53,25 +53,35 @@ def _read(folder: Path) -> Contents:
                 offsets[-1].update({name: tuple(value["saved_offsets"]) for name, value in info.items()})
             except (ValueError, KeyError, TypeError, AttributeError):
                 raise FormatError(f"{folder / file}: DCP_SHARDING_INFO is not the JSON that torch writes") from None
-            notes.add(metadata.get("reshard"))
+            notes.add(_mesh_note(folder / file, metadata.get("reshard")))
     if notes == {None}:  # written by transformers or torch: boxes of whole tensors, on a mesh that only the boxes tell
         return Contents(Mesh(), tensors, boxes=offsets)
     return _ours(folder, tensors, notes)
 
 
+def _mesh_note(path: Path, note: str | None) -> tuple[str, Mesh] | None:
+    """What a file's own metadata says of layout and mesh; None in a file that reshard did not write."""
+    if note is None:
+        return None
+    try:
+        table = json.loads(note)
+        mesh = Mesh(*(int(table[name]) for name in ("tp", "pp", "ep")))
+        if min(mesh.tp, mesh.pp, mesh.ep) < 1:
+            raise ValueError
+        return str(table["layout"]), mesh
+    except (ValueError, KeyError, TypeError):
+        raise FormatError(f"{path}: its metadata under 'reshard' names no mesh") from None
+
+
 def _ours(folder: Path, tensors: list, notes: set) -> Contents:
     manifest = read_manifest(folder)
-    try:
-        (note,) = notes
-        note = json.loads(note)
-        mesh = Mesh(note["tp"], note["pp"], note["ep"])
-        if min(mesh.tp, mesh.pp, mesh.ep) < 1 or (manifest and mesh_of(manifest) != mesh):
-            raise ValueError
-    except (ValueError, KeyError, TypeError):
-        raise FormatError(f"{folder}: its files disagree on the mesh: {sorted(map(str, notes))}", "files of several checkpoints were mixed") from None
+    said = {f"{note[1]}" if note else "nothing" for note in notes} | ({str(mesh_of(manifest))} if manifest else set())
+    if len(said) != 1 or len(notes) != 1:
+        raise FormatError(f"{folder}: its files and manifest disagree on the mesh: {', '.join(sorted(said))}", "files of several checkpoints were mixed")
+    layout, mesh = next(iter(notes))
     if len(tensors) != mesh.tp * mesh.pp:
         raise FormatError(f"{folder} has files of {len(tensors)} ranks, its metadata says {mesh.tp * mesh.pp} ({mesh})", "copy the folder again, whole")
-    return Contents(mesh, tensors, layout=note.get("layout"))
+    return Contents(mesh, tensors, layout=layout)
 
 
 def _write(target: Target, stored: list[Stored]) -> Folder:

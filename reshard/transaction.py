@@ -24,7 +24,7 @@ from reshard.errors import DestinationError
 from reshard.execute import Source, run
 from reshard.formats import OutFile
 from reshard.job import Job
-from reshard.plan import Plan
+from reshard.join import Plan
 from reshard.stores import DTYPE_SIZE
 
 _JOURNAL = "journal.jsonl"

@@ -1,0 +1,141 @@
+"""The library: open, plan, convert, load, diff. The command line calls these and prints what they return."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from reshard.checkpoint import Checkpoint, open_checkpoint
+from reshard.errors import PlanError
+from reshard.job import Job, join_to, place, prepare
+from reshard.place import Mesh
+
+open = open_checkpoint
+
+
+def _opened(source: Checkpoint | str | Path, layout=None, config=None) -> Checkpoint:
+    return source if isinstance(source, Checkpoint) else open_checkpoint(source, layout=layout, config=config)
+
+
+def plan(source: Checkpoint | str | Path, *, format: str, tp: int = 1, pp: int = 1, ep: int = 1, etp: int = 0, **options) -> Job:
+    """What a conversion of `source` to `format` would read and write, to the byte. Reads headers, writes nothing.
+
+    `options`: `dtype` (bf16, fp16, fp32), `engine_version`, `max_file` (bytes), `jobs`, `buffer` (bytes), and `layout`, `config` for opening.
+    Raises ReshardError with all problems at once.
+    """
+    ckpt = _opened(source, options.pop("layout", None), options.pop("config", None))
+    return prepare(ckpt, format=format, mesh=Mesh(tp, pp, ep, etp), **options)
+
+
+def convert(
+    source: Checkpoint | str | Path,
+    destination: str | Path,
+    *,
+    format: str,
+    tp: int = 1,
+    pp: int = 1,
+    ep: int = 1,
+    etp: int = 0,
+    overwrite: bool = False,
+    fsync: bool = True,
+    jobs: int = 2,
+    buffer: int = 128 << 20,
+    progress: Callable[[int], None] = lambda size: None,
+    **options,
+):
+    """Convert `source` into the folder `destination`; `progress` is told bytes read as they are read. Returns a Report.
+
+    Options as for ``plan``. The destination appears whole or not at all, and an interrupted call continues when repeated.
+    """
+    from reshard.transaction import convert as run
+
+    job = plan(source, format=format, tp=tp, pp=pp, ep=ep, etp=etp, jobs=jobs, buffer=buffer, **options)
+    return run(job, destination, overwrite=overwrite, fsync=fsync, jobs=jobs, buffer=buffer, progress=progress)
+
+
+def load(
+    source: Checkpoint | str | Path,
+    *,
+    format: str,
+    tp: int = 1,
+    pp: int = 1,
+    ep: int = 1,
+    etp: int = 0,
+    rank: int = 0,
+    device: str = "cpu",
+    dtype: str | None = None,
+    engine_version: str | None = None,
+    **options,
+) -> Mapping[str, "object"]:
+    """The tensors of one rank of (`format`, mesh), as {stored name: torch tensor} on `device`.
+
+    Reads this rank's bytes only. Constants that the engine demands are among the tensors.
+    """
+    import numpy as np
+    import torch
+
+    from reshard.execute import Source, run
+
+    ckpt = _opened(source, options.pop("layout", None), options.pop("config", None))
+    if options:
+        raise TypeError(f"load() got an unexpected option {next(iter(options))!r}")
+    placement = place(ckpt, format, Mesh(tp, pp, ep, etp), engine_version)
+    chosen = [r for r in placement.ranks if r.number == rank]
+    if not chosen:
+        raise PlanError([f"rank {rank} of {placement.mesh} does not exist"], f"ranks are 0 to {len(placement.ranks) - 1}")
+    todo = join_to(ckpt, placement, dtype, chosen, complete=False)
+    kinds = torch_dtypes()
+    state = {s.name: torch.zeros(s.shape, dtype=kinds[s.dtype]) for s in todo.destinations}
+    raw = {name: tensor.reshape(-1).view(torch.uint8).numpy() for name, tensor in state.items()}
+    width = {name: tensor.element_size() for name, tensor in state.items()}
+
+    def write(stored, element: int, data) -> None:
+        start = element * width[stored.name]
+        raw[stored.name][start : start + len(data)] = np.frombuffer(data, np.uint8)
+
+    run(todo, Source(ckpt.path), write)
+    for name, constant in placement.constants(chosen[0]):
+        state[name] = torch.full(constant.shape, constant.value, dtype=kinds[constant.dtype])
+    return {name: tensor.to(device) for name, tensor in state.items()}
+
+
+def torch_dtypes() -> dict[str, "object"]:
+    """torch's dtype for each of safetensors' words."""
+    import torch
+
+    words = {"BOOL": "bool", "U8": "uint8", "I8": "int8", "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2", "U16": "uint16",
+             "I16": "int16", "F16": "float16", "BF16": "bfloat16", "U32": "uint32", "I32": "int32", "F32": "float32",
+             "U64": "uint64", "I64": "int64", "F64": "float64", "C64": "complex64", "F8_E8M0": "float8_e8m0fnu"}  # fmt: skip
+    return {word: getattr(torch, name) for word, name in words.items() if hasattr(torch, name)}
+
+
+@dataclass
+class Difference:
+    """One tensor that differs between two checkpoints."""
+
+    name: str
+    elements: int = 0
+    max_abs_diff: float = 0.0
+
+
+@dataclass
+class DiffReport:
+    """Whether two checkpoints hold the same parameters, bit for bit. Names are those of the Hugging Face format."""
+
+    tensors: int
+    differing: list[Difference] = field(default_factory=list)
+    missing_in_a: list[str] = field(default_factory=list)
+    missing_in_b: list[str] = field(default_factory=list)
+
+    @property
+    def equal(self) -> bool:
+        return not (self.differing or self.missing_in_a or self.missing_in_b)
+
+    def __bool__(self) -> bool:
+        return self.equal
+
+
+def diff(a: Checkpoint | str | Path, b: Checkpoint | str | Path, *, progress: Callable[[int], None] = lambda size: None) -> DiffReport:
+    """Compare two checkpoints of any layouts, bit for bit, in the axes they share; nothing is written, no model held."""
+    from reshard.compare import compare
+
+    return compare(_opened(a), _opened(b), progress)

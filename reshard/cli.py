@@ -1,0 +1,334 @@
+"""The command line: parse, call the library, print. Results go to stdout, everything else to stderr."""
+
+import json
+import sys
+import time
+from pathlib import Path
+
+import click
+
+from reshard import __version__
+from reshard.errors import ReshardError
+
+FORMATS = ["hf", "tp", "vllm", "sglang", "megatron", "rank-pt"]
+_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+class Size(click.ParamType):
+    """A number of bytes such as 128MB."""
+
+    name = "size"
+
+    def convert(self, value, param, ctx):
+        if isinstance(value, int):
+            return value
+        text = value.strip().upper().removesuffix("/S")
+        number = text.rstrip("KMGTIB")
+        try:
+            return int(float(number) * _UNITS[text[len(number):]])
+        except (ValueError, KeyError):
+            self.fail(f"{value!r} is not a size; write it like 128MB", param, ctx)
+
+
+def human(size: int | float) -> str:
+    """Bytes for people, in powers of ten: 3.00 GB."""
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if size < 1000 or unit == "TB":
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.2f} {unit}"
+        size /= 1000
+    raise AssertionError
+
+
+def table(rows: list[tuple], head: tuple[str, ...]) -> str:
+    """Rows in columns; numbers to the right."""
+    cells = [tuple(map(str, row)) for row in [head, *rows]]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(head))]
+    right = [all(isinstance(row[i], (int, float)) for row in rows) for i in range(len(head))]
+    lines = ["  ".join(c.rjust(w) if r else c.ljust(w) for c, w, r in zip(row, widths, right)).rstrip() for row in cells]
+    return "\n".join(lines)
+
+
+def mesh_options(command):
+    for name, text in (("--ep", "expert-parallel ranks"), ("--pp", "pipeline stages"), ("--tp", "tensor-parallel ranks")):
+        command = click.option(name, type=click.IntRange(1, 65536), default=1, show_default=True, help=f"Number of {text} of the result.")(command)
+    command = click.option("--etp", type=click.IntRange(0, 65536), default=0, hidden=True)(command)
+    return command
+
+
+def source_options(command):
+    command = click.option("--config", type=click.Path(exists=True), help="config.json of the model, or its folder, where the checkpoint has none.")(command)
+    command = click.option("--layout", type=click.Path(exists=True, dir_okay=False), help="A layout descriptor of your own.")(command)
+    return click.option("--from", "from_", type=click.Choice(FORMATS), help="Format of SRC, where its files don't tell.")(command)
+
+
+def target_options(command):
+    command = click.option("--engine-version", metavar="V", help="Release of vLLM or SGLang that will read the files; the newest known by default.")(command)
+    command = click.option("--dtype", type=click.Choice(["bf16", "fp16", "fp32"]), help="Store floating-point tensors as this.")(command)
+    command = mesh_options(command)
+    return click.option("--to", "to", type=click.Choice(FORMATS), required=True, help="Format of the result.")(command)
+
+
+json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="reshard")
+def cli():
+    """Move a model's weights from the shape they are in to the shape they must be in."""
+
+
+def _open(path: str, from_=None, layout=None, config=None):
+    from reshard.checkpoint import open_checkpoint
+
+    return open_checkpoint(path, format=from_, layout=layout, config=config)
+
+
+def _plan(source, to, tp, pp, ep, etp, dtype, engine_version, **options):
+    from reshard.api import plan
+
+    return plan(source, format=to, tp=tp, pp=pp, ep=ep, etp=etp, dtype=dtype, engine_version=engine_version, **options)
+
+
+def _print_plan(job, destination: str | None) -> None:
+    source = job.source
+    click.echo(f"{source.path}  {source.format} {source.mesh}  {source.architecture}")
+    click.echo(f"→ {destination or '(nothing is written)'}  {job.format} {job.mesh}\n")
+    rows = [(r["rank"], human(r["bytes_read"]), human(r["bytes_written"]), human(r["bytes_held"])) for r in job.ranks()]
+    click.echo(table(rows, ("rank", "reads", "writes", "holds")))
+    click.echo(f"\n{len(job.plan.destinations)} tensors in {len(job.folder.files)} files; reads {human(job.bytes_read)}, writes {human(job.bytes_written)}, "
+               f"buffers {human(job.peak_buffer_bytes)} at most")  # fmt: skip
+    for word, names in (("dropped", job.dropped), ("padded", job.plan.padded)):
+        if names:
+            click.echo(f"{word}: {', '.join(names[:4])}{f' and {len(names) - 4} more' if len(names) > 4 else ''}")
+
+
+@cli.command()
+@click.argument("src")
+@click.argument("dst")
+@target_options
+@source_options
+@click.option("-n", "--dry-run", is_flag=True, help="Plan only; write nothing.")
+@click.option("-j", "--jobs", type=click.IntRange(1, 256), default=2, show_default=True, help="Threads.")
+@click.option("--buffer", type=Size(), default="128MB", show_default=True, help="Memory for buffers, in all.")
+@click.option("--no-fsync", is_flag=True, help="Don't wait until the files are durable.")
+@click.option("--overwrite", is_flag=True, help="Replace what DST holds.")
+@json_option
+@click.option("-q", "--quiet", is_flag=True, help="No progress, no summary.")
+@click.option("-v", "--verbose", is_flag=True, help="Tracebacks with errors.")
+def convert(src, dst, to, tp, pp, ep, etp, dtype, engine_version, from_, layout, config, dry_run, jobs, buffer, no_fsync, overwrite, as_json, quiet, verbose):
+    """Convert the checkpoint in SRC into folder DST, in another format or on another mesh."""
+    from reshard.transaction import convert as run
+
+    source = _open(src, from_, layout, config)
+    job = _plan(source, to, tp, pp, ep, etp, dtype, engine_version, jobs=jobs, buffer=buffer)
+    if dry_run:
+        click.echo(json.dumps({"ok": True, **job.to_json(dst)})) if as_json else _print_plan(job, dst)
+        return
+    with progress_bar(job.bytes_read, quiet or as_json) as tell:
+        report = run(job, dst, overwrite=overwrite, fsync=not no_fsync, jobs=jobs, buffer=buffer, progress=tell)
+    if as_json:
+        done = {"bytes_read": report.bytes_read, "bytes_written": report.bytes_written, "seconds": round(report.seconds, 3)}
+        click.echo(json.dumps({"ok": True, **job.to_json(dst), **done, "resumed_files": report.resumed_files}))
+    elif not quiet:
+        rate = human(report.bytes_written / max(report.seconds, 1e-9))
+        click.echo(f"wrote {len(report.files)} files, {human(report.bytes_written)} in {report.seconds:.1f}s ({rate}/s): {dst}, {job.format} {job.mesh}")
+
+
+@cli.command()
+@click.argument("src")
+@target_options
+@source_options
+@click.option("--rank", type=click.IntRange(0), help="Only what this rank needs.")
+@click.option("--bandwidth", type=Size(), help="Bytes per second, such as 25GB/s: adds the time it takes.")
+@json_option
+def plan(src, to, tp, pp, ep, etp, dtype, engine_version, from_, layout, config, rank, bandwidth, as_json):
+    """Tell which bytes a conversion of SRC would read and write, per rank. Writes nothing."""
+    job = _plan(_open(src, from_, layout, config), to, tp, pp, ep, etp, dtype, engine_version)
+    ranks = [row for row in job.ranks() if rank is None or row["rank"] == rank]
+    if not ranks:
+        raise ReshardError(f"rank {rank} does not exist on {job.mesh}", f"ranks are 0 to {len(job.ranks()) - 1}")
+    if as_json:
+        extra = {"seconds_at_bandwidth": (job.bytes_read + job.bytes_written) / bandwidth} if bandwidth else {}
+        click.echo(json.dumps({"ok": True, **job.to_json(), "ranks": ranks, **extra}))
+        return
+    _print_plan(job, None)
+    if bandwidth:
+        click.echo(f"at {human(bandwidth)}/s: {(job.bytes_read + job.bytes_written) / bandwidth:.2f}s")
+
+
+@cli.command()
+@click.argument("path")
+@source_options
+@click.option("--tensors", is_flag=True, help="List every tensor.")
+@json_option
+def inspect(path, from_, layout, config, tensors, as_json):
+    """Tell what PATH holds: format, architecture, mesh, and with --tensors every tensor."""
+    ckpt = _open(path, from_, layout, config)
+    result = {"ok": True, "path": str(path), "format": ckpt.format, "architecture": ckpt.architecture,
+              "mesh": {"tp": ckpt.mesh.tp, "pp": ckpt.mesh.pp, "ep": ckpt.mesh.ep}, "bytes": ckpt.bytes}  # fmt: skip
+    rows = _tensor_rows(ckpt)
+    if as_json:
+        result["tensors"] = [dict(zip(("name", "shape", "dtype", "split_dim", "fused", "ranks"), row)) for row in rows] if tensors else len(rows)
+        click.echo(json.dumps(result))
+        return
+    click.echo(f"{path}: {ckpt.format} {ckpt.mesh}, {ckpt.architecture} (layout {ckpt.layout.name}), {len(rows)} tensors, {human(ckpt.bytes)}")
+    if tensors:
+        text = [(n, "×".join(map(str, s)) or "scalar", d, "-" if x is None else x, "+".join(f) or "-", len(r)) for n, s, d, x, f, r in rows]
+        click.echo(table(text, ("name", "shape per rank", "dtype", "split dim", "fused", "ranks")))
+
+
+def _tensor_rows(ckpt) -> list[tuple]:
+    rows: dict[str, list] = {}
+    for s in ckpt.stored:
+        row = rows.setdefault(s.name, [s.name, list(s.shape), s.dtype, split_dim(ckpt.layout, s.entry, ckpt.mesh), list(s.entry.of) if len(s.entry.of) > 1 else [], []])
+        row[5].append(s.rank)
+    return [tuple(row) for row in rows.values()]
+
+
+def split_dim(layout, entry, mesh) -> int | None:
+    """The dimension of a stored tensor that tensor parallelism cuts; None where it is replicated."""
+    tensor = layout.descriptor.tensors[entry.of[0]]
+    split = tensor.split if entry.split is None else entry.split
+    if mesh.tp == 1 or not split:
+        return None
+    dims = entry.dims or tensor.dims
+    lead = sum(1 for axis in tensor.index if f"{{{axis}}}" not in entry.name)
+    return lead + next(d for d, axes in enumerate(dims) if split[0] in axes)
+
+
+@cli.command()
+@click.argument("a")
+@click.argument("b")
+@json_option
+@click.option("-q", "--quiet", is_flag=True)
+def diff(a, b, as_json, quiet):
+    """Tell whether A and B hold the same parameters, bit for bit, whatever their layouts. Exit code 3: they differ."""
+    from reshard.api import diff as run
+
+    left, right = _open(a), _open(b)
+    with progress_bar(left.bytes + right.bytes, quiet or as_json) as tell:
+        report = run(left, right, progress=tell)
+    if as_json:
+        differing = [{"name": d.name, "elements": d.elements, "max_abs_diff": d.max_abs_diff} for d in report.differing]
+        click.echo(json.dumps({"ok": True, "equal": report.equal, "tensors": report.tensors, "differing": differing,
+                               "missing_in_a": report.missing_in_a, "missing_in_b": report.missing_in_b}))  # fmt: skip
+    elif report.equal:
+        click.echo(f"equal: {report.tensors} tensors, bit for bit")
+    else:
+        for word, names in ((a, report.missing_in_a), (b, report.missing_in_b)):
+            for name in names[:20]:
+                click.echo(f"missing in {word}: {name}")
+        if report.differing:
+            rows = [(d.name, d.elements, f"{d.max_abs_diff:.3g}") for d in report.differing[:20]]
+            click.echo(table(rows, ("differs", "elements", "max |a-b|")))
+        click.echo(f"different: {len(report.differing)} of {report.tensors} tensors differ, {len(report.missing_in_a) + len(report.missing_in_b)} missing")
+    if not report.equal:
+        sys.exit(3)
+
+
+@cli.group(invoke_without_command=True)
+@click.pass_context
+def layouts(ctx):
+    """List the architectures that reshard knows; `layouts show NAME` explains one."""
+    if ctx.invoked_subcommand:
+        return
+    from reshard.layout import builtin_descriptors
+
+    rows = [(n, ", ".join(d.architectures), ", ".join(sorted(d.formats)), d.description) for n, d in builtin_descriptors().items()]
+    click.echo(table(rows, ("layout", "architectures", "formats", "what")))
+
+
+@layouts.command("show")
+@click.argument("name")
+@click.option("--tp", type=click.IntRange(1), default=1, show_default=True)
+@click.option("--format", "format_", type=click.Choice(FORMATS), default="hf", show_default=True)
+@click.option("--config", type=click.Path(exists=True), help="config.json to take sizes from; without it sizes are shown by name.")
+def show(name, tp, format_, config):
+    """Tell for each tensor of layout NAME its dims, what it is fused with, and which dim tensor parallelism splits."""
+    from reshard import formats
+    from reshard.layout import builtin_descriptors, load_descriptor
+
+    known = builtin_descriptors()
+    if not name.endswith(".toml") and name not in known:
+        raise ReshardError(f"no layout {name!r}", f"known: {', '.join(known)}")
+    descriptor = load_descriptor(Path(name)) if name.endswith(".toml") else known[name]
+    kind = formats.get(format_)
+    if config is None:
+        section = descriptor.formats[kind.section]
+        rows = []
+        for entry in section.entries:
+            tensor = descriptor.tensors[entry.of[0]]
+            dims = entry.dims or tensor.dims
+            split = tensor.split if entry.split is None else entry.split
+            text = " ".join(f"({' '.join(a + '*' * (a in split) for a in axes)})" if len(axes) > 1 else axes[0] + "*" * (axes[0] in split) for axes in dims)
+            rows.append((entry.name, " + ".join(entry.of), entry.within or "-", text))
+        click.echo(table(rows, ("name", "holds", "interleaved within", "dims (* is split)")))
+        return
+    from reshard.checkpoint import find_config, model_config, read_config
+    from reshard.place import Mesh, Placement
+
+    layout = descriptor.bind(model_config(read_config(find_config(Path(config), config))))
+    placement = Placement(layout, layout.section(kind.section), kind.rules, Mesh(tp))
+    rows = [(s.name, "×".join(map(str, s.shape)), "-" if (d := split_dim(layout, s.entry, placement.mesh)) is None else d, "+".join(s.entry.of))
+            for s in placement.stored(placement.ranks[:1])]  # fmt: skip
+    click.echo(table(rows, ("name", "shape on rank 0", "split dim", "holds")))
+
+
+class progress_bar:
+    """Bytes on stderr: a bar on a terminal, one line every 30 s elsewhere, nothing when quiet."""
+
+    def __init__(self, total: int, quiet: bool):
+        self._total, self._quiet = total, quiet
+
+    def __enter__(self):
+        self._bar, self._done, self._said = None, 0, time.monotonic()
+        if not self._quiet and sys.stderr.isatty():
+            from tqdm import tqdm
+
+            self._bar = tqdm(total=self._total, unit="B", unit_scale=True, unit_divisor=1000, delay=1, smoothing=0.1, file=sys.stderr)
+        return self.tell
+
+    def tell(self, size: int) -> None:
+        self._done += size
+        if self._bar is not None:
+            self._bar.update(size)
+        elif not self._quiet and time.monotonic() - self._said > 30:
+            self._said = time.monotonic()
+            print(f"{human(self._done)} of {human(self._total)}", file=sys.stderr, flush=True)
+
+    def __exit__(self, *error):
+        if self._bar is not None:
+            self._bar.close()
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run the command line; errors become text (or JSON) and an exit code: 1 failed, 2 usage, 3 the answer is no, 130 interrupted."""
+    args = sys.argv[1:] if argv is None else argv
+    as_json = "--json" in args
+    try:
+        code = cli.main(args, prog_name="reshard", standalone_mode=False)
+        sys.exit(code if isinstance(code, int) else 0)
+    except click.UsageError as error:
+        if as_json:
+            _fail_json("UsageError", error.format_message(), None)
+        else:
+            error.show()
+        sys.exit(2)
+    except (ReshardError, OSError) as error:
+        if "-v" in args or "--verbose" in args:
+            import traceback
+
+            traceback.print_exc()
+        hint = getattr(error, "hint", None)
+        if as_json:
+            _fail_json(type(error).__name__, str(error), hint)
+        else:
+            click.echo(f"Error: {error}" + (f"\n\nhint: {hint}" if hint else ""), err=True)
+        sys.exit(1)
+    except (KeyboardInterrupt, click.Abort):
+        click.echo("interrupted; run the same command to go on where it stopped", err=True)
+        sys.exit(130)
+
+
+def _fail_json(kind: str, message: str, hint: str | None) -> None:
+    click.echo(json.dumps({"ok": False, "error": {"type": kind, "message": message, "hint": hint}}))

@@ -1,0 +1,102 @@
+"""diff: the join of two checkpoints, with comparing in the place of copying. One bounded pass over both."""
+
+from collections import defaultdict
+from collections.abc import Callable
+
+import numpy as np
+
+from reshard.api import Difference, DiffReport
+from reshard.block import Block, Key, volume
+from reshard.checkpoint import Checkpoint
+from reshard.execute import Source, cast, tiles
+from reshard.place import Mesh, Placement
+from reshard.join import Copy, Plan, _move, label
+from reshard.stores import DTYPE_SIZE
+
+_INTEGERS = ("BOOL", "U8", "I8", "U16", "I16", "U32", "I32", "U64", "I64")
+
+
+def pair(a: Checkpoint, b: Checkpoint) -> tuple[Plan, list[Key], list[Key], dict[Key, str]]:
+    """Copies that line up every box of `b` (dst) with every box of `a` (src) of the same tensor, all replicas included;
+    the tensors that only `b` has, that only `a` has, and those whose sizes differ."""
+    sides = []
+    for checkpoint in (a, b):
+        holders = defaultdict(list)
+        for stored in checkpoint.stored:
+            for key, block in stored.blocks:
+                holders[key].append((stored, block))
+        sides.append(holders)
+    left, right = sides
+    copies, unequal = [], {}
+    for key in left.keys() & right.keys():
+        bounds = [[max(block.box[x][1] for _, block in side[key]) for x in range(len(side[key][0][1].box))] for side in sides]
+        if bounds[0] != bounds[1]:
+            unequal[key] = f"{bounds[0]} and {bounds[1]}"
+            continue
+        for stored, block in right[key]:
+            for source, other in left[key]:
+                move = _move(other, block)
+                if move is not None:
+                    copies.append(Copy(key, source, stored, move))
+    return Plan([], copies), sorted(right.keys() - left.keys(), key=str), sorted(left.keys() - right.keys(), key=str), unequal
+
+
+def compare(a: Checkpoint, b: Checkpoint, progress: Callable[[int], None] = lambda size: None) -> DiffReport:
+    """See ``api.diff``."""
+    plan, only_b, only_a, unequal = pair(a, b)
+    names = hf_names(a) | hf_names(b)
+    keys = {key for side in (a, b) for stored in side.stored for key, _ in stored.blocks}
+    report = DiffReport(len(keys), [], [names.get(k, label(k)) for k in only_b], [names.get(k, label(k)) for k in only_a])
+    found: dict[Key, Difference] = {}
+    for key, sizes in unequal.items():
+        found[key] = Difference(f"{names.get(key, label(key))} (sizes {sizes})")
+    left, right = Source(a.path), Source(b.path)
+    for tile in tiles(plan):
+        for copy in tile.copies:
+            move = copy.move
+            mine = left.array(copy.src, Block(move.box, move.src_offset, move.src_strides))
+            other = right.array(copy.dst, Block(move.box, move.dst_offset, move.dst_strides))
+            if copy.src.dtype != copy.dst.dtype or not np.array_equal(mine, other):
+                _differ(found, names.get(copy.key, label(copy.key)), copy, mine, other)
+            left.release(copy.src, move.src_offset, move.src_offset + _span(move.shape, move.src_strides))
+            right.release(copy.dst, move.dst_offset, move.dst_offset + _span(move.shape, move.dst_strides))
+            progress(volume(move.box) * (DTYPE_SIZE[copy.src.dtype] + DTYPE_SIZE[copy.dst.dtype]))
+    report.differing = [found[key] for key in sorted(found, key=str)]
+    return report
+
+
+def _span(shape: tuple[int, ...], strides: tuple[int, ...]) -> int:
+    return sum((n - 1) * s for n, s in zip(shape, strides)) + 1
+
+
+def _differ(found: dict[Key, Difference], name: str, copy: Copy, mine: np.ndarray, other: np.ndarray) -> None:
+    entry = found.setdefault(copy.key, Difference(name))
+    if copy.src.dtype == copy.dst.dtype:
+        entry.elements += int(np.count_nonzero(mine != other))
+    x, y = _values(mine, copy.src.dtype), _values(other, copy.dst.dtype)
+    if copy.src.dtype != copy.dst.dtype:
+        entry.name = f"{name} ({copy.src.dtype} and {copy.dst.dtype})"
+        entry.elements += mine.size
+    with np.errstate(invalid="ignore"):
+        gap = np.abs(x - y)
+    largest = float(np.nanmax(gap)) if gap.size and not np.all(np.isnan(gap)) else float("nan")
+    entry.max_abs_diff = max(entry.max_abs_diff, largest) if largest == largest else entry.max_abs_diff
+
+
+def _values(words: np.ndarray, dtype: str) -> np.ndarray:
+    """The numbers that `words` of `dtype` stand for, as float64."""
+    if dtype in _INTEGERS:
+        return words.astype(np.float64)
+    if dtype.startswith("F8") or dtype == "C64":
+        return words.astype(np.float64)  # compared by their codes: only whether they differ is meant
+    wide = words if dtype == "F32" else cast(words, dtype, "F32")
+    return np.ascontiguousarray(wide).view(np.float32).astype(np.float64)
+
+
+def hf_names(checkpoint: Checkpoint) -> dict[Key, str]:
+    """Each tensor's name in the Hugging Face format, for people."""
+    from reshard import formats
+
+    section = checkpoint.layout.section("hf")
+    stored = Placement(checkpoint.layout, section, formats.get("hf").rules, Mesh()).stored()
+    return {key: s.name for s in stored for key, _ in s.blocks}

@@ -1,0 +1,97 @@
+"""safetensors files: the header read and checked, or laid out, without the library: only bytes' places matter here.
+
+Stricter than the library in nothing, more talkative in everything. Source of the rules: safetensors' README and tensor.rs.
+"""
+
+import json
+import struct
+from collections.abc import Sequence
+from math import prod
+from pathlib import Path
+
+from reshard.errors import FormatError
+from reshard.stores import DTYPE_SIZE, FileImage, TensorInfo
+
+_HEADER_LIMIT = 100_000_000
+#: the library writes tensors by falling alignment, ties by this order of dtypes (falling), then by name
+_ORDER = ("BOOL", "U8", "I8", "F8_E5M2", "F8_E4M3", "F8_E8M0", "I16", "U16", "F16", "BF16", "I32", "U32", "F32", "C64", "F64", "I64", "U64")
+
+
+def _unique(pairs: list[tuple[str, object]]) -> dict:
+    table = dict(pairs)
+    if len(table) != len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"the key {next(n for n in names if names.count(n) > 1)!r} stands twice")
+    return table
+
+
+def read(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
+    """Tensors and metadata of a file, from its header. Raises FormatError for anything the format forbids."""
+    size = Path(path).stat().st_size
+    with open(path, "rb") as file:
+        prefix = file.read(8)
+        if len(prefix) < 8:
+            raise FormatError(f"{path} has {size} bytes, too few for a safetensors file", "the file is truncated; copy it again")
+        (length,) = struct.unpack("<Q", prefix)
+        if length > _HEADER_LIMIT:
+            raise FormatError(f"{path}: header of {length} bytes is larger than the {_HEADER_LIMIT} allowed", "this is no safetensors file")
+        if 8 + length > size:
+            raise FormatError(f"{path} has {size} bytes, its header alone needs {8 + length}", "the file is truncated; copy it again")
+        raw = file.read(length)
+    try:
+        header = json.loads(raw.decode("utf-8"), object_pairs_hook=_unique)
+        if not isinstance(header, dict):
+            raise ValueError(f"it is a {type(header).__name__}, not an object")
+    except (ValueError, RecursionError) as error:
+        raise FormatError(f"{path}: header is not valid: {error}") from None
+    metadata = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+        raise FormatError(f"{path}: __metadata__ must hold text only")
+    base, tensors, ends = 8 + length, {}, []
+    for name, entry in header.items():
+        tensors[name], begin, end = _entry(path, name, entry, base)
+        ends.append((begin, end, name))
+    at = 0
+    for begin, end, name in sorted(ends):
+        if begin != at:
+            word = "overlaps the tensor before it" if begin < at else "leaves a hole before it"
+            raise FormatError(f"{path}: {name} begins at byte {begin}, expected {at}: it {word}")
+        at = end
+    if base + at != size:
+        raise FormatError(f"{path} has {size} bytes, its header describes {base + at}", "the file is truncated or has been added to; copy it again")
+    return tensors, metadata
+
+
+def _entry(path: Path, name: str, entry: object, base: int) -> tuple[TensorInfo, int, int]:
+    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
+        raise FormatError(f"{path}: {name} must have dtype, shape and data_offsets and nothing else")
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in DTYPE_SIZE:
+        raise FormatError(f"{path}: {name} has dtype {dtype!r}, which reshard does not know", f"known: {', '.join(DTYPE_SIZE)}")
+    for label, numbers in (("shape", shape), ("data_offsets", offsets)):
+        if not isinstance(numbers, list) or not all(type(n) is int and 0 <= n < 2**63 for n in numbers):
+            raise FormatError(f"{path}: {name} has {label} {str(numbers)[:80]}, expected a list of sizes")
+    if len(offsets) != 2 or offsets[0] > offsets[1]:
+        raise FormatError(f"{path}: {name} has data_offsets {offsets}, expected [begin, end]")
+    begin, end = offsets
+    need = prod(shape) * DTYPE_SIZE[dtype]
+    if end - begin != need:
+        raise FormatError(f"{path}: {name} spans {end - begin} bytes, {dtype} {shape} needs {need}")
+    return TensorInfo(dtype, tuple(shape), base + begin), begin, end
+
+
+def compose(tensors: Sequence[tuple[str, str, tuple[int, ...]]], metadata: dict[str, str] | None = None) -> FileImage:
+    """A file of `tensors` (name, dtype, shape) as the safetensors library's save_file lays it out, to the byte."""
+    ordered = sorted(tensors, key=lambda t: (-_ORDER.index(t[1]), t[0]))
+    header: dict[str, object] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
+    at, offsets = 0, {}
+    for name, dtype, shape in ordered:
+        end = at + prod(shape) * DTYPE_SIZE[dtype]
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [at, end]}
+        offsets[name] = at
+        at = end
+    raw = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    raw += b" " * (-len(raw) % 8)
+    base = 8 + len(raw)
+    infos = {name: TensorInfo(dtype, tuple(shape), base + offsets[name]) for name, dtype, shape in ordered}
+    return FileImage(base + at, ((0, struct.pack("<Q", len(raw)) + raw),), infos)

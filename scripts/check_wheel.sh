@@ -1,0 +1,14 @@
+#!/usr/bin/env bash
+# Build the wheel, install it in a fresh environment outside the checkout, and use it there.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+python3 -m venv "$work/venv"
+"$work/venv/bin/pip" wheel -q --no-deps -w "$work/dist" .
+"$work/venv/bin/pip" install -q -c constraints.txt "$work"/dist/*.whl
+cp -r ../shared/samples/hf/llama "$work/llama"
+cd "$work"
+venv/bin/reshard layouts
+venv/bin/reshard convert llama out --to vllm --tp 2
+venv/bin/reshard diff llama out
