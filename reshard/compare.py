@@ -6,7 +6,7 @@ from collections.abc import Callable
 import numpy as np
 
 from reshard.api import Difference, DiffReport
-from reshard.block import Block, Key, volume
+from reshard.block import Box, Key, Stored, volume
 from reshard.checkpoint import Checkpoint
 from reshard.execute import Source, cast, tiles
 from reshard.place import Mesh, Placement
@@ -54,19 +54,23 @@ def compare(a: Checkpoint, b: Checkpoint, progress: Callable[[int], None] = lamb
     for tile in tiles(plan):
         for copy in tile.copies:
             move = copy.move
-            mine = left.array(copy.src, Block(move.box, move.src_offset, move.src_strides))
-            other = right.array(copy.dst, Block(move.box, move.dst_offset, move.dst_strides))
+            mine = _view(left, copy.src, move.box, move.src_offset, move.src_strides)
+            other = _view(right, copy.dst, move.box, move.dst_offset, move.dst_strides)
             if copy.src.dtype != copy.dst.dtype or not np.array_equal(mine, other):
                 _differ(found, names.get(copy.key, label(copy.key)), copy, mine, other)
-            left.release(copy.src, move.src_offset, move.src_offset + _span(move.shape, move.src_strides))
-            right.release(copy.dst, move.dst_offset, move.dst_offset + _span(move.shape, move.dst_strides))
             progress(volume(move.box) * (DTYPE_SIZE[copy.src.dtype] + DTYPE_SIZE[copy.dst.dtype]))
     report.differing = [found[key] for key in sorted(found, key=str)]
     return report
 
 
-def _span(shape: tuple[int, ...], strides: tuple[int, ...]) -> int:
-    return sum((n - 1) * s for n, s in zip(shape, strides)) + 1
+def _view(source: Source, stored: Stored, box: Box, offset: int, strides: tuple[int, ...]) -> np.ndarray:
+    """One box of a stored tensor, mapped for as long as the array lives."""
+    shape = tuple(stop - start for start, stop in box)
+    _, raw = source.map(stored, offset, offset + sum((n - 1) * s for n, s in zip(shape, strides)) + 1)
+    width = DTYPE_SIZE[stored.dtype]
+    if raw.ctypes.data % width:
+        raw = raw.copy()
+    return np.lib.stride_tricks.as_strided(raw.view(f"u{width}"), shape, [s * width for s in strides], writeable=False)
 
 
 def _differ(found: dict[Key, Difference], name: str, copy: Copy, mine: np.ndarray, other: np.ndarray) -> None:

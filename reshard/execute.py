@@ -1,12 +1,13 @@
 """Run a plan on files: source bytes in, destination bytes out, each once, in a fixed amount of memory.
 
 Work is cut into *tiles*: a box of one tensor (or of several that are interleaved row by row) small enough for a worker's
-buffer, in order of where it lies in the source. A tile is read where the source file is mapped, copied with its strides
-into the buffer, and written with one ``pwrite`` per contiguous run. Which worker runs it does not matter: every byte has its
+buffer, in order of where it lies in the source. A tile's bytes are read once, for all ranks that need a part of them,
+rearranged with their strides in a second buffer, and written with one ``pwrite`` per contiguous run. Which worker runs it does not matter: every byte has its
 place, so the output is the same bit for bit.
 """
 
 import mmap
+import os
 import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
@@ -26,48 +27,77 @@ _RUN = 128 << 10  # bytes: a contiguous run of at least this much is written str
 
 
 class Source:
-    """A checkpoint's files, mapped for reading. Pages that a tile has used are given back at once."""
+    """A checkpoint's files. `bytes_read` counts what tiles took from them."""
 
     def __init__(self, folder: Path):
         self.folder = folder
         self.bytes_read = 0
-        self._maps: dict[str, tuple[mmap.mmap, np.ndarray]] = {}
+        self._files: dict[str, int] = {}
         self._lock = threading.Lock()
 
-    def array(self, stored: Stored, block: Block) -> np.ndarray:
-        """A view of `block` of a stored tensor, in words of the element's size."""
-        _, data = self._open(stored.file)
-        width = DTYPE_SIZE[stored.dtype]
-        shape = block.shape
-        span = sum((n - 1) * s for n, s in zip(shape, block.strides)) + 1
-        start = stored.start + block.offset * width
-        flat = data[start : start + span * width]
-        if flat.size != span * width:
-            raise FormatError(f"{stored.file} ends inside {stored.name}: it became shorter while it was read")
-        words = np.ndarray((span,), _word(width), flat.data) if start % width == 0 else np.frombuffer(flat.tobytes(), _word(width))
-        return np.lib.stride_tricks.as_strided(words, shape, [s * width for s in block.strides], writeable=False)
+    def read(self, stored: Stored, start: int, into: memoryview) -> None:
+        """Fill `into` with a stored tensor's bytes, from element `start` on."""
+        at = stored.start + start * DTYPE_SIZE[stored.dtype]
+        handle = self._open(stored.file)
+        while len(into):
+            n = os.preadv(handle, [into], at)
+            if n == 0:
+                raise FormatError(f"{stored.file} ends inside {stored.name}: it became shorter while it was read")
+            into, at = into[n:], at + n
 
-    def release(self, stored: Stored, start: int, stop: int) -> None:
-        """Give back the pages of elements [start, stop) of a stored tensor."""
-        mapped, _ = self._open(stored.file)
+    def map(self, stored: Stored, start: int, stop: int) -> tuple[mmap.mmap, np.ndarray]:
+        """Elements [start, stop) of a stored tensor, mapped: only the pages that are touched are read."""
         width = DTYPE_SIZE[stored.dtype]
-        low = (stored.start + start * width) // mmap.PAGESIZE * mmap.PAGESIZE
-        high = min(-(-(stored.start + stop * width) // mmap.PAGESIZE) * mmap.PAGESIZE, len(mapped))
-        if hasattr(mapped, "madvise") and high > low:
-            mapped.madvise(mmap.MADV_DONTNEED, low, high - low)
+        low, high = stored.start + start * width, stored.start + stop * width
+        page = low // mmap.ALLOCATIONGRANULARITY * mmap.ALLOCATIONGRANULARITY
+        try:
+            mapped = mmap.mmap(self._open(stored.file), high - page, access=mmap.ACCESS_READ, offset=page)
+        except ValueError:
+            raise FormatError(f"{stored.file} ends inside {stored.name}: it became shorter while it was read") from None
+        return mapped, np.frombuffer(mapped, np.uint8)[low - page :]
 
     def count(self, size: int) -> None:
         with self._lock:
             self.bytes_read += size
 
-    def _open(self, file: str) -> tuple[mmap.mmap, np.ndarray]:
-        if file not in self._maps:
+    def close(self) -> None:
+        for handle in self._files.values():
+            os.close(handle)
+        self._files.clear()
+
+    def _open(self, file: str) -> int:
+        if file not in self._files:
             with self._lock:
-                if file not in self._maps:
-                    with open(self.folder / file, "rb") as handle:
-                        mapped = mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ)
-                    self._maps[file] = mapped, np.frombuffer(mapped, np.uint8)
-        return self._maps[file]
+                if file not in self._files:
+                    self._files[file] = os.open(self.folder / file, os.O_RDONLY)
+        return self._files[file]
+
+
+class Workspace:
+    """One worker's buffers, allocated once: fresh memory for every tile would cost a page fault for each 4 KiB."""
+
+    def __init__(self):
+        self._memory = mmap.mmap(-1, mmap.PAGESIZE)
+        self._outgrown: list[mmap.mmap] = []
+        self._used = 0
+
+    def take(self, size: int) -> np.ndarray:
+        """`size` bytes, free until ``reset``."""
+        if self._used + size > len(self._memory):
+            self._outgrown.append(self._memory)  # arrays of this tile still lie in it
+            self._memory = mmap.mmap(-1, max(2 * len(self._memory), self._used + size + mmap.PAGESIZE))
+            self._used = 0
+        start = self._used
+        self._used += -(-size // 64) * 64
+        return np.frombuffer(self._memory, np.uint8, size, start)
+
+    def mark(self) -> int:
+        return self._used
+
+    def reset(self, mark: int = 0) -> None:
+        self._used = mark
+        if mark == 0:
+            self._outgrown.clear()
 
 
 def _word(width: int) -> np.dtype:
@@ -127,10 +157,8 @@ def _groups(plan: Plan) -> list[Tile]:
 
 def _split(tile: Tile, limit: int) -> Iterator[Tile]:
     """`tile` halved along the leading axes of its tensors until it fits `limit`."""
-    size = sum(c.src_bytes for c in tile.copies)
-    width = {c.key: DTYPE_SIZE[c.src.dtype] for c in tile.copies}
-    extent = sum(volume(box) * width.get(key, 1) for key, box in tile.boxes.items())
-    if min(size, extent) <= limit and size <= 4 * limit:
+    size = _source_bytes(tile)
+    if size <= limit:
         yield tile
         return
     shared = {box[0] for box in tile.boxes.values() if box}
@@ -144,11 +172,18 @@ def _split(tile: Tile, limit: int) -> Iterator[Tile]:
         yield tile
         return
     start, stop = box[axis]
-    pieces = min(max(2, -(-min(size, extent) // limit)), stop - start)
+    pieces = min(max(2, -(-size // limit)), stop - start)
     step = -(-(stop - start) // pieces)
     for low in range(start, stop, step):
         cut = (low, min(low + step, stop))
         yield from _split(_within(tile, {k: b[:axis] + (cut,) + b[axis + 1 :] for k, b in tile.boxes.items()}), limit)
+
+
+def _source_bytes(tile: Tile) -> int:
+    """Bytes that a tile takes from its sources, what several destinations want counted once."""
+    wanted = {(id(c.src), c.key, c.move.box): c.src_bytes for c in (*tile.copies, *tile.checks)}
+    wanted |= {(id(c.dst), c.key, c.move.box): c.src_bytes for c in tile.checks}
+    return sum(wanted.values())
 
 
 def _within(tile: Tile, boxes: dict[tuple, Box]) -> Tile:
@@ -171,11 +206,13 @@ def _clip(copies: Iterable[Copy], boxes: dict[tuple, Box]) -> list[Copy]:
     return out
 
 
-def run_tile(tile: Tile, source: Source, write: Callable[[Stored, int, memoryview], None]) -> int:
+def run_tile(tile: Tile, source: Source, write: Callable[[Stored, int, memoryview], None], space: Workspace) -> int:
     """Move one tile. `write(stored, element, bytes)` stores a contiguous run. Returns bytes read from the source."""
+    windows, read = _windows(tile, source, space)
     for check in tile.checks:
-        mine = source.array(check.src, Block(check.move.box, check.move.src_offset, check.move.src_strides))
-        other = source.array(check.dst, Block(check.move.box, check.move.dst_offset, check.move.dst_strides))
+        move = check.move
+        mine = windows.view(check.src, move.box, move.src_offset, move.src_strides)
+        other = windows.view(check.dst, move.box, move.dst_offset, move.dst_strides)
         if not np.array_equal(mine, other):
             raise FormatError(
                 f"{where(check.src)} and {where(check.dst)} both hold {label(check.key)}, with different values",
@@ -184,47 +221,79 @@ def run_tile(tile: Tile, source: Source, write: Callable[[Stored, int, memoryvie
     by_target: dict[int, list[Copy]] = defaultdict(list)
     for copy in tile.copies:
         by_target[id(copy.dst)].append(copy)
+    mark = space.mark()
     for copies in by_target.values():
-        _fill(copies, source, write)
+        _fill(copies, windows, write, space)
+        space.reset(mark)
+    windows.close()
+    space.reset()
+    source.count(read)
+    return read
+
+
+@dataclass
+class Windows:
+    """The source bytes of one tile: per stored tensor, the element at which its window begins, and the words from there."""
+
+    words: dict[int, tuple[int, np.ndarray]] = field(default_factory=dict)
+    mapped: list[mmap.mmap] = field(default_factory=list)
+
+    def view(self, stored: Stored, box: Box, offset: int, strides: tuple[int, ...]) -> np.ndarray:
+        low, words = self.words[id(stored)]
+        shape = tuple(stop - start for start, stop in box)
+        return np.lib.stride_tricks.as_strided(words[offset - low :], shape, [s * words.itemsize for s in strides], writeable=False)
+
+    def close(self) -> None:
+        self.words.clear()  # the mappings go with the last array that lies in them
+        self.mapped.clear()
+
+
+def _windows(tile: Tile, source: Source, space: Workspace) -> tuple[Windows, int]:
+    """Read what a tile needs, each source once: as a whole where all of its span is needed, else mapped. And count it."""
     spans: dict[int, list] = {}
-    read: dict[tuple[int, tuple], set[Box]] = defaultdict(set)
+    boxes: dict[tuple[int, tuple], set[Box]] = defaultdict(set)
     sides = [(c.src, c.move.src_offset, c.move.src_strides, c) for c in (*tile.copies, *tile.checks)]
     sides += [(c.dst, c.move.dst_offset, c.move.dst_strides, c) for c in tile.checks]
-    total = 0
     for stored, offset, strides, copy in sides:
         stop = offset + sum((n - 1) * s for n, s in zip(copy.move.shape, strides)) + 1
-        span = spans.setdefault(id(stored), [stored, offset, stop])
+        span = spans.setdefault(id(stored), [stored, offset, stop, 0])
         span[1], span[2] = min(span[1], offset), max(span[2], stop)
-        boxes = read[id(stored), copy.key]
-        if copy.move.box not in boxes:
-            boxes.add(copy.move.box)
-    for (at, _), boxes in read.items():
-        total += union_volume(boxes) * DTYPE_SIZE[spans[at][0].dtype]
-    for stored, start, stop in spans.values():
-        source.release(stored, start, stop)
-    source.count(total)
-    return total
+        boxes[id(stored), copy.key].add(copy.move.box)
+    for (at, _), held in boxes.items():
+        spans[at][3] += union_volume(held)
+    windows, total = Windows(), 0
+    for at, (stored, low, high, used) in spans.items():
+        width = DTYPE_SIZE[stored.dtype]
+        total += used * width
+        if used == high - low:
+            raw = space.take((high - low) * width)
+            source.read(stored, low, memoryview(raw))
+        else:
+            mapped, raw = source.map(stored, low, high)
+            windows.mapped.append(mapped)
+            if (stored.start + low * width) % width:
+                raw = raw.copy()  # torch's files align tensors, third parties' need not
+        windows.words[at] = low, raw.view(_word(width))
+    return windows, total
 
 
-def _fill(copies: list[Copy], source: Source, write: Callable[[Stored, int, memoryview], None]) -> None:
+def _fill(copies: list[Copy], windows: Windows, write: Callable[[Stored, int, memoryview], None], space: Workspace) -> None:
     """Write the copies of one tile into one stored tensor."""
     dst = copies[0].dst
     width = DTYPE_SIZE[dst.dtype]
     ends = [c.move.dst_offset + sum((n - 1) * s for n, s in zip(c.move.shape, c.move.dst_strides)) + 1 for c in copies]
     low, high = min(c.move.dst_offset for c in copies), max(ends)
-    views = [cast(source.array(c.src, Block(c.move.box, c.move.src_offset, c.move.src_strides)), c.src.dtype, dst.dtype) for c in copies]
+    views = [cast(windows.view(c.src, c.move.box, c.move.src_offset, c.move.src_strides), c.src.dtype, dst.dtype) for c in copies]
     if sum(volume(c.move.box) for c in copies) < high - low:  # holes between them: each by itself, in runs
         for copy, view in zip(copies, views):
             _runs(view, copy.move.dst_offset, copy.move.dst_strides, dst, write)
         return
-    if all(_contiguous(v.shape, c.move.dst_strides) and v.flags.c_contiguous and v.size * width >= _RUN for c, v in zip(copies, views)):
+    straight = [v.flags.c_contiguous and _contiguous(v.shape, c.move.dst_strides) for c, v in zip(copies, views)]
+    if all(straight) and (len(copies) == 1 or min(v.nbytes for v in views) >= _RUN):
         for copy, view in zip(copies, views):
             write(dst, copy.move.dst_offset, _bytes(view))
         return
-    if len(copies) == 1 and views[0].flags.c_contiguous and _contiguous(views[0].shape, copies[0].move.dst_strides):
-        write(dst, low, _bytes(views[0]))
-        return
-    buffer = np.empty(high - low, _word(width))
+    buffer = space.take((high - low) * width).view(_word(width))
     for copy, view in zip(copies, views):
         place = np.lib.stride_tricks.as_strided(buffer[copy.move.dst_offset - low :], view.shape, [s * width for s in copy.move.dst_strides])
         np.copyto(place, view)
@@ -282,13 +351,14 @@ def run(
     stop = threading.Event()
 
     def worker() -> None:
+        space = Workspace()
         while not stop.is_set():
             with lock:
                 tile = next(work, None)
             if tile is None:
                 return
             try:
-                read = run_tile(tile, source, write)
+                read = run_tile(tile, source, write, space)
             except BaseException:
                 stop.set()
                 raise
@@ -307,14 +377,13 @@ def run(
 
 
 def tile_limit(jobs: int, buffer: int) -> int:
-    """Source bytes of a tile: a worker holds it at most four times over (four ranks' copies of it, or a cast)."""
+    """Source bytes of a tile: a worker holds it at most four times over (as read, rearranged, and both for a cast)."""
     return max(64 << 10, min(_TILE, buffer // (4 * jobs)))
 
 
 def peak_buffer(plan: Plan, jobs: int, buffer: int) -> int:
     """The most bytes that buffers take together while `plan` runs."""
-    limit = tile_limit(jobs, buffer)
-    largest = max((sum(c.src_bytes for c in group.copies) for group in _groups(plan)), default=0)
-    return jobs * min(largest, 4 * limit)
+    largest = max((_source_bytes(group) for group in _groups(plan)), default=0)
+    return 4 * jobs * min(largest, tile_limit(jobs, buffer))
 
 

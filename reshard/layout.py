@@ -77,11 +77,13 @@ class Constant:
 @dataclass(frozen=True)
 class Section:
     """All that one format says of one architecture. `variants` are other ways it is written; each entry of one takes
-    the place of the entries that hold the same tensors. `until` is the newest engine release that wants the variant."""
+    the place of the entries that hold the same tensors. `until` is the newest engine release that wants the variant.
+    `args` are settings, as expressions over config.json, that the format keeps beside the weights (Megatron's args)."""
 
     entries: tuple[Entry, ...] = ()
     constants: tuple[Constant, ...] = ()
     drop: tuple[str, ...] = ()
+    args: tuple[tuple[str, str], ...] = ()
     variants: tuple[tuple[str, str | None, "Section"], ...] = ()
 
     def overlaid(self, other: "Section") -> "Section":
@@ -305,13 +307,14 @@ def _section(name: str, format: str, table: object, tensors: Mapping[str, Tensor
     table = dict(table)
     constants = tuple(_constant(name, format, key, value) for key, value in table.pop("constants", {}).items())
     drop = tuple(table.pop("drop", ()))
+    args = tuple(_strings(name, f"{format}.args", table.pop("args", {})).items())
     variants = []
     for label, variant in table.pop("variants", {}).items():
         variant = dict(variant)
         until = variant.pop("until", None)
         variants.append((label, until, _section(name, f"{format}.variants.{label}", variant, tensors, axes)))
     entries = tuple(_entry(name, format, key, value, tensors, axes) for key, value in table.items())
-    return Section(entries, constants, drop, tuple(variants))
+    return Section(entries, constants, drop, args, tuple(variants))
 
 
 def _constant(name: str, format: str, key: str, value: object) -> Constant:

@@ -67,14 +67,15 @@ def convert(
         done = _resume(journal, job, partial, destination, overwrite)
         _check_space(job, partial, done)
         output = _Output(partial, job, done, journal, fsync)
+        source = Source(job.source.path)
         try:
-            source = Source(job.source.path)
             todo = _unfinished(job, done)
             progress(job.bytes_read - todo.bytes_read)
             run(todo, source, output.write, jobs=jobs, buffer=buffer, progress=progress)
             output.finish()
         finally:
             output.close()
+            source.close()
         for name, path in job.companions.items():
             _copy_small(path.read_bytes(), partial / name, fsync)
         for name, content in job.folder.small.items():

@@ -18,7 +18,7 @@ import struct
 import types
 import zlib
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path, PurePosixPath
@@ -112,6 +112,10 @@ class _Storage:
     dtype: str | None
     offset: int
     nbytes: int
+
+
+#: what hashes without recursion
+_FLAT = frozenset((str, int, float, bool, complex, bytes, type(None), PurePosixPath, DType, Global, Opaque))
 
 
 # --------------------------------------------------------------------------------------------------------------- read
@@ -249,16 +253,19 @@ class _Archive:
 # ----------------------------------------------------------------------------------------------------------- unpickle
 
 
-def _is_flat(key: object) -> bool:
-    """Whether `key` hashes without recursion: C code hashing a tuple nested 100,000 deep would end the process."""
-    return not isinstance(key, tuple) or all(not isinstance(k, (tuple, frozenset, slice)) for k in key)
-
-
-def _flat(keys: object) -> list:
+def _flat(keys: Iterable) -> list:
+    """`keys` if each hashes without recursion: C code hashing a tuple nested 100,000 deep would end the process."""
     keys = list(keys)
-    if not all(type(k) is not frozenset and _is_flat(k) for k in keys):
+    if not all(type(k) in _FLAT or type(k) is tuple and all(type(part) in _FLAT for part in k) for k in keys):
         raise ValueError("keys and set members may not be nested")
     return keys
+
+
+def _slice(*bounds: int | None) -> slice:
+    """Of numbers only: nested slices end the process when they are freed."""
+    if not all(b is None or type(b) is int for b in bounds):
+        raise ValueError("slice of no numbers")
+    return slice(*bounds)
 
 
 def _encode(text: str, encoding: str = "latin1") -> bytes:
@@ -297,7 +304,7 @@ _CALLS: dict[tuple[str, str], Callable] = {
     ("builtins", "bytes"): lambda: b"",
     ("builtins", "bytearray"): _bytearray,
     ("builtins", "complex"): lambda real=0.0, imag=0.0: complex(float(real), float(imag)),
-    ("builtins", "slice"): slice,
+    ("builtins", "slice"): _slice,
     ("builtins", "set"): lambda items=(): set(_flat(items)),
     ("builtins", "frozenset"): lambda items=(): frozenset(_flat(items)),
     **{(m, n): _path for m in ("pathlib", "pathlib._local") for n in ("Path", "PosixPath", "PurePath", "PurePosixPath")},
@@ -313,9 +320,10 @@ class _Unpickler(pickle._Unpickler):
     size its memo by a number in the file.
     """
 
+    #: BYTEARRAY8 would allocate any size that the file names
     dispatch = {code: load for code, load in pickle._Unpickler.dispatch.items()
                 if bytes((code,)) not in (pickle.INST, pickle.OBJ, pickle.NEWOBJ_EX, pickle.PERSID, pickle.EXT1, pickle.EXT2,
-                                          pickle.EXT4, pickle.NEXT_BUFFER, pickle.READONLY_BUFFER)}  # fmt: skip
+                                          pickle.EXT4, pickle.NEXT_BUFFER, pickle.READONLY_BUFFER, pickle.BYTEARRAY8)}  # fmt: skip
 
     def __init__(self, archive: _Archive):
         super().__init__(io.BytesIO(archive.content("data.pkl", _PICKLE_LIMIT)))
@@ -335,7 +343,7 @@ class _Unpickler(pickle._Unpickler):
             tree = self.load()
         except FormatError:
             raise
-        except (Exception, RecursionError, MemoryError) as error:  # whatever a damaged stream leads to
+        except Exception as error:  # whatever a damaged stream leads to
             what = f"{type(error).__name__}: {error}"
             self._fail(f"its pickle is damaged or hostile ({what[:200]})")
         problem = _unbounded(tree)
@@ -387,9 +395,6 @@ class _Unpickler(pickle._Unpickler):
         what = self.stack.pop()
         self.stack.append(self._call(what, args))
 
-    dispatch[pickle.REDUCE[0]] = load_reduce
-    dispatch[pickle.NEWOBJ[0]] = load_reduce
-
     def load_build(self):
         state = self.stack.pop()
         held = self.stack[-1]
@@ -401,8 +406,6 @@ class _Unpickler(pickle._Unpickler):
             vars(held).update(state)
         elif type(held) is not OrderedDict:  # a state_dict's _metadata is an attribute, of no use here
             self._fail(f"its pickle sets attributes of a {type(held).__name__}")
-
-    dispatch[pickle.BUILD[0]] = load_build
 
     # containers
 
@@ -446,16 +449,18 @@ class _Unpickler(pickle._Unpickler):
     def load_frozenset(self):
         self.stack.append(frozenset(_flat(self.pop_mark())))
 
-    for _code, _load in ((pickle.SETITEM, load_setitem), (pickle.SETITEMS, load_setitems), (pickle.DICT, load_dict),
-                         (pickle.APPEND, load_append), (pickle.APPENDS, load_appends), (pickle.ADDITEMS, load_additems),
-                         (pickle.FROZENSET, load_frozenset)):  # fmt: skip
-        dispatch[_code[0]] = _load
+    dispatch |= {
+        pickle.REDUCE[0]: load_reduce, pickle.NEWOBJ[0]: load_reduce, pickle.BUILD[0]: load_build,
+        pickle.SETITEM[0]: load_setitem, pickle.SETITEMS[0]: load_setitems, pickle.DICT[0]: load_dict,
+        pickle.APPEND[0]: load_append, pickle.APPENDS[0]: load_appends,
+        pickle.ADDITEMS[0]: load_additems, pickle.FROZENSET[0]: load_frozenset,
+    }  # fmt: skip
 
     # tensors
 
     def persistent_load(self, pid: object) -> _Storage:
         if not (isinstance(pid, tuple) and len(pid) == 5 and pid[0] == "storage" and isinstance(pid[1], Global) and isinstance(pid[2], str)):
-            self._fail(f"its pickle refers to {str(type(pid))} where a storage is due")
+            self._fail(f"its pickle refers to a {type(pid).__name__} where a storage is due")
         _, kind, key, _, count = pid
         if key in self.storages:
             return self.storages[key]
@@ -521,9 +526,7 @@ def _children(node: object) -> list | None:
         return list(node)
     if type(node) in (argparse.Namespace, types.SimpleNamespace):
         return list(vars(node).values())
-    if type(node) is Opaque:
-        return [node.args, node.state, node.items]
-    return [node.start, node.stop, node.step] if type(node) is slice else None
+    return [node.args, node.state, node.items] if type(node) is Opaque else None
 
 
 def _unbounded(root: object) -> str | None:
@@ -566,6 +569,10 @@ def row_major_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
         strides.append(step)
         step *= max(n, 1)
     return tuple(reversed(strides))
+
+
+#: what a tree to be written may hold beyond pickle's own types; no sets, whose order changes from run to run
+_WRITABLE = frozenset(_CALLS) - {("builtins", "set"), ("builtins", "frozenset"), ("collections", "defaultdict")}
 
 
 class _Pickler(pickle._Pickler):
@@ -611,7 +618,7 @@ class _Pickler(pickle._Pickler):
 
     def save_global(self, obj: object, name: str | None = None) -> None:
         key = (getattr(obj, "__module__", ""), name or getattr(obj, "__qualname__", ""))
-        if key not in _CALLS:
+        if key not in _WRITABLE:
             raise ReshardError(f"a torch file of reshard cannot hold {key[0]}.{key[1]}", "use plain dicts, lists, texts and numbers")
         super().save_global(obj, name)
 
@@ -622,7 +629,7 @@ class _Pickler(pickle._Pickler):
 def compose(tree: object) -> FileImage:
     """The file that torch.save would write for `tree`, in which each TensorSpec is a tensor; all but the tensors' bytes.
 
-    The tree is made of dicts, lists, tuples, sets, texts, bytes, numbers, None, Namespace, PurePosixPath and DType. The same
+    The tree is made of dicts, lists, tuples, texts, bytes, numbers, None, Namespace, PurePosixPath and DType. The same
     tree gives the same bytes. Layout and flags are torch 2.13's, to the byte, but for two things. The serialization id is a
     hash of this skeleton. And tensors' checksums are 0, as torch writes under ``set_crc32_options(False)``: the bytes are
     not known here, and torch does not check them on reading (Python's zipfile and unzip do, and will complain).
@@ -684,7 +691,7 @@ class _Layout:
         numbers = ([size, size] if big else []) + ([start] if far else [])
         wide = struct.pack(f"<2H{len(numbers)}Q", 1, 8 * len(numbers), *numbers) if numbers else b""
         padding = -(start + _LOCAL.size + len(full) + len(wide) + 4) % _ALIGNMENT
-        extra = wide + struct.pack("<2s H", b"FB", padding) + b"Z" * padding
+        extra = wide + struct.pack("<2sH", b"FB", padding) + b"Z" * padding
         flags = 0x0808 if size else 0x0800  # UTF-8 name, sizes after the content
         self.wide = bool(numbers)
         self.bytes += _LOCAL.pack(b"PK\3\4", 0, flags, 0, 0, 0, 0, 0, 0, len(full), len(extra)) + full + extra
