@@ -274,6 +274,15 @@ def show(name, tp, format_, config):
     click.echo(table(rows, ("name", "shape on rank 0", "split dim", "holds")))
 
 
+@cli.command()
+def demo():
+    """The whole story on a small model: convert, convert again, come back, compare. No download, a few seconds."""
+    from reshard.demo import demo as run
+
+    if not run(click.echo):
+        raise ReshardError("the demo did not come back to where it began", "this is a defect of reshard; please report it")
+
+
 class progress_bar:
     """Bytes on stderr: a bar on a terminal, one line every 30 s elsewhere, nothing when quiet."""
 

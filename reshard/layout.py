@@ -20,10 +20,11 @@ from reshard.expr import evaluate
 
 #: axes that number tensors instead of lying in their dimensions: pipeline parallelism deals out the one, expert parallelism the other
 INDEX_AXES = ("layer", "expert")
-_TOP_KEYS = {"architectures", "extends", "description", "defaults", "axes", "tensors", "replicate"}
+_TOP_KEYS = {"architectures", "extends", "description", "defaults", "conditions", "axes", "tensors", "replicate"}
 _TENSOR_KEYS = {"dims", "when", "stage", "dtype"}
-_ENTRY_KEYS = {"name", "of", "within", "dims", "dim", "cut", "split", "pad", "when", "stage", "alias", "only_rank0"}
+_ENTRY_KEYS = {"name", "of", "within", "dims", "dim", "cut", "split", "pad", "when", "stage", "alias", "only_rank0", "view"}
 _CONSTANT_KEYS = {"value", "dtype", "shape", "when"}
+_SECTION_KEYS = {"constants", "drop", "variants", "args"}
 _STAGES = ("first", "last", "all")
 
 
@@ -61,6 +62,7 @@ class Entry:
     stage: str | None = None
     alias: bool = False
     only_rank0: bool = False
+    view: tuple[tuple[int, ...], ...] | None = None  # stored under other dimensions: which of its own each one joins
 
 
 @dataclass(frozen=True, slots=True)
@@ -235,11 +237,12 @@ def _merge(base: dict, over: dict) -> dict:
 
 def _parse(name: str, table: dict) -> Descriptor:
     axes = _strings(name, "axes", table.get("axes", {}))
+    table = _spelled_out(table, _strings(name, "conditions", table.get("conditions", {})))
     tensors = {key: _tensor(name, key, value, axes) for key, value in table.get("tensors", {}).items()}
     replicate = tuple(table.get("replicate", ()))
     for axis in replicate:
         _known_axis(name, "replicate", axis, axes)
-    formats = {key: _section(name, key, value, tensors, axes) for key, value in table.items() if key not in _TOP_KEYS}
+    formats = {key: _section(name, key, _like(name, key, table), tensors, axes) for key in table if key not in _TOP_KEYS}
     if not tensors or "hf" not in formats:
         raise LayoutError(f"layout {name}: needs [tensors] and [hf]")
     architectures = table.get("architectures", ())
@@ -247,6 +250,33 @@ def _parse(name: str, table: dict) -> Descriptor:
         raise LayoutError(f"layout {name}: architectures must list the names that config.json uses")
     return Descriptor(name, tuple(architectures), table.get("description", ""),
                       _strings(name, "defaults", table.get("defaults", {})), axes, tensors, replicate, formats)  # fmt: skip
+
+
+def _spelled_out(table: dict, conditions: Mapping[str, str]) -> dict:
+    """`table` with the names of `conditions` in every `when`, at any depth, replaced by what they stand for."""
+    if not conditions:
+        return table
+    names = re.compile(rf"\b({'|'.join(map(re.escape, conditions))})\b")
+    out = {}
+    for key, value in table.items():
+        if isinstance(value, dict):
+            value = _spelled_out(value, conditions)
+        elif key == "when" and isinstance(value, str):
+            value = names.sub(lambda match: f"({conditions[match[0]]})", value)
+        out[key] = value
+    return out
+
+
+def _like(name: str, format: str, table: dict) -> object:
+    """The table of `format`, laid over the entries (and they alone) of the one that its `like` names."""
+    own = table[format]
+    if not isinstance(own, dict) or "like" not in own:
+        return own
+    other = table.get(own["like"]) if isinstance(own["like"], str) else None
+    if not isinstance(other, dict) or own["like"] in _TOP_KEYS or "like" in other:
+        raise LayoutError(f"layout {name}: [{format}] like = {own['like']!r}: no format's table that is written out")
+    entries = {key: value for key, value in other.items() if key not in _SECTION_KEYS}
+    return _merge(entries, {key: value for key, value in own.items() if key != "like"})
 
 
 def _strings(name: str, where: str, table: dict) -> dict[str, str]:
@@ -332,6 +362,8 @@ def _entry(name: str, format: str, key: str, value: object, tensors: Mapping[str
         raise LayoutError(f"layout {name}: {where}: expected a name or a table with a name, got {value!r}")
     _check_keys(name, where, table, _ENTRY_KEYS)
     of = tuple(table.get("of", [key]))
+    if not of or isinstance(table.get("of"), str):
+        raise LayoutError(f"layout {name}: {where}: of must be a list of tensors, got {table['of']!r}")
     for tensor in of:
         if tensor not in tensors:
             raise LayoutError(f"layout {name}: {where}: no tensor {tensor!r} in [tensors]", 'say which it holds with of = ["…"]')
@@ -347,6 +379,8 @@ def _entry(name: str, format: str, key: str, value: object, tensors: Mapping[str
             raise LayoutError(f"layout {name}: {where}: dims {table.get('dims')!r} must hold the axes of {tensor}: {tensors[tensor].axes}")
         if within is not None and not any(within in dim for dim in stored):
             raise LayoutError(f"layout {name}: {where}: within = {within!r}, but {tensor} has no such axis")
+    if not 0 <= table.get("dim", 0) < max(1, len(dims or tensors[of[0]].dims)):
+        raise LayoutError(f"layout {name}: {where}: dim = {table['dim']!r}, but {of[0]} has {len(dims or tensors[of[0]].dims)} dimensions")
     if table.get("cut", "parts") not in ("parts", "whole"):
         raise LayoutError(f"layout {name}: {where}: cut must be parts or whole, got {table['cut']!r}")
     if table.get("stage") not in (None, *_STAGES):
@@ -354,4 +388,5 @@ def _entry(name: str, format: str, key: str, value: object, tensors: Mapping[str
     split = tuple(_known_axis(name, where, axis, axes) for axis in table["split"]) if "split" in table else None
     pad = tuple((_known_axis(name, where, axis, axes), text) for axis, text in _strings(name, where, table.get("pad", {})).items())
     return Entry(key, table["name"], of, within, dims, int(table.get("dim", 0)), table.get("cut", "parts"), split, pad,
-                 str(table.get("when", "true")), table.get("stage"), bool(table.get("alias")), bool(table.get("only_rank0")))  # fmt: skip
+                 str(table.get("when", "true")), table.get("stage"), bool(table.get("alias")), bool(table.get("only_rank0")),
+                 tuple(map(tuple, table["view"])) if "view" in table else None)  # fmt: skip

@@ -168,7 +168,10 @@ class Placement:
             key = tuple(x for x in (layer, expert) if x is not None)
             out += [((tensor, *key), self._moved(block, i * size)) for tensor, block in blocks]
         name = entry.name.format(layer=numbered[0][0][1]) if numbered else entry.name
-        return Stored(rank.number, name, "", lead + shape, tuple(out), entry)
+        dims = lead + shape
+        if entry.view is not None:
+            dims = tuple(prod(dims[d] for d in group) for group in entry.view)
+        return Stored(rank.number, name, "", dims, tuple(out), entry)
 
     def _moved(self, block: Block, elements: int) -> Block:
         at = ("moved", id(block), elements)
