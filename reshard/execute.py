@@ -330,7 +330,8 @@ def cast(view: np.ndarray, src: str, dst: str) -> np.ndarray:
 
     kinds = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
     words = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-    flat = torch.from_numpy(np.ascontiguousarray(view).view(f"i{view.itemsize}").reshape(-1))
+    writable = np.require(view, requirements=["C", "W"])  # torch takes no array that it may not write to
+    flat = torch.from_numpy(writable.view(f"i{view.itemsize}").reshape(-1))
     out = flat.view(kinds[src]).to(kinds[dst]).view(words[DTYPE_SIZE[dst]]).numpy()
     return out.view(_word(DTYPE_SIZE[dst])).reshape(view.shape)
 

@@ -42,10 +42,13 @@ _STORAGE_NAME = {
 _DTYPE_OF_NAME = {name: dtype for dtype, name in DTYPE_NAME.items()}
 _DTYPE_OF_STORAGE = {name: dtype for dtype, name in _STORAGE_NAME.items()}
 #: known to torch but not to reshard: fine as a value in the tree, an error as a tensor's dtype
-_OTHER_DTYPES = frozenset(
-    "complex32 complex128 qint8 quint8 qint32 quint4x2 quint2x4 float8_e4m3fnuz float8_e5m2fnuz float4_e2m1fn_x2".split()
-)
-_OTHER_STORAGES = frozenset("ComplexDoubleStorage QInt8Storage QInt32Storage QUInt8Storage QUInt4x2Storage QUInt2x4Storage".split())
+_OTHER_DTYPES = frozenset((
+    "complex32", "complex128", "qint8", "quint8", "qint32", "quint4x2", "quint2x4",
+    "float8_e4m3fnuz", "float8_e5m2fnuz", "float4_e2m1fn_x2",
+))  # fmt: skip
+_OTHER_STORAGES = frozenset((
+    "ComplexDoubleStorage", "QInt8Storage", "QInt32Storage", "QUInt8Storage", "QUInt4x2Storage", "QUInt2x4Storage",
+))  # fmt: skip
 #: classes that may occur and are never needed: recorded as Opaque, by package or by full name
 _INERT_PACKAGES = frozenset(("megatron", "transformer_engine", "transformer_engine_torch", "numpy"))
 _INERT_MODULES = frozenset(("torch.nn.functional", "torch._C._nn"))
@@ -310,7 +313,7 @@ _CALLS: dict[tuple[str, str], Callable] = {
     **{(m, n): _path for m in ("pathlib", "pathlib._local") for n in ("Path", "PosixPath", "PurePath", "PurePosixPath")},
 }
 #: names that are only ever passed along, as defaultdict's factory
-_REFERENCES = frozenset((("builtins", n) for n in ("int", "float", "str", "list", "dict", "tuple", "bool", "object")))
+_REFERENCES = frozenset(("builtins", n) for n in ("int", "float", "str", "list", "dict", "tuple", "bool", "object"))
 
 
 class _Unpickler(pickle._Unpickler):
@@ -343,7 +346,7 @@ class _Unpickler(pickle._Unpickler):
             tree = self.load()
         except FormatError:
             raise
-        except Exception as error:  # whatever a damaged stream leads to
+        except Exception as error:  # noqa: BLE001 - whatever a damaged stream leads to
             what = f"{type(error).__name__}: {error}"
             self._fail(f"its pickle is damaged or hostile ({what[:200]})")
         problem = _unbounded(tree)
