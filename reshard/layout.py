@@ -100,7 +100,8 @@ class Section:
         """As engine release `version` wants it; None is the newest known."""
         section = self
         for _, until, variant in self.variants:
-            if until is not None and version is not None and version <= parse_version(until):
+            newest = until and parse_version(until)  # 0.23 includes 0.23.1
+            if newest and version is not None and version[: len(newest)] <= newest:
                 section = section.overlaid(variant)
         return section
 

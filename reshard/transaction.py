@@ -60,6 +60,10 @@ def convert(
     """
     began = time.monotonic()
     destination = Path(os.path.abspath(destination))
+    names = [file.path for file in job.folder.files]
+    if _finished(job, destination):
+        progress(job.bytes_read)
+        return Report(destination, names, 0, 0, time.monotonic() - began, len(names))
     _check_destination(job, destination, overwrite)
     partial = destination.parent / f".{destination.name}.reshard"
     partial.mkdir(parents=True, exist_ok=True)
@@ -80,8 +84,7 @@ def convert(
             _copy_small(path.read_bytes(), partial / name, fsync)
         for name, content in job.folder.small.items():
             _copy_small(content, partial / name, fsync)
-        _publish(partial, destination, overwrite, fsync)
-    names = [file.path for file in job.folder.files]
+        _publish(partial, destination, fsync)
     return Report(destination, names, source.bytes_read, output.bytes_written, time.monotonic() - began, len(done))
 
 
@@ -95,6 +98,20 @@ def _check_destination(job: Job, destination: Path, overwrite: bool) -> None:
     if destination.is_dir() and any(destination.iterdir()) and not overwrite:
         count = sum(1 for _ in destination.iterdir())
         raise DestinationError(f"{destination} is not empty ({count} entries)", "use --overwrite to replace it, or choose another destination")
+
+
+def _finished(job: Job, destination: Path) -> bool:
+    """Whether this very job was killed after its folder got its name, with nothing left to do but tidy up."""
+    journal = destination / _JOURNAL
+    try:
+        first = json.loads(journal.read_bytes().split(b"\n")[0])
+    except (OSError, ValueError):
+        return False
+    if first.get("fingerprint") != fingerprint(job):
+        return False
+    shutil.rmtree(_old(destination), ignore_errors=True)
+    journal.unlink()
+    return True
 
 
 @contextlib.contextmanager
@@ -305,21 +322,27 @@ def _copy_small(content: bytes, path: Path, fsync: bool) -> None:
             os.fsync(out.fileno())
 
 
-def _publish(partial: Path, destination: Path, overwrite: bool, fsync: bool) -> None:
-    """Give the finished folder its name."""
-    old = None
-    if destination.is_dir() and any(destination.iterdir()):
-        old = destination.parent / f".{destination.name}.reshard-old"
-        shutil.rmtree(old, ignore_errors=True)
-        os.rename(destination, old)
-    elif destination.is_dir():
-        destination.rmdir()
-    os.rename(partial, destination)
-    (destination / _JOURNAL).unlink()
+def _old(destination: Path) -> Path:
+    """Where a folder that is being replaced waits until its successor has its name."""
+    return destination.parent / f".{destination.name}.reshard-old"
+
+
+def _publish(partial: Path, destination: Path, fsync: bool) -> None:
+    """Give the finished folder its name, in the place of what may be there."""
     if fsync:
-        for folder in (destination, destination.parent):
-            handle = os.open(folder, os.O_RDONLY)
-            os.fsync(handle)
-            os.close(handle)
-    if old is not None:
-        shutil.rmtree(old, ignore_errors=True)
+        for folder in sorted({path.parent for path in partial.rglob("*")}):
+            _sync_folder(folder)
+    if destination.is_dir():
+        shutil.rmtree(_old(destination), ignore_errors=True)
+        os.rename(destination, _old(destination))
+    os.rename(partial, destination)
+    if fsync:
+        _sync_folder(destination.parent)
+    shutil.rmtree(_old(destination), ignore_errors=True)
+    (destination / _JOURNAL).unlink()
+
+
+def _sync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    os.fsync(handle)
+    os.close(handle)

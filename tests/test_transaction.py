@@ -63,6 +63,18 @@ def test_file_that_lost_bytes_after_the_kill_is_made_again(model, tmp_path):
     assert reshard.diff(model, tmp_path / "out")
 
 
+def test_run_killed_while_the_folder_gets_its_name_is_tidied_up(model, tmp_path):
+    program = f"""
+import os, pathlib, reshard
+pathlib.Path.unlink = lambda self, **k: os.kill(os.getpid(), 9)  # the last step: the journal goes
+reshard.convert({str(model)!r}, {str(tmp_path / "out")!r}, **{OPTIONS!r})
+"""
+    assert subprocess.run([sys.executable, "-c", program]).returncode == -9
+    report = reshard.convert(model, tmp_path / "out", **OPTIONS)
+    assert report.bytes_written == 0 and report.resumed_files == len(report.files)
+    assert "journal.jsonl" not in files_of(tmp_path / "out") and reshard.diff(model, tmp_path / "out")
+
+
 def test_changed_source_or_options_refuse_to_continue(model, tmp_path):
     killed_after(model, tmp_path / "out", 500_000)
     with pytest.raises(reshard.DestinationError, match="unfinished conversion"):

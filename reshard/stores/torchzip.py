@@ -312,8 +312,8 @@ _CALLS: dict[tuple[str, str], Callable] = {
     ("builtins", "frozenset"): lambda items=(): frozenset(_flat(items)),
     **{(m, n): _path for m in ("pathlib", "pathlib._local") for n in ("Path", "PosixPath", "PurePath", "PurePosixPath")},
 }
-#: names that are only ever passed along, as defaultdict's factory
-_REFERENCES = frozenset(("builtins", n) for n in ("int", "float", "str", "list", "dict", "tuple", "bool", "object"))
+#: names that are only ever passed along, as defaultdict's factory (protocol 2 writes int as long, str as unicode)
+_REFERENCES = frozenset(("builtins", n) for n in ("int", "long", "float", "str", "unicode", "list", "dict", "tuple", "bool", "object"))
 
 
 class _Unpickler(pickle._Unpickler):
