@@ -658,6 +658,11 @@ def compose(tree: object) -> FileImage:
     return FileImage(size, segments, tensors)
 
 
+def _zip64(numbers: list[int]) -> bytes:
+    """The extra field for numbers that do not fit 32 bits."""
+    return struct.pack(f"<2H{len(numbers)}Q", 1, 8 * len(numbers), *numbers) if numbers else b""
+
+
 class _Layout:
     """A zip growing record by record; content that is only reserved parts its bytes into segments."""
 
@@ -691,12 +696,12 @@ class _Layout:
         start = self.at + len(self.bytes)
         full = f"{self.folder}/{name}".encode()
         big, far = size >= _FULL32, start >= _FULL32
-        numbers = ([size, size] if big else []) + ([start] if far else [])
-        wide = struct.pack(f"<2H{len(numbers)}Q", 1, 8 * len(numbers), *numbers) if numbers else b""
+        wide = _zip64(([size, size] if big else []) + ([start] if far else []))
         padding = -(start + _LOCAL.size + len(full) + len(wide) + 4) % _ALIGNMENT
-        extra = wide + struct.pack("<2sH", b"FB", padding) + b"Z" * padding
+        # the packed size is 0 here as all sizes are, by torch's reading of the specification
+        extra = _zip64(([size, 0] if big else []) + ([start] if far else [])) + struct.pack("<2sH", b"FB", padding) + b"Z" * padding
         flags = 0x0808 if size else 0x0800  # UTF-8 name, sizes after the content
-        self.wide = bool(numbers)
+        self.wide = big or far
         self.bytes += _LOCAL.pack(b"PK\3\4", 0, flags, 0, 0, 0, 0, 0, 0, len(full), len(extra)) + full + extra
         short = _FULL32 if big else size
         self.directory += _CENTRAL.pack(b"PK\1\2", 0, 0, flags, 0, 0, 0, crc, short, short, len(full), len(wide),

@@ -1,0 +1,325 @@
+"""Descriptors against genuine files: names, shapes, and every value moved by this file's own plain numpy code."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from reshard import formats
+from reshard.errors import LayoutError
+from reshard.layout import Section, builtin_descriptors, find_descriptor, load_descriptor
+from reshard.place import Mesh, Placement
+
+SAMPLES = Path(__file__).parents[2] / "shared" / "samples"
+pytestmark = pytest.mark.skipif(not SAMPLES.is_dir(), reason="the sample checkpoints are not here")
+
+HF = [f"hf/{name}" for name in (
+    "llama", "llama-oddvocab", "llama-tied", "qwen2", "qwen3", "phi3", "gpt_neox", "qwen3_moe", "mixtral", "gpt_oss",
+    "deepseek_v3", "gpt_oss-mxfp4-dequantized-bf16", "deepseek_v3-fp8-dequantized-bf16",
+)] + [f"vllm/hf/{name}" for name in ("llama", "llama-kv2", "qwen2", "phi3", "qwen3-moe", "gpt-oss", "deepseek-v3")] + [
+    f"megatron/{name}/hf" for name in ("llama", "qwen2", "qwen3_moe", "deepseek_v3")]  # fmt: skip
+VLLM = [("llama-tp2", "llama"), ("llama-kv2-tp4", "llama-kv2"), ("llama-tp2-pp2", "llama"), ("qwen2-tp2", "qwen2"),
+        ("phi3-tp2", "phi3"), ("qwen3-moe-tp2", "qwen3-moe"), ("gpt-oss-tp2", "gpt-oss"), ("deepseek-v3-tp2", "deepseek-v3")]  # fmt: skip
+MEGATRON = ["llama", "qwen2", "qwen3_moe", "deepseek_v3"]
+SPLIT = [(f"vllm/{name}", f"vllm/hf/{original}") for name, original in VLLM] + [
+    (f"megatron/{name}/legacy_tp2", f"megatron/{name}/hf") for name in MEGATRON]  # fmt: skip
+
+
+def bind(folder: Path):
+    config = json.loads((folder / "config.json").read_text())
+    return find_descriptor(config).bind(config)
+
+
+def safetensors(path: Path) -> dict[str, tuple[str, tuple[int, ...], np.ndarray]]:
+    """Name → (dtype, shape, elements as flat unsigned integers), read with no library."""
+    raw = path.read_bytes()
+    size = int.from_bytes(raw[:8], "little")
+    header = json.loads(raw[8 : 8 + size])
+    width = {"F32": "u4", "BF16": "u2", "F16": "u2"}
+    return {
+        name: (t["dtype"], tuple(t["shape"]), np.frombuffer(raw[8 + size :][slice(*t["data_offsets"])], width[t["dtype"]]))
+        for name, t in header.items() if name != "__metadata__"
+    }  # fmt: skip
+
+
+def legacy(path: Path) -> dict[str, tuple[str, tuple[int, ...], np.ndarray]]:
+    torch = pytest.importorskip("torch")
+    model = torch.load(path, map_location="cpu", weights_only=False)["model"]
+    words = {torch.bfloat16: ("BF16", torch.uint16), torch.float32: ("F32", torch.uint32)}
+    return {
+        name: (words[t.dtype][0], tuple(t.shape), t.contiguous().view(words[t.dtype][1]).numpy().reshape(-1))
+        for name, t in model.items() if not name.endswith("_extra_state")
+    }  # fmt: skip
+
+
+def ranks(folder: Path) -> list[dict]:
+    """Genuine tensors of each rank, in the format's order."""
+    if folder.name.startswith("legacy"):
+        return [legacy(path) for path in sorted(folder.glob("release/*/model_optim_rng.pt"))]
+    return [safetensors(path) for path in sorted(folder.glob("*.safetensors"))]
+
+
+def placement(layout, folder: Path, section: Section | None = None) -> Placement:
+    name = "megatron" if folder.name.startswith("legacy") else "vllm" if folder.parent.name == "vllm" else "hf"
+    files = [path.name for path in folder.glob("*.safetensors")]
+    pp = 1 + max((int(f.split("-")[2]) for f in files if f.startswith("model-pp-")), default=0)
+    tp = len(ranks(folder)) // pp if name != "hf" else 1
+    return Placement(layout, section or layout.section(name), formats.get(name).rules, Mesh(tp, pp))
+
+
+def view(flat: np.ndarray, block) -> np.ndarray:
+    return np.lib.stride_tricks.as_strided(flat[block.offset :], block.shape, [s * flat.itemsize for s in block.strides])
+
+
+def canonical(folder: Path, layout) -> dict:
+    """Every tensor of the model, whole, out of the HF file."""
+    whole = {}
+    file = safetensors(folder / "model.safetensors")
+    for stored in placement(layout, folder).stored():
+        for key, block in stored.blocks:
+            assert block.box == tuple((0, size) for size in layout.shape(layout.descriptor.tensors[key[0]])), key
+            whole[key] = np.array(view(file[stored.name][2], block))
+    return whole
+
+
+def wrong_values(name: str, original: str, section: Section | None = None) -> list[str]:
+    """Tensors of the genuine folder whose bits differ from those that the layout moves there from the HF file."""
+    folder = SAMPLES / name
+    layout = bind(SAMPLES / original)
+    whole, genuine, wrong = canonical(SAMPLES / original, layout), ranks(folder), []
+    for stored in placement(layout, folder, section).stored():
+        _, shape, bits = genuine[stored.rank][stored.name]
+        made = np.zeros(stored.size, bits.dtype)
+        filled = np.zeros(stored.size, np.uint8)
+        for key, block in stored.blocks:
+            part = whole[key][tuple(slice(*edge) for edge in block.box)]
+            view(made, block)[...] = part
+            view(filled, block)[...] += 1
+        assert filled.max(initial=0) <= 1, f"{stored.name}: blocks overlap"
+        assert int((filled == 0).sum()) == stored.padding
+        if stored.shape != shape or not np.array_equal(made, bits):
+            wrong.append(stored.name)
+    return wrong
+
+
+@pytest.mark.parametrize("folder", HF)
+def test_hf_names_and_shapes(folder):
+    layout = bind(SAMPLES / folder)
+    place = placement(layout, SAMPLES / folder)
+    file = safetensors(SAMPLES / folder / "model.safetensors")
+    assert {s.name: s.shape for s in place.stored()} == {name: shape for name, (_, shape, _) in file.items()}
+    assert not place.problems
+
+
+@pytest.mark.parametrize("model", [path.parent.name for path in sorted(SAMPLES.glob("hf/*/_memory_tensors.json"))])
+def test_names_in_memory_are_variants(model):
+    """transformers' names in memory (which its distributed checkpoints have) are the base entries or a variant's."""
+    folder = SAMPLES / "hf" / model
+    if find_descriptor(json.loads((folder / "config.json").read_text())) is None:
+        pytest.skip("no descriptor yet")
+    layout = bind(folder)
+    section = layout.section("hf")
+    for _, _, variant in section.variants:
+        section = section.overlaid(variant)
+    memory = json.loads((folder / "_memory_tensors.json").read_text())
+    made = {s.name: list(s.shape) for s in placement(layout, folder, section).stored(aliases=True)}
+    assert made == {name: shape for name, (_, shape) in memory.items()}
+
+
+@pytest.mark.parametrize("name, original", SPLIT)
+def test_split_names_shapes_and_values(name, original):
+    layout = bind(SAMPLES / original)
+    place = placement(layout, SAMPLES / name)
+    for rank, genuine in zip(place.ranks, ranks(SAMPLES / name), strict=True):
+        made = {s.name: s.shape for s in place.stored([rank])}
+        constants = dict(place.constants(rank))
+        assert made | {n: c.shape for n, c in constants.items()} == {n: shape for n, (_, shape, _) in genuine.items()}
+        for n, constant in constants.items():
+            assert genuine[n][0] == constant.dtype and genuine[n][2].view("f4") == constant.value
+    assert not place.problems
+    assert wrong_values(name, original) == []
+
+
+def changed(section: Section, label: str, **changes) -> Section:
+    assert any(entry.label == label for entry in section.entries)
+    return replace(section, entries=tuple(replace(e, **changes) if e.label == label else e for e in section.entries))
+
+
+WRONG = [
+    ("megatron/llama/legacy_tp2", "megatron/llama/hf", "qkv", {"within": None, "cut": "parts"}),
+    ("megatron/llama/legacy_tp2", "megatron/llama/hf", "qkv", {"within": None}),
+    ("megatron/qwen2/legacy_tp2", "megatron/qwen2/hf", "qkv_bias", {"of": ("q_bias", "v_bias", "k_bias")}),
+    ("megatron/llama/legacy_tp2", "megatron/llama/hf", "fc1", {"cut": "whole"}),
+    ("megatron/llama/legacy_tp2", "megatron/llama/hf", "fc1", {"of": ("up", "gate")}),
+    ("megatron/qwen3_moe/legacy_tp2", "megatron/qwen3_moe/hf", "expert_fc1", {"of": ("expert_up", "expert_gate")}),
+    ("vllm/llama-tp2", "vllm/hf/llama", "qkv", {"within": "kv"}),
+    ("vllm/phi3-tp2", "vllm/hf/phi3", "qkv", {"cut": "whole"}),
+    ("vllm/gpt-oss-tp2", "vllm/hf/gpt-oss", "gate_up", {"within": None}),
+    ("vllm/gpt-oss-tp2", "vllm/hf/gpt-oss", "down_bias", {"only_rank0": False}),
+    ("vllm/deepseek-v3-tp2", "vllm/hf/deepseek-v3", "qkv_a", {"of": ("kv_a", "q_a")}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name, original, label, changes", WRONG)
+def test_the_value_check_sees_a_wrong_rule(name, original, label, changes):
+    section = bind(SAMPLES / original).section(name.split("/")[0])
+    entry = next(e for e in section.entries if e.label == label)
+    pattern = entry.name.split("{layer}")[1].split("{")[0]
+    wrong = wrong_values(name, original, changed(section, label, **changes))
+    assert wrong and all(pattern in tensor for tensor in wrong)
+
+
+def test_more_ranks_than_heads_repeat_them_in_order():
+    """rank // (tp / heads), as vLLM does; rank % heads would exchange the middle two of four."""
+    layout = bind(SAMPLES / "vllm/hf/llama-kv2")
+    place = placement(layout, SAMPLES / "vllm/llama-kv2-tp4")
+    held = [s.blocks[1][1].box[0] for s in place.stored() if s.name == "model.layers.0.self_attn.qkv_proj.weight"]
+    assert held == [(0, 1), (0, 1), (1, 2), (1, 2)]
+
+
+def test_every_builtin_descriptor_loads():
+    for name, descriptor in builtin_descriptors().items():
+        assert {"hf", "vllm", "sglang"} <= set(descriptor.formats), name
+        assert descriptor.architectures
+
+
+@pytest.mark.parametrize("folder", [f for f in HF if "vllm" not in f])
+@pytest.mark.parametrize("format", ["hf", "vllm", "sglang", "megatron"])
+def test_every_tensor_is_stored_exactly_once(folder, format):
+    """In each format, at tp 1 and 2 and in every variant: all elements of all tensors, none twice, blocks apart."""
+    layout = bind(SAMPLES / folder)
+    if format not in layout.descriptor.formats:
+        pytest.skip("this architecture has no such format")
+    base = layout.section(format)
+    sections = [base] + [base.overlaid(variant) for _, _, variant in base.variants]
+    if format == "vllm":
+        sections += [base.for_version(version) for version in ((0, 11, 2), (0, 19, 1), (0, 23, 0))]
+    expected = {}
+    for tensor in layout.descriptor.tensors.values():
+        for layer in range(layout.layers) if "layer" in tensor.index else [None]:
+            for expert in range(layout.sizes["expert"]) if "expert" in tensor.index else [None]:
+                if layout.exists(tensor, layer):
+                    expected[tuple(x for x in (tensor.name, layer, expert) if x is not None)] = layout.shape(tensor)
+    for section in sections:
+        for tp in (1, 2) if format != "hf" else (1,):
+            place = Placement(layout, section, formats.get(format).rules, Mesh(tp))
+            count = {key: np.zeros(shape, np.uint8) for key, shape in expected.items()}
+            for stored in place.stored():
+                filled = np.zeros(stored.size, np.uint8)
+                for key, block in stored.blocks:
+                    count[key][tuple(slice(*edge) for edge in block.box)] |= 1
+                    view(filled, block)[...] += 1
+                assert filled.max(initial=0) <= 1, stored.name
+            assert not place.problems
+            assert [key for key, seen in count.items() if not seen.all()] == []
+
+
+def test_variants_by_engine_release():
+    layout = bind(SAMPLES / "vllm/hf/qwen3-moe")
+    names = {
+        version: {e.name.partition(".mlp.")[2] for e in layout.section("vllm").for_version(version).entries if "expert" in e.name or e.label == "router"}
+        for version in ((0, 11, 2), (0, 19, 1), (0, 23, 0), (0, 24, 0), None)
+    }
+    assert names[0, 11, 2] == {"gate.weight", "experts.w13_weight", "experts.w2_weight"}
+    assert names[0, 19, 1] == {"experts._gate.weight", "experts.w13_weight", "experts.w2_weight"}
+    assert names[0, 23, 0] == {"experts.runner.gate.weight", "experts.w13_weight", "experts.w2_weight"}
+    assert names[0, 24, 0] == names[None] == {"experts.gate.weight", "experts.routed_experts.w13_weight", "experts.routed_experts.w2_weight"}
+
+
+@pytest.mark.parametrize("engine, count", [((0, 11, 2), 0), ((0, 14, 1), 4), (None, 4)])
+def test_constants_by_engine_release(engine, count):
+    layout = bind(SAMPLES / "vllm/hf/llama")
+    place = Placement(layout, layout.section("vllm"), formats.get("vllm").rules, Mesh(2), engine=engine)
+    assert len(dict(place.constants(place.ranks[0]))) == count * layout.layers
+
+
+def test_megatron_grouped_experts_are_transposed_stacks():
+    """GroupedMLP's weight1 says [hidden, experts·2·ffn] but lies as [experts, hidden, 2·ffn]; weight2 as [experts, ffn, hidden]."""
+    layout = bind(SAMPLES / "megatron/qwen3_moe/hf")
+    variant = next(v for label, _, v in layout.section("megatron").variants if label == "grouped")
+    whole = canonical(SAMPLES / "megatron/qwen3_moe/hf", layout)
+    rules = formats.get("megatron").rules
+    for stored in Placement(layout, variant, rules, Mesh(2, ep=1)).stored():
+        experts, hidden, ffn = 8, 64, 24
+        flat = np.zeros(stored.size, np.uint16)
+        for key, block in stored.blocks:
+            view(flat, block)[...] = whole[key][tuple(slice(*edge) for edge in block.box)]
+        layer, cut = int(stored.name.split(".")[2]), slice(stored.rank * ffn, (stored.rank + 1) * ffn)
+        if stored.name.endswith("weight1"):
+            assert stored.shape == (hidden, experts * 2 * ffn)
+            one = [np.concatenate([whole["expert_gate", layer, e][cut], whole["expert_up", layer, e][cut]]).T for e in range(experts)]
+        else:
+            assert stored.shape == (experts * ffn, hidden)
+            one = [whole["expert_down", layer, e][:, cut].T for e in range(experts)]
+        assert np.array_equal(flat, np.stack(one).reshape(-1))
+
+
+GOOD = """
+architectures = ["X"]
+[axes]
+layer = "num_hidden_layers"
+hidden = "hidden_size"
+kv = "num_key_value_heads"
+[conditions]
+odd = "layer % 2 == 1"
+[tensors]
+a = "{layer} kv* hidden"
+b = { dims = "{layer} kv* hidden", when = "odd or odd" }
+[hf]
+a = "l.{layer}.a"
+b = "l.{layer}.b"
+[vllm]
+ab = { name = "l.{layer}.ab", of = ["a", "b"] }
+[sglang]
+like = "vllm"
+"""
+CONFIG = {"num_hidden_layers": 2, "hidden_size": 4, "num_key_value_heads": 2}
+
+
+@pytest.mark.parametrize("old, new, says", [
+    ('b = "l.{layer}.b"', 'b = { name = "l.{layer}.b", fuse = ["b"] }', r"\[hf\] b: unknown key 'fuse'"),
+    ('hidden = "hidden_size"', "hidden = 4", r"\[axes\] hidden must be an expression in quotes"),
+    ('a = "{layer} kv* hidden"', 'a = "{layer} kv* hiden"', r"\[tensors\] a uses axis 'hiden'"),
+    ('a = "{layer} kv* hidden"', 'a = "{layer} (kv* hidden"', r"\[tensors\] a: cannot read dims"),
+    ('a = "{layer} kv* hidden"', 'a = "{layer} kv* kv"', r"\[tensors\] a: an axis stands twice"),
+    ('a = "{layer} kv* hidden"', 'a = "{hidden} kv*"', r"\{hidden\} must be one of \{layer\}, \{expert\}"),
+    ('a = "{layer} kv* hidden"', 'a = { dims = "{layer} kv* hidden", whn = "odd" }', r"\[tensors\] a: unknown key 'whn'"),
+    ('b = "l.{layer}.b"', 'c = "l.{layer}.b"', r"\[hf\] c: no tensor 'c'"),
+    ('b = "l.{layer}.b"', 'b = "l.{expert}.b"', r"\[hf\] b: .*must be numbered alike"),
+    ('b = "l.{layer}.b"', 'b = { name = "l.{layer}.b", dims = "kv" }', r"\[hf\] b: dims 'kv' must hold the axes of b"),
+    ('b = "l.{layer}.b"', 'b = { name = "l.{layer}.b", within = "layer" }', r"\[hf\] b: within = 'layer'"),
+    ('b = "l.{layer}.b"', 'b = { name = "l.{layer}.b", cut = "rows" }', r"\[hf\] b: cut must be parts or whole"),
+    ('b = "l.{layer}.b"', 'b = { name = "l.{layer}.b", dim = 2 }', r"\[hf\] b: dim = 2, but b has 2 dimensions"),
+    ('of = ["a", "b"]', 'of = "ab"', r"\[vllm\] ab: of must be a list"),
+    ('like = "vllm"', 'like = "trtllm"', r"\[sglang\] like = 'trtllm'"),
+    ('like = "vllm"', 'like = "sglang"', r"\[sglang\] like = 'sglang'"),
+    ('architectures = ["X"]', "", "architectures must list"),
+    ('architectures = ["X"]', 'architectures = ["X"]\nextends = "../llama"', "cannot extend"),
+    ("[hf]", "[hg]", "needs .tensors. and .hf."),
+    ("[axes]", "[axes", "layout .*x.toml: "),
+    ('kv = "num_key_value_heads"', 'kv = "num_key_value_heads +"', "cannot parse expression"),
+    ('kv = "num_key_value_heads"', 'kv = "kv_heads"', "config.json has no 'kv_heads'"),
+    ('kv = "num_key_value_heads"', 'kv = "hidden_size / 3"', "4 is not divisible by 3"),
+    ('kv = "num_key_value_heads"', 'kv = "0 - 1"', "is -1, not a size"),
+    ('kv = "num_key_value_heads"', "kv = \"__import__('os').getpid()\"", "Call is not allowed in an expression"),
+    ('kv = "num_key_value_heads"', 'kv = "hidden_size ** hidden_size"', "BinOp is not allowed in an expression"),
+    ('when = "odd or odd"', "when = \"__import__('os')\"", "Call is not allowed in an expression"),
+])  # fmt: skip
+def test_malformed_descriptors_are_refused(tmp_path, old, new, says):
+    assert old in GOOD
+    (tmp_path / "x.toml").write_text(GOOD.replace(old, new, 1))
+    with pytest.raises(LayoutError, match=says):
+        layout = load_descriptor(tmp_path / "x.toml").bind(CONFIG)
+        layout.exists(layout.descriptor.tensors["b"], 1)
+
+
+def test_conditions_and_like(tmp_path):
+    (tmp_path / "x.toml").write_text(GOOD)
+    layout = load_descriptor(tmp_path / "x.toml").bind(CONFIG)
+    assert [layout.exists(layout.descriptor.tensors["b"], i) for i in (0, 1)] == [False, True]
+    assert layout.section("sglang").entries == layout.section("vllm").entries
+    place = Placement(layout, layout.section("vllm"), formats.get("vllm").rules, Mesh(2))
+    assert len(list(place.stored())) == 2  # layer 1 on both ranks; layer 0 has half of what is fused
+    assert "fuses a, b, but this model has no b (layer 0)" in place.problems[0]
