@@ -12,6 +12,7 @@ from pathlib import Path
 from reshard import formats
 from reshard.block import Stored, restride
 from reshard.errors import FormatError, LayoutError, PlanError
+from reshard.formats.manifest import read_manifest
 from reshard.layout import Entry, Layout, Section, builtin_descriptors, find_descriptor, load_descriptor
 from reshard.place import Mesh, Placement, slice_dim
 from reshard.stores import DTYPE_SIZE
@@ -29,6 +30,7 @@ class Checkpoint:
     dropped: list[str] = field(default_factory=list)
     engine_version: str | None = None
     config_path: Path | None = None
+    native: Mapping[str, str] = field(default_factory=dict)  # the model's dtype of tensors that this format's engine widened
 
     @property
     def architecture(self) -> str:
@@ -65,6 +67,7 @@ def open_checkpoint(
         raise unknown_architecture(settings, contents)
     bound = descriptor.bind(model_config(settings))
     checkpoint = Checkpoint(folder, kind.name, contents.mesh, bound, [], engine_version=contents.engine_version, config_path=config_path)
+    checkpoint.native = (read_manifest(folder) or {}).get("dtypes", {})
     _match(checkpoint, kind, contents)
     return checkpoint
 

@@ -108,7 +108,8 @@ def prepare(
 
         engine_version = NEWEST[format]
     sizes = {file.path: file.image.size for file in folder.files}
-    folder.small[MANIFEST] = manifest_bytes(format, placement.mesh, source.layout.name, engine_version, sizes)
+    native = native_dtypes(source, plan)
+    folder.small[MANIFEST] = manifest_bytes(format, placement.mesh, source.layout.name, engine_version, sizes, native)
     config = dict(source.layout.config) if not source.config_path else json.loads(source.config_path.read_bytes())
     if dtype:
         key = "dtype" if "dtype" in config or "torch_dtype" not in config else "torch_dtype"
@@ -135,8 +136,15 @@ def join_to(source: Checkpoint, placement: Placement, dtype: str | None, ranks=N
     destinations = list(placement.stored(ranks))
     if placement.problems:
         raise PlanError(placement.problems, split_hint(placement))
-    pinned = [t.name for t in source.layout.descriptor.tensors.values() if t.dtype]
-    return join(source.stored, destinations, cast=DTYPES.get(dtype or ""), pinned=pinned, complete=complete, check=complete)
+    keep = [t.name for t in source.layout.descriptor.tensors.values() if t.dtype]
+    return join(source.stored, destinations, cast=DTYPES.get(dtype or ""), keep=keep, native=source.native, complete=complete, check=complete)
+
+
+def native_dtypes(source: Checkpoint, plan: Plan) -> dict[str, str]:
+    """The model's own dtype of each tensor that the destination's engine wants in another: noted, so that it comes back."""
+    wanted = {key[0]: s.entry.dtype for s in plan.destinations if s.entry.dtype for key, _ in s.blocks}
+    held = {key[0]: s.dtype for s in source.stored for key, _ in s.blocks if key[0] in wanted}
+    return {name: own for name in wanted for own in [source.native.get(name, held[name])] if own != wanted[name]}
 
 
 def split_hint(placement: Placement) -> str:

@@ -6,7 +6,7 @@ sources that hold the same box) is read once for its bytes and once more to be c
 """
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from reshard.block import Block, Box, Key, Stored, overlap, volume
@@ -128,9 +128,14 @@ def _disjoint(boxes: list[Box]) -> bool:
     return True
 
 
-def target_dtype(dtype: str, cast: str | None, pinned: str | None) -> str:
-    """The dtype that a tensor of `dtype` is stored in: floats follow `cast` unless the layout pins them."""
-    return cast if cast and dtype in FLOATS and pinned is None else dtype
+def target_dtype(source: str, *, cast: str | None = None, keep: bool = False, wanted: str | None = None) -> str:
+    """The dtype that a tensor of `source` is stored in: the one its engine wants, else floats follow `cast`, which
+    never narrows those to `keep`."""
+    if source not in FLOATS:
+        return source
+    if wanted or cast is None:
+        return wanted or source
+    return source if keep and DTYPE_SIZE[cast] < DTYPE_SIZE[source] else cast
 
 
 def join(
@@ -138,16 +143,18 @@ def join(
     destinations: Iterable[Stored],
     *,
     cast: str | None = None,
-    pinned: Iterable[str] = (),
+    keep: Iterable[str] = (),
+    native: Mapping[str, str] = {},
     complete: bool = True,
     check: bool = True,
 ) -> Plan:
     """The plan that fills `destinations` from `sources`. Fills in the destinations' dtypes.
 
-    `cast`: store floats as this dtype, but for the tensors named in `pinned`. `complete`: every source must be used
-    somewhere (off when only some ranks are asked for). `check`: compare replicas. Raises PlanError with all problems.
+    `cast`: store floats as this dtype, but narrow none of the tensors named in `keep`. `native`: the model's own dtype
+    of tensors that the source's engine wanted in another. `complete`: every source must be used somewhere (off when
+    only some ranks are asked for). `check`: compare replicas. Raises PlanError with all problems.
     """
-    pinned = set(pinned)
+    keep = set(keep)
     problems: list[str] = []
     holders: dict[Key, list[tuple[Stored, Block]]] = defaultdict(list)
     for stored in sources:
@@ -155,7 +162,12 @@ def join(
             holders[key].append((stored, block))
     moves: dict[tuple[int, int], Move | None] = {}
     distinct: dict[tuple[int, ...], bool] = {}
-    dtype_of = {key[0]: held[0][0].dtype for key, held in reversed(holders.items())}
+    dtype_of = {key[0]: held[0][0].dtype for key, held in reversed(holders.items())} | dict(native)
+
+    def dtype_for(stored: Stored, name: str, source: str) -> str:
+        wanted = stored.entry.dtype if stored.entry else None
+        return target_dtype(native.get(name, source), cast=cast, keep=name in keep, wanted=wanted)
+
     plan = Plan([], [])
     primaries: dict[Key, list[tuple[Stored, Block]]] = {}
     for key, held in holders.items():
@@ -198,7 +210,7 @@ def join(
                     filled += volume(move.box)
             if filled != block.size:
                 problems.append(f"{where(stored)}: {block.size - filled} of {block.size} elements of {label(key)} are in no source file")
-            dtypes[target_dtype(held[0][0].dtype, cast, key[0] if key[0] in pinned else None)] = key
+            dtypes[dtype_for(stored, key[0], held[0][0].dtype)] = key
             for source, _ in held[1:]:
                 if source.dtype != held[0][0].dtype:
                     problems.append(f"{label(key)}: {where(held[0][0])} is {held[0][0].dtype}, {where(source)} is {source.dtype}")
@@ -209,7 +221,7 @@ def join(
             stored.dtype = next(iter(dtypes))
         elif not stored.dtype:  # all padding on this rank: of the dtype that the tensor has elsewhere
             name = stored.entry.of[0]
-            stored.dtype = target_dtype(dtype_of.get(name, "BF16"), cast, name if name in pinned else None)
+            stored.dtype = dtype_for(stored, name, dtype_of.get(name, "BF16"))
     if complete:
         lost = [key for key in primaries if key not in used]
         problems += [f"{label(key)} ({where(primaries[key][0][0])}) has no place in the destination" for key in lost]

@@ -17,12 +17,13 @@ from pathlib import Path
 
 from reshard.errors import LayoutError
 from reshard.expr import evaluate
+from reshard.stores import DTYPE_SIZE
 
 #: axes that number tensors instead of lying in their dimensions: pipeline parallelism deals out the one, expert parallelism the other
 INDEX_AXES = ("layer", "expert")
 _TOP_KEYS = {"architectures", "extends", "description", "defaults", "conditions", "axes", "tensors", "replicate"}
 _TENSOR_KEYS = {"dims", "when", "stage", "dtype"}
-_ENTRY_KEYS = {"name", "of", "within", "dims", "dim", "cut", "split", "pad", "when", "stage", "alias", "only_rank0", "view"}
+_ENTRY_KEYS = {"name", "of", "within", "dims", "dim", "cut", "split", "pad", "when", "stage", "alias", "only_rank0", "view", "dtype"}
 _CONSTANT_KEYS = {"value", "dtype", "shape", "when"}
 _SECTION_KEYS = {"constants", "drop", "variants", "args"}
 _STAGES = ("first", "last", "all")
@@ -30,7 +31,8 @@ _STAGES = ("first", "last", "all")
 
 @dataclass(frozen=True, slots=True)
 class Tensor:
-    """A parameter of the model, whole and unfused: `dims` in axes, `split` the axes that TP spreads over, in order."""
+    """A parameter of the model, whole and unfused: `dims` in axes, `split` the axes that TP spreads over, in order.
+    `dtype` marks one that is kept in that dtype beside a model of a smaller one: ``--dtype`` never narrows it."""
 
     name: str
     index: tuple[str, ...]
@@ -63,6 +65,7 @@ class Entry:
     alias: bool = False
     only_rank0: bool = False
     view: tuple[tuple[int, ...], ...] | None = None  # stored under other dimensions: which of its own each one joins
+    dtype: str | None = None  # the engine's own dtype of it, whatever the model has
 
 
 @dataclass(frozen=True, slots=True)
@@ -329,7 +332,13 @@ def _tensor(name: str, key: str, value: object, axes: Mapping[str, str]) -> Tens
     stage = table.get("stage", "last")
     if stage not in _STAGES:
         raise LayoutError(f"layout {name}: {where}: stage must be one of {', '.join(_STAGES)}, got {stage!r}")
-    return Tensor(key, index, dims, split, str(table.get("when", "true")), stage, table.get("dtype"))
+    return Tensor(key, index, dims, split, str(table.get("when", "true")), stage, _dtype(name, where, table.get("dtype")))
+
+
+def _dtype(name: str, where: str, word: object) -> str | None:
+    if word is not None and word not in DTYPE_SIZE:
+        raise LayoutError(f"layout {name}: {where}: unknown dtype {word!r}", f"known: {', '.join(DTYPE_SIZE)}")
+    return word
 
 
 def _section(name: str, format: str, table: object, tensors: Mapping[str, Tensor], axes: Mapping[str, str]) -> Section:
@@ -390,4 +399,5 @@ def _entry(name: str, format: str, key: str, value: object, tensors: Mapping[str
     pad = tuple((_known_axis(name, where, axis, axes), text) for axis, text in _strings(name, where, table.get("pad", {})).items())
     return Entry(key, table["name"], of, within, dims, int(table.get("dim", 0)), table.get("cut", "parts"), split, pad,
                  str(table.get("when", "true")), table.get("stage"), bool(table.get("alias")), bool(table.get("only_rank0")),
-                 tuple(map(tuple, table["view"])) if "view" in table else None)  # fmt: skip
+                 tuple(map(tuple, table["view"])) if "view" in table else None,
+                 _dtype(name, where, table.get("dtype")))  # fmt: skip

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from reshard.errors import FormatError
 from reshard.place import Mesh
+from reshard.stores import DTYPE_SIZE
 
 NAME = "reshard.json"
 
@@ -22,6 +23,7 @@ def read_manifest(folder: Path) -> dict | None:
         mesh = manifest["mesh"]
         valid = isinstance(manifest["format"], str) and all(isinstance(mesh[k], int) and mesh[k] > 0 for k in ("tp", "pp", "ep"))
         files = manifest["files"].items()
+        valid = valid and all(dtype in DTYPE_SIZE for dtype in manifest.get("dtypes", {}).values())
     except (ValueError, KeyError, TypeError, AttributeError):
         valid = False
     if not valid:
@@ -46,11 +48,13 @@ def mesh_text(mesh: dict) -> str:
     return str(Mesh(mesh["tp"], mesh["pp"], mesh["ep"]))
 
 
-def manifest_bytes(format: str, mesh: Mesh, layout: str, engine_version: str | None, files: dict[str, int]) -> bytes:
+def manifest_bytes(format: str, mesh: Mesh, layout: str, engine_version: str | None, files: dict[str, int], dtypes: dict[str, str]) -> bytes:
     from reshard import __version__
 
     sizes = {"tp": mesh.tp, "pp": mesh.pp, "ep": mesh.ep} | ({"etp": mesh.etp} if mesh.etp else {})
     table = {"reshard": __version__, "format": format, "mesh": sizes, "layout": layout}
     if engine_version:
         table["engine_version"] = engine_version
+    if dtypes:
+        table["dtypes"] = dtypes
     return (json.dumps({**table, "files": files}, indent=1) + "\n").encode()
