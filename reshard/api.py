@@ -5,8 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from reshard.checkpoint import Checkpoint, open_checkpoint
-from reshard.errors import PlanError
-from reshard.job import Job, join_to, place, prepare
+from reshard.job import Job, join_to, one_rank, place, prepare
 from reshard.place import Mesh
 
 open = open_checkpoint
@@ -19,7 +18,7 @@ def _opened(source: Checkpoint | str | Path, layout=None, config=None) -> Checkp
 def plan(source: Checkpoint | str | Path, *, format: str, tp: int = 1, pp: int = 1, ep: int = 1, etp: int = 0, **options) -> Job:
     """What a conversion of `source` to `format` would read and write, to the byte. Reads headers, writes nothing.
 
-    `options`: `dtype` (bf16, fp16, fp32), `engine_version`, `max_file` (bytes), `jobs`, `buffer` (bytes), and `layout`, `config` for opening.
+    `options`: `dtype` (bf16, fp16, fp32), `engine_version`, `max_file` (bytes), `rank` (that one alone), `jobs`, `buffer` (bytes), and `layout`, `config` for opening.
     Raises ReshardError with all problems at once.
     """
     ckpt = _opened(source, options.pop("layout", None), options.pop("config", None))
@@ -79,10 +78,8 @@ def load(
     if options:
         raise TypeError(f"load() got an unexpected option {next(iter(options))!r}")
     placement = place(ckpt, format, Mesh(tp, pp, ep, etp), engine_version)
-    chosen = [r for r in placement.ranks if r.number == rank]
-    if not chosen:
-        raise PlanError([f"rank {rank} of {placement.mesh} does not exist"], f"ranks are 0 to {len(placement.ranks) - 1}")
-    todo = join_to(ckpt, placement, dtype, chosen, complete=False)
+    chosen = one_rank(placement, rank)
+    todo = join_to(ckpt, placement, dtype, [chosen], complete=False)
     kinds = torch_dtypes()
     state = {s.name: torch.zeros(s.shape, dtype=kinds[s.dtype]) for s in todo.destinations}
     raw = {name: tensor.reshape(-1).view(torch.uint8).numpy() for name, tensor in state.items()}
@@ -93,7 +90,7 @@ def load(
         raw[stored.name][start : start + len(data)] = np.frombuffer(data, np.uint8)
 
     run(todo, Source(ckpt.path), write)
-    for name, constant in placement.constants(chosen[0]):
+    for name, constant in placement.constants(chosen):
         state[name] = torch.full(constant.shape, constant.value, dtype=kinds[constant.dtype])
     return {name: tensor.to(device) for name, tensor in state.items()}
 

@@ -1,5 +1,6 @@
 """The command line: parse, call the library, print. Results go to stdout, everything else to stderr."""
 
+import gc
 import json
 import sys
 import time
@@ -143,13 +144,10 @@ def convert(src, dst, to, tp, pp, ep, etp, dtype, engine_version, from_, layout,
 @json_option
 def plan(src, to, tp, pp, ep, etp, dtype, engine_version, from_, layout, config, rank, bandwidth, as_json):
     """Tell which bytes a conversion of SRC would read and write, per rank. Writes nothing."""
-    job = _plan(_open(src, from_, layout, config), to, tp, pp, ep, etp, dtype, engine_version)
-    ranks = [row for row in job.ranks() if rank is None or row["rank"] == rank]
-    if not ranks:
-        raise ReshardError(f"rank {rank} does not exist on {job.mesh}", f"ranks are 0 to {len(job.ranks()) - 1}")
+    job = _plan(_open(src, from_, layout, config), to, tp, pp, ep, etp, dtype, engine_version, rank=rank)
     if as_json:
         extra = {"seconds_at_bandwidth": (job.bytes_read + job.bytes_written) / bandwidth} if bandwidth else {}
-        click.echo(json.dumps({"ok": True, **job.to_json(), "ranks": ranks, **extra}))
+        click.echo(json.dumps({"ok": True, **job.to_json(), "ranks": job.ranks(), **extra}))
         return
     _print_plan(job, None)
     if bandwidth:
@@ -312,6 +310,7 @@ class progress_bar:
 
 def main(argv: list[str] | None = None) -> None:
     """Run the command line; errors become text (or JSON) and an exit code: 1 failed, 2 usage, 3 the answer is no, 130 interrupted."""
+    gc.disable()  # a plan is a million small objects and no cycle: the collector would only go over them again and again
     args = sys.argv[1:] if argv is None else argv
     as_json = "--json" in args
     try:

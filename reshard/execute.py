@@ -201,7 +201,7 @@ def _clip(copies: Iterable[Copy], boxes: dict[tuple, Box]) -> list[Copy]:
         if box != move.box:
             src = Block(move.box, move.src_offset, move.src_strides).clip(box)
             dst = Block(move.box, move.dst_offset, move.dst_strides).clip(box)
-            move = type(move)(box, src.offset, src.strides, dst.offset, dst.strides)
+            move = type(move)(box, volume(box), src.offset, src.strides, dst.offset, dst.strides)
         out.append(Copy(copy.key, copy.src, copy.dst, move))
     return out
 
@@ -384,7 +384,9 @@ def tile_limit(jobs: int, buffer: int) -> int:
 
 def peak_buffer(plan: Plan, jobs: int, buffer: int) -> int:
     """The most bytes that buffers take together while `plan` runs."""
-    largest = max((_source_bytes(group) for group in _groups(plan)), default=0)
-    return 4 * jobs * min(largest, tile_limit(jobs, buffer))
+    limit = tile_limit(jobs, buffer)
+    if not any(copy.src_bytes >= limit for copy in plan.copies):  # a small model: less than one whole tile
+        limit = min(limit, max((_source_bytes(group) for group in _groups(plan)), default=0))
+    return 4 * jobs * limit
 
 

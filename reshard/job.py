@@ -15,7 +15,7 @@ from reshard.formats import Folder, Target
 from reshard.formats.manifest import NAME as MANIFEST
 from reshard.formats.manifest import manifest_bytes
 from reshard.layout import parse_version
-from reshard.place import Mesh, Placement
+from reshard.place import Mesh, Placement, Rank
 from reshard.join import Plan, join
 
 DTYPES = {"bf16": "BF16", "fp16": "F16", "fp32": "F32"}
@@ -90,16 +90,21 @@ def prepare(
     dtype: str | None = None,
     engine_version: str | None = None,
     max_file: int | None = None,
+    rank: int | None = None,
     jobs: int = 2,
     buffer: int = 128 << 20,
 ) -> Job:
-    """Plan the conversion of `source`. Raises PlanError with every problem found; nothing is written."""
+    """Plan the conversion of `source`, for all ranks or for `rank` alone (replicas in the source are then not compared).
+
+    Raises PlanError with every problem found; nothing is written.
+    """
     kind = formats.get(format)
     if format == "hf" and (mesh.tp, mesh.pp, mesh.ep) != (1, 1, 1):
         raise PlanError([f"format hf is whole: it has no {mesh}"], "leave --tp, --pp and --ep out, or use --to tp")
     placement = place(source, format, mesh, engine_version)
-    plan = join_to(source, placement, dtype)
-    target = Target(placement, engine_version, *([max_file] if max_file else []))
+    ranks = placement.ranks if rank is None else [one_rank(placement, rank)]
+    plan = join_to(source, placement, dtype, ranks, complete=rank is None)
+    target = Target(placement, ranks, engine_version, *([max_file] if max_file else []))
     folder = kind.write(target, plan.destinations)
     used = {id(s) for file in folder.files for s in file.tensors.values()}
     assert used == {id(s) for s in plan.destinations}, "a format left tensors out of its files"
@@ -127,6 +132,12 @@ def place(source: Checkpoint, format: str, mesh: Mesh, engine_version: str | Non
         raise PlanError([f"--engine-version {engine_version} has no meaning for format {format}"], "it goes with --to vllm and --to sglang")
     version = parse_version(engine_version) if engine_version else None
     return Placement(source.layout, section.for_version(version), kind.rules, mesh, engine=version)
+
+
+def one_rank(placement: Placement, number: int) -> Rank:
+    if not 0 <= number < len(placement.ranks):
+        raise PlanError([f"rank {number} does not exist on {placement.mesh}"], f"ranks are 0 to {len(placement.ranks) - 1}")
+    return placement.ranks[number]
 
 
 def join_to(source: Checkpoint, placement: Placement, dtype: str | None, ranks=None, complete: bool = True) -> Plan:

@@ -8,6 +8,8 @@ sources that hold the same box) is read once for its bytes and once more to be c
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property, lru_cache
+from itertools import chain
 
 from reshard.block import Block, Box, Key, Stored, overlap, volume
 from reshard.errors import PlanError
@@ -18,9 +20,10 @@ FLOATS = ("F64", "F32", "BF16", "F16")
 
 @dataclass(frozen=True, slots=True)
 class Move:
-    """The geometry of a copy: a box (tensor's axes), and offset and strides (elements) of it on each side."""
+    """The geometry of a copy: a box (tensor's axes) of `size` elements, and where (elements) it lies on each side."""
 
     box: Box
+    size: int
     src_offset: int
     src_strides: tuple[int, ...]
     dst_offset: int
@@ -42,7 +45,7 @@ class Copy:
 
     @property
     def src_bytes(self) -> int:
-        return volume(self.move.box) * DTYPE_SIZE[self.src.dtype]
+        return self.move.size * DTYPE_SIZE[self.src.dtype]
 
 
 @dataclass
@@ -53,10 +56,10 @@ class Plan:
     copies: list[Copy]
     checks: list[Copy] = field(default_factory=list)
 
-    @property
+    @cached_property
     def bytes_read(self) -> int:
         """Bytes taken from the sources: each source element that some rank needs, once, and replicas to compare."""
-        return sum(self.reads().values())
+        return _read_bytes(self.copies, self.checks)
 
     @property
     def bytes_held(self) -> int:
@@ -67,43 +70,44 @@ class Plan:
     def padded(self) -> list[str]:
         return sorted({stored.name for stored in self.destinations if stored.padding})
 
-    def reads(self, rank: int | None = None) -> dict[int, int]:
-        """Bytes read per source tensor (by id), for all ranks together or for one alone (then without checks)."""
-        used: dict[tuple[int, Key], set[Box]] = defaultdict(set)
-        width: dict[int, int] = {}
-        for copy in self.copies:
-            if rank is None or copy.dst.rank == rank:
-                used[id(copy.src), copy.key].add(copy.move.box)
-                width[id(copy.src)] = DTYPE_SIZE[copy.src.dtype]
-        if rank is None:
-            for check in self.checks:
-                used[id(check.dst), check.key].add(check.move.box)
-                used[id(check.src), check.key].add(check.move.box)
-                width[id(check.dst)] = width[id(check.src)] = DTYPE_SIZE[check.src.dtype]
-        total: dict[int, int] = defaultdict(int)
-        for (source, _), boxes in used.items():
-            total[source] += union_volume(boxes) * width[source]
-        return total
-
     def per_rank(self) -> list[dict[str, int]]:
-        """What each destination rank reads, writes and holds, in bytes."""
+        """What each destination rank reads if it reads alone, and holds, in bytes."""
         held: dict[int, int] = defaultdict(int)
         for stored in self.destinations:
             held[stored.rank] += stored.size * DTYPE_SIZE[stored.dtype]
-        by_rank: dict[int, Plan] = {rank: Plan([], []) for rank in sorted(held)}
+        copies: dict[int, list[Copy]] = {rank: [] for rank in sorted(held)}
         for copy in self.copies:
-            by_rank[copy.dst.rank].copies.append(copy)
-        return [{"rank": r, "bytes_read": part.bytes_read, "bytes_held": held[r]} for r, part in by_rank.items()]
+            copies[copy.dst.rank].append(copy)
+        return [{"rank": r, "bytes_read": _read_bytes(own), "bytes_held": held[r]} for r, own in copies.items()]
+
+
+def _read_bytes(copies: list[Copy], checks: list[Copy] = []) -> int:
+    """Bytes of the sources under `copies` and (on both sides) `checks`; what several of them want counts once."""
+    used: dict[tuple[int, Key], set[Box]] = {}
+    width: dict[int, int] = {}
+    for stored, copy in chain(((c.src, c) for c in copies), ((c.src, c) for c in checks), ((c.dst, c) for c in checks)):
+        at = id(stored), copy.key
+        boxes = used.get(at)
+        if boxes is None:
+            used[at] = {copy.move.box}
+            width[id(stored)] = DTYPE_SIZE[stored.dtype]
+        else:
+            boxes.add(copy.move.box)
+    return sum(union_volume(boxes) * width[source] for (source, _), boxes in used.items())
 
 
 def union_volume(boxes: Iterable[Box]) -> int:
     """Elements covered by any of `boxes`."""
-    boxes = list(boxes)
-    if len(boxes) == 1:
-        return volume(boxes[0])
-    if _disjoint(boxes):
+    boxes = frozenset(boxes)
+    return volume(next(iter(boxes))) if len(boxes) == 1 else _union_volume(boxes)
+
+
+@lru_cache(maxsize=65536)
+def _union_volume(boxes: frozenset[Box]) -> int:
+    if _disjoint(list(boxes)):
         return sum(map(volume, boxes))
-    axis = next(a for a in range(len(boxes[0])) if len({box[a] for box in boxes}) > 1)
+    first = next(iter(boxes))
+    axis = next(a for a in range(len(first)) if len({box[a] for box in boxes}) > 1)
     marks = sorted({mark for box in boxes for mark in box[axis]})
     total = 0
     for low, high in zip(marks, marks[1:]):
@@ -207,7 +211,7 @@ def join(
                     move = moves[at] = _move(other, block)
                 if move is not None:
                     plan.copies.append(Copy(key, source, stored, move))
-                    filled += volume(move.box)
+                    filled += move.size
             if filled != block.size:
                 problems.append(f"{where(stored)}: {block.size - filled} of {block.size} elements of {label(key)} are in no source file")
             dtypes[dtype_for(stored, key[0], held[0][0].dtype)] = key
@@ -237,7 +241,7 @@ def _move(source: Block, destination: Block) -> Move | None:
     if box is None:
         return None
     src, dst = source.clip(box), destination.clip(box)
-    return Move(box, src.offset, src.strides, dst.offset, dst.strides)
+    return Move(box, volume(box), src.offset, src.strides, dst.offset, dst.strides)
 
 
 def label(key: Key) -> str:

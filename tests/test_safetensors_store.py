@@ -166,8 +166,11 @@ def entry(dtype="F32", shape=(2,), offsets=(0, 8), **more) -> dict:
         (made({"a": entry(shape=(2.0,))}, 8), r"a has shape \[2.0\]"),
         (made({"a": entry(shape=(-2,))}, 8), r"a has shape \[-2\]"),
         (made({"a": entry(shape=(1 << 63,))}, 8), "a has shape"),
-        (made({"a": entry(shape=(1 << 62, 1 << 62))}, 8), "a spans 8 bytes, F32 .* needs"),
-        (made({"a": entry(shape=(1 << 62,) * 10_000)}, 8), "a"),
+        (made({"a": entry(shape=(1 << 62, 1 << 62))}, 8), r"a has shape .*, which is 2\*\*63 bytes or more; it spans 8"),
+        (made({"a": entry(shape=(1 << 62,) * 10_000)}, 8), r"a has shape .*…, which is 2\*\*63 bytes or more; it spans 8"),
+        (made({"a" * 10_000: entry(offsets=(4, 12))}, 12), "a… begins at byte 4, expected 0"),
+        (made({"a\x1b[2J": entry(offsets=(4, 12))}, 12), r"a\\x1b\[2J begins at byte 4"),
+        (made({"\ud800": entry()}, 8), "ud800 is no text"),
         (made({"a": entry(offsets=(0, 8, 9))}, 8), "a has data_offsets"),
         (made({"a": entry(offsets=(8, 0))}, 8), "a has data_offsets"),
         (made({"a": entry(offsets=(0, 12))}, 12), "a spans 12 bytes, F32 .* needs 8"),
@@ -175,8 +178,8 @@ def entry(dtype="F32", shape=(2,), offsets=(0, 8), **more) -> dict:
         (made({"a": entry(), "b": entry(offsets=(4, 12))}, 12), "b begins at byte 4, expected 8: it overlaps"),
         (made({"a": entry(), "b": entry()}, 8), "b begins at byte 0, expected 8: it overlaps"),
         (made({"a": entry(), "b": entry(offsets=(12, 20))}, 20), "b begins at byte 12, expected 8: it leaves a hole"),
-        (made({"a": entry()}, 7), "has 6[0-9] bytes, its header describes 6[0-9]"),
-        (made({"a": entry()}, 9), "has 6[0-9] bytes, its header describes 6[0-9]"),
+        (made({"a": entry()}, 7), "has 76 bytes, its header describes 77"),
+        (made({"a": entry()}, 9), "has 78 bytes, its header describes 77"),
     ],
 )  # fmt: skip
 def test_refused(tmp_path, content, said):
@@ -203,6 +206,6 @@ def test_any_flipped_byte_is_read_as_the_library_reads_it_or_refused(tmp_path, d
     except FormatError:
         return
     with safetensors.safe_open(path, "np") as file:  # what we take, the library takes
-        assert {n: (file.get_slice(n).get_dtype(), tuple(file.get_slice(n).get_shape())) for n in file.keys()} == {
+        assert {n: (file.get_slice(n).get_dtype(), tuple(file.get_slice(n).get_shape())) for n in sorted(file.keys())} == {
             n: (info.dtype, info.shape) for n, info in tensors.items()
         }

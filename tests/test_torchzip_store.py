@@ -19,8 +19,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from reshard.errors import FormatError, ReshardError
-from reshard.stores import DTYPE_SIZE, FileImage, TensorInfo, torchzip
+from reshard.stores import DTYPE_SIZE, FileImage, TensorInfo
+from reshard.stores.torch_names import row_major_strides
 from reshard.stores.torchzip import DTYPE_NAME, DType, Opaque, TensorSpec, compose, read
+from reshard.stores.ziprecords import Layout
 
 SAMPLES = Path(__file__).parents[2] / "shared" / "samples"
 DTYPES = {dtype: getattr(torch, name) for dtype, name in DTYPE_NAME.items()}
@@ -28,7 +30,7 @@ DTYPES = {dtype: getattr(torch, name) for dtype, name in DTYPE_NAME.items()}
 
 def bytes_at(path: Path, info: TensorInfo) -> torch.Tensor:
     """The tensor that `info` describes, read with numpy and os alone."""
-    strides = info.strides or torchzip.row_major_strides(info.shape)
+    strides = info.strides or row_major_strides(info.shape)
     last = sum((n - 1) * s for n, s in zip(info.shape, strides))
     size = DTYPE_SIZE[info.dtype]
     with open(path, "rb") as file:
@@ -284,7 +286,7 @@ def test_beyond_4_gib(tmp_path):
 
 
 def test_more_than_65535_records(tmp_path):
-    layout = torchzip._Layout("archive")
+    layout = Layout("archive")
     layout.add("data.pkl", tensor_pickle(1, 0, (1,)).replace(b"\x01\0\0\x000X", b"\x05\0\0\x0065999X"))
     offsets = [layout.reserve(f"data/{i}", 4) for i in range(66_000)]
     layout.add("version", b"3\n")
@@ -343,7 +345,10 @@ def crafted(tmp_path: Path, pickled: bytes, records: dict[str, bytes] | None = N
 
 def tensor_pickle(count=4, offset=0, shape=(4,), strides=(1,), kind="torch\nFloatStorage", tail=b"") -> bytes:
     """{"the.weight": a tensor of storage 0}"""
-    number = lambda n: pickle.dumps(n, 2)[2:-1]  # noqa: E731
+
+    def number(n) -> bytes:
+        return pickle.dumps(n, 2)[2:-1]
+
     pid = b"(X\x07\0\0\0storagec" + kind.encode() + b"\nX\x01\0\0\x000X\x03\0\0\0cpu" + number(count) + b"tQ"
     args = b"(" + pid + number(offset) + number(shape) + number(strides) + b"\x89N" + tail + b"t"
     return b"\x80\x02}X\x0a\0\0\0the.weightctorch._utils\n_rebuild_tensor_v2\n" + args + b"Rs."

@@ -65,19 +65,16 @@ class Format:
 
 @dataclass(frozen=True)
 class Target:
-    """What to write: the placement, and what the files should say of it."""
+    """What to write: the placement, which of its ranks, and what the files should say of it."""
 
     placement: Placement
+    ranks: list[Rank]
     engine_version: str | None = None
     max_file: int = 5 * 1024**3
 
     @property
     def mesh(self) -> Mesh:
         return self.placement.mesh
-
-    @property
-    def ranks(self) -> list[Rank]:
-        return self.placement.ranks
 
 
 def formats() -> dict[str, Format]:

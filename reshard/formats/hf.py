@@ -1,6 +1,7 @@
 """``hf``: a Hugging Face checkpoint: model.safetensors, or shards with an index; reads pytorch_model*.bin too."""
 
 import json
+from collections import defaultdict
 from pathlib import Path
 
 from reshard.block import Stored
@@ -27,22 +28,26 @@ def _read(folder: Path) -> Contents:
 
 
 def _indexed(folder: Path, index_name: str) -> dict[str, tuple[str, TensorInfo]]:
+    by_file: dict[str, list[str]] = defaultdict(list)
     try:
         weight_map = json.loads((folder / index_name).read_bytes())["weight_map"]
-        listed = {(name, file) for name, file in weight_map.items() if isinstance(file, str)}
+        for name, file in weight_map.items():
+            by_file[file].append(name)
     except (ValueError, KeyError, TypeError, AttributeError):
         raise FormatError(f"{folder / index_name} has no weight_map of names to files") from None
+    wrong = [file for file in by_file if not isinstance(file, str)]
+    if wrong:
+        raise FormatError(f"{folder / index_name} names {wrong[0]!r} as the file of {by_file[wrong[0]][0]}, expected text")
     out: dict[str, tuple[str, TensorInfo]] = {}
-    files = sorted({file for _, file in listed})
-    missing = [file for file in files if not safe_join(folder, file).is_file()]
+    missing = [file for file in sorted(by_file) if not safe_join(folder, file).is_file()]
     if missing:
-        raise FormatError(f"{folder / index_name} lists {len(files)} files, {len(missing)} missing: {', '.join(missing[:5])}", "download the rest of the checkpoint")
-    for file in files:
+        raise FormatError(f"{folder / index_name} lists {len(by_file)} files, {len(missing)} missing: {', '.join(missing[:5])}", "download the rest of the checkpoint")
+    for file, names in sorted(by_file.items()):
         held = _file(folder, file)
-        absent = [name for name, where in listed if where == file and name not in held]
+        absent = [name for name in names if name not in held]
         if absent:
             raise FormatError(f"{folder / file} lacks {absent[0]}, which {index_name} says it holds ({len(absent)} such)", "the index belongs to other files")
-        out.update({name: at for name, at in held.items() if weight_map.get(name) == file})
+        out.update((name, held[name]) for name in names)
     return out
 
 

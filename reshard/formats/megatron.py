@@ -2,43 +2,34 @@
 
 Layers are numbered from 0 in each stage (and each virtual stage: ``model0``, ``model1`` …), experts from 0 in each rank;
 dense tensors are repeated in the files of all expert-parallel ranks. Sources: Megatron-LM ``checkpointing.py``
-(get_checkpoint_name, load_args_from_checkpoint), ``parallel_state.py`` (order of ranks).
+(get_checkpoint_name, read_metadata), ``parallel_state.py`` (order of ranks).
 """
 
 import argparse
 import re
 from collections import defaultdict
 from collections.abc import Mapping
+from itertools import islice
 from math import lcm
 from pathlib import Path
+from types import SimpleNamespace
 
 from reshard.block import Stored
 from reshard.errors import FormatError, PlanError
-from reshard.expr import evaluate
 from reshard.formats import Contents, Folder, Format, OutFile, Target, safe_join
 from reshard.formats.hf import tensors_of, torch_tree
 from reshard.formats.manifest import read_manifest
+from reshard.formats.megatron_args import megatron_args
 from reshard.place import Mesh, Rank, Rules, even_stages
 
 TRACKER = "latest_checkpointed_iteration.txt"
+FILE = "model_optim_rng.pt"
 _RANK = re.compile(r"mp_rank_(\d{2,})(?:_(\d{3}))?(?:_(\d{3}))?")
 _LAYER = re.compile(r"decoder\.layers\.(\d+)\.")
-_IGNORE = ("*._extra_state", "*.local_tokens_per_expert", "*.inv_freq")
-
-#: fields of ``args`` that Megatron reads back, as expressions over config.json; a descriptor's [megatron.args] adds to them
-ARGS = {
-    "num_layers": "num_hidden_layers", "hidden_size": "hidden_size", "ffn_hidden_size": "intermediate_size",
-    "num_attention_heads": "num_attention_heads",
-    "num_query_groups": "num_key_value_heads", "group_query_attention": "num_key_value_heads != num_attention_heads",
-    "kv_channels": "head_dim", "max_position_embeddings": "max_position_embeddings", "seq_length": "max_position_embeddings",
-    "position_embedding_type": "'rope'", "use_rotary_position_embeddings": "true", "rotary_base": "rope_theta",
-    "rotary_percent": "1", "rotary_interleaved": "false", "add_position_embedding": "false",
-    "add_bias_linear": "false", "add_qkv_bias": "false", "swiglu": "true", "squared_relu": "false",
-    "untie_embeddings_and_output_weights": "not tie_word_embeddings", "apply_layernorm_1p": "false",
-    "normalization": "'RMSNorm'", "norm_epsilon": "rms_norm_eps", "apply_query_key_layer_scaling": "false",
-    "attention_dropout": "0", "hidden_dropout": "0", "num_experts": "null", "make_vocab_size_divisible_by": "128",
-    "tokenizer_type": "'HuggingFaceTokenizer'",
-}  # fmt: skip
+_MODEL = re.compile(r"model\d*")
+_PREFIX = re.compile(r"^(module\.)+")  # of wrappers that Megatron itself takes off before it saves
+_MIXED = "files of several checkpoints were mixed"
+_IGNORE = ("*._extra_state", "*.local_tokens_per_expert", "*.global_tokens_per_expert", "*.inv_freq")
 
 
 def mp_ranks(mesh: Mesh) -> list[Rank]:
@@ -64,78 +55,138 @@ def rank_folder(rank: Rank, mesh: Mesh) -> str:
 
 
 def _recognise(folder: Path, names: set[str]) -> bool:
-    return any(_RANK.fullmatch(name) for name in names) or (TRACKER in names and _root(folder) is not None)
+    if any(_RANK.fullmatch(name) for name in names):
+        return True
+    root = _tracked(folder) if TRACKER in names else None
+    return root is not None and (not root.is_dir() or _has_ranks(root))  # torch_dist has the same tracker, other files
 
 
-def _root(folder: Path) -> Path | None:
-    """The folder that holds mp_rank_…; None where there is none (a torch_dist checkpoint has the same tracker)."""
-    if any(_RANK.fullmatch(path.name) for path in folder.iterdir()):
-        return folder
+def _has_ranks(root: Path) -> bool:
+    return any(_RANK.fullmatch(path.name) for path in root.iterdir())
+
+
+def _tracked(folder: Path) -> Path | None:
+    """The folder that `folder`'s tracker names, which may be missing; None where there is no tracker."""
     tracker = folder / TRACKER
     if not tracker.is_file() or tracker.stat().st_size > 100:
         return None
-    text = tracker.read_text().strip()
-    if text != "release" and not text.isdigit():
+    text = tracker.read_text(errors="replace").strip()
+    if text != "release" and not (text.isascii() and text.isdigit()):
         raise FormatError(f"{tracker} says {text!r}, expected a number or release")
-    root = folder / ("release" if text == "release" else f"iter_{int(text):07d}")
-    return root if root.is_dir() and any(_RANK.fullmatch(path.name) for path in root.iterdir()) else None
+    return folder / ("release" if text == "release" else f"iter_{int(text):07d}")
+
+
+def _root(folder: Path) -> Path:
+    """The folder that holds mp_rank_…: `folder`, or the one that its tracker names."""
+    if _has_ranks(folder):
+        return folder
+    root = _tracked(folder)
+    if root is not None and not root.is_dir():
+        there = sorted(path.name for path in folder.iterdir() if path.is_dir() and _has_ranks(path))
+        hint = f"here are: {', '.join(there)}; write the one you mean into {TRACKER}" if there else "copy the checkpoint again, whole"
+        raise FormatError(f"{folder / TRACKER} names {root.name}, which is missing", hint)
+    if root is None or not _has_ranks(root):
+        raise FormatError(f"{root or folder} holds no mp_rank_… folders", "reshard reads Megatron's legacy format here (--ckpt-format torch)")
+    return root
 
 
 def _read(folder: Path) -> Contents:
     root = _root(folder)
-    if root is None:
-        raise FormatError(f"{folder} holds no mp_rank_… folders", "reshard reads Megatron's legacy format here (--ckpt-format torch)")
     names = sorted(path.name for path in root.iterdir() if _RANK.fullmatch(path.name))
-    blobs, args = {}, {}
-    for name in names:
-        file = safe_join(folder, str((root / name / "model_optim_rng.pt").relative_to(folder)))
-        if not file.is_file():
-            raise FormatError(f"{file} is missing", "each mp_rank_… folder holds one")
-        blob = torch_tree(file)
-        if not isinstance(blob, dict) or not any(re.fullmatch(r"model\d*", str(key)) for key in blob):
-            raise FormatError(f"{file} holds no model", "it should be a dict with model, args, checkpoint_version")
-        version = blob.get("checkpoint_version", 0)
-        if not isinstance(version, (int, float)) or version < 3:
-            raise FormatError(f"{file} is of checkpoint_version {version}, whose query/key/value rows are ordered otherwise", "load and save it once with a current Megatron-LM (3.0)")
-        blobs[name], args = blob, dict(vars(blob["args"])) if isinstance(blob.get("args"), argparse.Namespace) else args
-    mesh = _mesh(folder, names, args)
-    chunks = sorted((key for key in next(iter(blobs.values())) if re.fullmatch(r"model\d+", str(key))), key=lambda k: int(k[5:])) or ["model"]
+    files = {name: str((root / name / FILE).relative_to(folder)) for name in names}
+    blobs = {name: _blob(safe_join(folder, files[name])) for name in names}
+    mesh = _mesh(root, blobs)
+    chunks = _chunks(root, blobs)
     virtual = Mesh(mesh.tp, mesh.pp * len(chunks), mesh.ep, mesh.etp)
-    ranks = mp_ranks(virtual)
     tensors, depth = [], defaultdict(set)
-    for rank in ranks:
+    for rank in mp_ranks(virtual):
         chunk, stage = divmod(rank.pp, mesh.pp)  # virtual stage v·P + s lies in the files of stage s
         name = rank_folder(Rank(0, rank.tp, stage, rank.ep, rank.etp), mesh)
-        if name not in blobs:
-            raise FormatError(f"{root} has no {name}; its files say {mesh}", "copy the checkpoint again, whole")
-        file = str((root / name / "model_optim_rng.pt").relative_to(folder))
-        held = tensors_of(blobs[name].get(chunks[chunk]), file)
-        held = {key.removeprefix("module."): at for key, at in held.items()}
+        held = {_PREFIX.sub("", key): at for key, at in tensors_of(blobs[name][chunks[chunk]], files[name]).items()}
         tensors.append(held)
         depth[rank.pp].update(int(match[1]) for key in held if (match := _LAYER.match(key)))
     manifest = read_manifest(folder)
-    sizes = [len(depth[p]) for p in range(virtual.pp)]
-    starts = [sum(sizes[:p]) for p in range(virtual.pp)]
-    stages = [list(range(start, start + size)) for start, size in zip(starts, sizes)]
+    layers = iter(range(sum(map(len, depth.values()))))
+    stages = [list(islice(layers, len(depth[p]))) for p in range(virtual.pp)]
     return Contents(virtual, tensors, manifest and manifest.get("layout"), stages=stages, ignore=_IGNORE)
 
 
-def _mesh(folder: Path, names: list[str], args: Mapping[str, object]) -> Mesh:
-    """The mesh by the files' args, or where those are silent by the folders' names alone."""
-    numbers = [tuple(int(n) for n in _RANK.fullmatch(name).groups() if n is not None) for name in names]
-    most = [max(column) + 1 for column in zip(*numbers)] if len({len(n) for n in numbers}) == 1 else []
-    if not most:
-        raise FormatError(f"{folder}: folders {names[0]} and {names[-1]} are named for different meshes", "files of several checkpoints were mixed")
-    tp, pp, ep = (args.get(f"{kind}_model_parallel_size") for kind in ("tensor", "pipeline", "expert"))
-    if len(most) == 2 and (pp or 1) == 1 and (ep or 1) > 1:
-        found = Mesh(most[0], 1, most[1])
-    else:
-        found = Mesh(*most)
-    said = Mesh(tp or found.tp, pp or found.pp, ep or found.ep)
-    if (said.tp, said.pp, said.ep) != (found.tp, found.pp, found.ep):
-        raise FormatError(f"{folder} has folders of {found}, its args say {said}", "files are missing, or of several checkpoints")
-    etp = args.get("expert_tensor_parallel_size") or 0
-    return Mesh(said.tp, said.pp, said.ep, etp if etp != said.tp else 0)
+def _blob(file: Path) -> dict:
+    """What `file` holds, checked to be a model of megatron-core in today's order of rows."""
+    if not file.is_file():
+        raise FormatError(f"{file} is missing", "each mp_rank_… folder holds one")
+    blob = torch_tree(file)
+    models = [value for key, value in blob.items() if _MODEL.fullmatch(str(key))] if isinstance(blob, dict) else []
+    if not models or not all(isinstance(model, dict) for model in models):
+        raise FormatError(f"{file} holds no model", "it should be a dict with model, args, checkpoint_version")
+    if any("language_model" in model for model in models):
+        raise FormatError(f"{file} is of Megatron-LM's models before megatron-core", "convert it with a Megatron-LM of 2024 (tools/checkpoint, --saver core)")
+    version = blob.get("checkpoint_version", 0)
+    if not isinstance(version, (int, float)) or version < 3:
+        raise FormatError(f"{file} is of checkpoint_version {version}, whose query/key/value rows are ordered otherwise", "load and save it once with a current Megatron-LM (3.0)")
+    return blob
+
+
+def _chunks(root: Path, blobs: Mapping[str, dict]) -> list[str]:
+    """The keys of the model's chunks, one for each virtual stage of a rank, in order."""
+    found = {name: sorted((key for key in blob if _MODEL.fullmatch(str(key))), key=lambda key: int(key[5:] or 0)) for name, blob in blobs.items()}
+    first, chunks = next(iter(found.items()))
+    other = next((name for name, keys in found.items() if keys != chunks), None)
+    if other:
+        raise FormatError(f"{root}: {first} holds {', '.join(chunks)}, {other} holds {', '.join(found[other])}", _MIXED)
+    if chunks not in (["model"], [f"model{i}" for i in range(len(chunks))]):
+        raise FormatError(f"{root / first / FILE} holds {', '.join(chunks)}", "expected model, or model0, model1 … for virtual stages")
+    return chunks
+
+
+def _mesh(root: Path, blobs: Mapping[str, dict]) -> Mesh:
+    """The mesh by the files' args, or where those are silent by the folders' names; checked against the folders."""
+    names = list(blobs)
+    said = {name: mesh for name, blob in blobs.items() if (mesh := _said(blob.get("args")))}
+    first, mesh = next(iter(said.items()), (None, None))
+    other = next((name for name, value in said.items() if value != mesh), None)
+    if other:
+        raise FormatError(f"{root}: args in {first} say {_sizes(mesh)}, in {other} {_sizes(said[other])}", _MIXED)
+    mesh = mesh or _by_names(root, blobs)
+    expected = [rank_folder(rank, mesh) for rank in mp_ranks(mesh)]
+    problems = [f"{text} {', '.join(some[:8])}{' …' if len(some) > 8 else ''}" for text, some in (
+        ("lacks", [name for name in expected if name not in names]), ("has besides", [name for name in names if name not in expected])) if some]  # fmt: skip
+    if problems:
+        raise FormatError(f"{root} {' and '.join(problems)}: its {'args' if said else 'folders'} say {_sizes(mesh)}", "copy the checkpoint again, whole, into an empty folder")
+    return mesh
+
+
+def _said(args: object) -> Mesh | None:
+    """The mesh that one file's args state."""
+    table = vars(args) if isinstance(args, (argparse.Namespace, SimpleNamespace)) else args if isinstance(args, dict) else {}
+    tp, pp, ep, etp = (table.get(f"{kind}_parallel_size") for kind in ("tensor_model", "pipeline_model", "expert_model", "expert_tensor"))
+    if not tp or not pp:
+        return None
+    sizes = (tp, pp, ep or 1, etp or tp)
+    if not all(type(n) is int and n > 0 for n in sizes) or tp * pp * sizes[2] > 1_000_000:
+        raise FormatError(f"args state tp={tp}, pp={pp}, ep={ep}, expert tp={etp}: no mesh")
+    return Mesh(*sizes[:3], 0 if sizes[3] == tp else sizes[3])
+
+
+def _by_names(root: Path, blobs: Mapping[str, dict]) -> Mesh:
+    numbers = {name: [int(n) for n in _RANK.fullmatch(name).groups() if n is not None] for name in blobs}
+    short, long = min(numbers, key=lambda n: len(numbers[n])), max(numbers, key=lambda n: len(numbers[n]))
+    if len(numbers[short]) != len(numbers[long]):
+        raise FormatError(f"{root}: folders {short} and {long} are named for different meshes", _MIXED)
+    tp, *rest = (max(column) + 1 for column in zip(*numbers.values()))
+    if len(rest) == 1:  # mp_rank_00_001 is of a pipeline stage or of an expert-parallel rank: only the latter has an embedding
+        second = next((blob for name, blob in blobs.items() if numbers[name][1]), {})
+        keys = {_PREFIX.sub("", str(key)) for key in second.get("model", ())}
+        rest = [1, *rest] if "embedding.word_embeddings.weight" in keys else [*rest, 1]
+    meshes = [Mesh(tp, *rest, etp) for etp in range(1, tp + 1) if tp % etp == 0]
+    # with args silent, experts are cut by tp, Megatron's default, unless the folders can't be of such a mesh
+    fits = [mesh for mesh in reversed(meshes) if {rank_folder(rank, mesh) for rank in mp_ranks(mesh)} == set(blobs)]
+    found = fits[0] if fits else meshes[-1]
+    return Mesh(found.tp, found.pp, found.ep, found.etp if found.etp != tp else 0)
+
+
+def _sizes(mesh: Mesh) -> str:
+    return f"{mesh}, experts cut by {mesh.etp}" if mesh.etp else str(mesh)
 
 
 def _write(target: Target, stored: list[Stored]) -> Folder:
@@ -150,30 +201,8 @@ def _write(target: Target, stored: list[Stored]) -> Folder:
         own = {s.name: s for s in by_rank[rank.number]}
         model = {s.name: torchzip.TensorSpec(s.name, s.dtype, s.shape) for s in own.values()}
         blob = {"args": args, "checkpoint_version": 3.0, "iteration": 0, "model": model}
-        files.append(OutFile(f"release/{rank_folder(rank, mesh)}/model_optim_rng.pt", torchzip.compose(blob), own))
+        files.append(OutFile(f"release/{rank_folder(rank, mesh)}/{FILE}", torchzip.compose(blob), own))
     return Folder(files, {TRACKER: b"release"})
-
-
-def megatron_args(target: Target, stored: list[Stored]) -> dict[str, object]:
-    """``args`` as Megatron's load_args_from_checkpoint reads them; what config.json does not say is left out."""
-    layout, mesh = target.placement.layout, target.mesh
-    rope = layout.config.get("rope_parameters") or {}
-    scope = {"rope_theta": rope.get("rope_theta", 10000), "rms_norm_eps": 1e-5, "max_position_embeddings": 4096, **layout.scope}
-    table = ARGS | dict(target.placement.section.args)
-    out = {}
-    for name, text in table.items():
-        out[name] = evaluate(text, scope)
-    first = next((s for s in stored if s.rank == 0 and s.entry and s.entry.pad), None)
-    if first is not None:
-        out["padded_vocab_size"] = first.shape[0] * mesh.tp
-    dtype = next((s.dtype for s in stored if s.dtype in ("BF16", "F16")), None)
-    out |= {
-        "tensor_model_parallel_size": mesh.tp, "pipeline_model_parallel_size": mesh.pp,
-        "expert_model_parallel_size": mesh.ep, "expert_tensor_parallel_size": mesh.etp or mesh.tp,
-        "virtual_pipeline_model_parallel_size": None,
-        "ckpt_format": "torch", "use_distributed_optimizer": False, "bf16": dtype == "BF16", "fp16": dtype == "F16",
-    }  # fmt: skip
-    return out
 
 
 FORMAT = Format("megatron", "megatron", Rules(mp_ranks, even_stages, local=True), _recognise, _read, _write,

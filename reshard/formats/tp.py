@@ -9,13 +9,14 @@ tensors are listed under ``reshard`` in the metadata, with the mesh. Sources: to
 import json
 import re
 from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
 
 from reshard.block import Stored, row_major
 from reshard.errors import FormatError
 from reshard.formats import Contents, Folder, Format, OutFile, Target, parts
 from reshard.formats.manifest import mesh_of, read_manifest
-from reshard.place import Mesh, Rules, even_stages, grid
+from reshard.place import Mesh, Placement, Rules, even_stages, grid
 from reshard.stores import DTYPE_SIZE, TensorInfo, safetensors
 
 _FILE = re.compile(r"shard-(\d{5})-model-(\d{5})-of-(\d{5})\.safetensors")
@@ -90,12 +91,13 @@ def _write(target: Target, stored: list[Stored]) -> Folder:
         by_rank[s.rank].append(s)
     files = []
     mesh = target.mesh
+    offset_of = _offsets(target)
     for rank in target.ranks:
         own = {s.name: s for s in by_rank[rank.number]}
         names = parts([(s.name, s.size * DTYPE_SIZE[s.dtype]) for s in own.values()], target.max_file)
         for i, part in enumerate(names, 1):
             tensors = {name: own[name] for name in part}
-            offsets = {s.name: whole_offsets(s, target) for s in tensors.values()}
+            offsets = {s.name: offset_of(s) for s in tensors.values()}
             note = {"format": "tp", "layout": target.placement.layout.name, "tp": mesh.tp, "pp": mesh.pp, "ep": mesh.ep,
                     "rank": rank.number, "parts_cut": sorted(n for n, o in offsets.items() if o is None)}  # fmt: skip
             boxes = {name: {"saved_offsets": list(o)} for name, o in offsets.items() if o is not None}
@@ -106,37 +108,37 @@ def _write(target: Target, stored: list[Stored]) -> Folder:
     return Folder(files, {})
 
 
-def whole_offsets(stored: Stored, target: Target) -> tuple[int, ...] | None:
-    """Where the piece begins in the whole tensor, per dimension; None where the piece is not one box of it.
+def _offsets(target: Target) -> Callable[[Stored], tuple[int, ...] | None]:
+    """``whole_offsets`` for the tensors of `target`, worked out once for all layers and experts, whose blocks they share."""
+    single = Placement(target.placement.layout, target.placement.section, target.placement.rules, Mesh())
+    wholes = {s.name: s for s in single.stored()}
+    known: dict[tuple[int, ...], tuple[int, ...] | None] = {}
 
-    The piece is placed once more as rank 0 of one: it is a box when every block keeps its place relative to the others.
-    """
-    if target.mesh.tp * target.mesh.pp * target.mesh.ep == 1:
-        return (0,) * len(stored.shape)
-    whole = whole_tensor(stored, target)
-    if whole is None or not stored.blocks:
+    def offset_of(stored: Stored) -> tuple[int, ...] | None:
+        shared = tuple(id(block) for _, block in stored.blocks)
+        if shared not in known:
+            known[shared] = whole_offsets(stored, wholes[stored.name]) if stored.name in wholes else None
+        return known[shared]
+
+    return offset_of
+
+
+def whole_offsets(stored: Stored, whole: Stored) -> tuple[int, ...] | None:
+    """Where the piece begins in the whole tensor (as a single rank would hold it), per dimension; None where the piece
+    is not one box of it: a box it is when every block keeps its place relative to the others."""
+    if not stored.blocks:
         return None
     blocks = dict(whole.blocks)
-    steps = row_major(whole.shape)
+    steps, own = row_major(whole.shape), row_major(stored.shape)
     first = None
     for key, block in stored.blocks:
         at = blocks[key].clip(block.box)
-        begin, here = _digits(at.offset, steps, whole.shape), _digits(block.offset, row_major(stored.shape), stored.shape)
+        begin, here = _digits(at.offset, steps, whole.shape), _digits(block.offset, own, stored.shape)
         offset = tuple(b - h for b, h in zip(begin, here))
-        spans = _per_dim(at.strides, steps) == _per_dim(block.strides, row_major(stored.shape))
-        if not spans or (first is not None and offset != first):
+        if _per_dim(at.strides, steps) != _per_dim(block.strides, own) or (first is not None and offset != first):
             return None
         first = offset
     return first
-
-
-def whole_tensor(stored: Stored, target: Target) -> Stored | None:
-    """`stored`'s tensor as a single rank would hold it."""
-    cache = target.placement._geometry.setdefault("whole", {})
-    if not cache:
-        single = type(target.placement)(target.placement.layout, target.placement.section, target.placement.rules, Mesh())
-        cache.update({s.name: s for s in single.stored()})
-    return cache.get(stored.name)
 
 
 def _digits(flat: int, steps: tuple[int, ...], shape: tuple[int, ...]) -> tuple[int, ...]:

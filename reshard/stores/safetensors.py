@@ -11,18 +11,11 @@ from pathlib import Path
 
 from reshard.errors import FormatError
 from reshard.stores import DTYPE_SIZE, FileImage, TensorInfo
+from reshard.stores.foreign import LIMIT, parse, quote
 
-_HEADER_LIMIT = 100_000_000
+NOT_SAFETENSORS = "this is no safetensors file, or it is damaged; copy it again"
 #: the library writes tensors by falling alignment, ties by this order of dtypes (falling), then by name
 _ORDER = ("BOOL", "U8", "I8", "F8_E5M2", "F8_E4M3", "F8_E8M0", "I16", "U16", "F16", "BF16", "I32", "U32", "F32", "C64", "F64", "I64", "U64")
-
-
-def _unique(pairs: list[tuple[str, object]]) -> dict:
-    table = dict(pairs)
-    if len(table) != len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"the key {next(n for n in names if names.count(n) > 1)!r} stands twice")
-    return table
 
 
 def read(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
@@ -33,20 +26,20 @@ def read(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
         if len(prefix) < 8:
             raise FormatError(f"{path} has {size} bytes, too few for a safetensors file", "the file is truncated; copy it again")
         (length,) = struct.unpack("<Q", prefix)
-        if length > _HEADER_LIMIT:
-            raise FormatError(f"{path}: header of {length} bytes is larger than the {_HEADER_LIMIT} allowed", "this is no safetensors file")
+        if length > LIMIT:
+            raise FormatError(f"{path}: header of {length} bytes is larger than the {LIMIT} allowed", NOT_SAFETENSORS)
         if 8 + length > size:
             raise FormatError(f"{path} has {size} bytes, its header alone needs {8 + length}", "the file is truncated; copy it again")
         raw = file.read(length)
     try:
-        header = json.loads(raw.decode("utf-8"), object_pairs_hook=_unique)
-        if not isinstance(header, dict):
-            raise ValueError(f"it is a {type(header).__name__}, not an object")
-    except (ValueError, RecursionError) as error:
-        raise FormatError(f"{path}: header is not valid: {error}") from None
+        header = parse(raw)
+    except ValueError as error:
+        raise FormatError(f"{path}: header is not valid: {error}", NOT_SAFETENSORS) from None
+    if not isinstance(header, dict):
+        raise FormatError(f"{path}: header is a {type(header).__name__}, not an object", NOT_SAFETENSORS)
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
-        raise FormatError(f"{path}: __metadata__ must hold text only")
+        raise FormatError(f"{path}: __metadata__ must hold text only", NOT_SAFETENSORS)
     base, tensors, ends = 8 + length, {}, []
     for name, entry in header.items():
         tensors[name], begin, end = _entry(path, name, entry, base)
@@ -55,7 +48,7 @@ def read(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
     for begin, end, name in sorted(ends):
         if begin != at:
             word = "overlaps the tensor before it" if begin < at else "leaves a hole before it"
-            raise FormatError(f"{path}: {name} begins at byte {begin}, expected {at}: it {word}")
+            raise FormatError(f"{path}: {quote(name)} begins at byte {begin}, expected {at}: it {word}", NOT_SAFETENSORS)
         at = end
     if base + at != size:
         raise FormatError(f"{path} has {size} bytes, its header describes {base + at}", "the file is truncated or has been added to; copy it again")
@@ -63,20 +56,25 @@ def read(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
 
 
 def _entry(path: Path, name: str, entry: object, base: int) -> tuple[TensorInfo, int, int]:
+    where = f"{path}: {quote(name)}"
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
-        raise FormatError(f"{path}: {name} must have dtype, shape and data_offsets and nothing else")
+        raise FormatError(f"{where} must have dtype, shape and data_offsets and nothing else", NOT_SAFETENSORS)
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPE_SIZE:
-        raise FormatError(f"{path}: {name} has dtype {dtype!r}, which reshard does not know", f"known: {', '.join(DTYPE_SIZE)}")
+        raise FormatError(f"{where} has dtype {quote(repr(dtype))}, which reshard does not know", f"known: {', '.join(DTYPE_SIZE)}")
     for label, numbers in (("shape", shape), ("data_offsets", offsets)):
         if not isinstance(numbers, list) or not all(type(n) is int and 0 <= n < 2**63 for n in numbers):
-            raise FormatError(f"{path}: {name} has {label} {str(numbers)[:80]}, expected a list of sizes")
+            raise FormatError(f"{where} has {label} {quote(numbers)}, expected a list of sizes", NOT_SAFETENSORS)
     if len(offsets) != 2 or offsets[0] > offsets[1]:
-        raise FormatError(f"{path}: {name} has data_offsets {offsets}, expected [begin, end]")
+        raise FormatError(f"{where} has data_offsets {quote(offsets)}, expected [begin, end]", NOT_SAFETENSORS)
     begin, end = offsets
-    need = prod(shape) * DTYPE_SIZE[dtype]
+    need = DTYPE_SIZE[dtype]
+    for n in shape:
+        need *= n
+        if need >= 2**63:
+            raise FormatError(f"{where} has shape {quote(shape)}, which is 2**63 bytes or more; it spans {end - begin}", NOT_SAFETENSORS)
     if end - begin != need:
-        raise FormatError(f"{path}: {name} spans {end - begin} bytes, {dtype} {shape} needs {need}")
+        raise FormatError(f"{where} spans {end - begin} bytes, {dtype} {quote(shape)} needs {need}", NOT_SAFETENSORS)
     return TensorInfo(dtype, tuple(shape), base + begin), begin, end
 
 
