@@ -1,0 +1,46 @@
+"""Text from files that others wrote: parsed strictly, quoted shortly.
+
+A file's own text may be of any length and hold any character: no error repeats it but through ``quote``.
+"""
+
+import json
+
+#: a longer JSON is no header and no index of a checkpoint; the safetensors library draws the line here
+LIMIT = 100_000_000
+
+
+def quote(value: object, limit: int = 120) -> str:
+    """`value` as text for a message: its beginning alone when it is long, and nothing that a terminal would obey."""
+    if isinstance(value, (list, tuple)) and len(value) > limit:
+        value = value[:limit]
+    try:
+        text = str(value)
+    except ValueError:  # an integer of more than 4300 digits
+        text = f"a {type(value).__name__} too long to print"
+    if len(text) > limit:
+        text = text[:limit] + "…"
+    return text if text.isprintable() else "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def parse(raw: bytes) -> object:
+    """JSON in UTF-8 in which no key stands twice. Raises ValueError, with a text that is safe to print."""
+    try:
+        value = json.loads(raw.decode("utf-8"), object_pairs_hook=_unique)
+        if b"\\u" in raw:
+            json.dumps(value, ensure_ascii=False).encode()  # fails on half a surrogate pair, which is no text
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{quote(error.object[error.start : error.end])} is no text") from None
+    except ValueError as error:
+        raise ValueError(quote(error)) from None
+    return value
+
+
+def _unique(pairs: list[tuple[str, object]]) -> dict:
+    table = dict(pairs)
+    if len(table) != len(pairs):
+        seen: set[str] = set()
+        twice = next(name for name, _ in pairs if name in seen or seen.add(name))
+        raise ValueError(f"the key {twice[:80]!r} stands twice")
+    return table

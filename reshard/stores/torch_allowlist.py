@@ -1,0 +1,84 @@
+"""The allowlist of a pickle: every callable that it may name, and the names that it may mention. All else is refused.
+
+None of the callables has an effect, and none hashes, allocates or nests without bound: what a pickle calls, it calls
+with arguments of its own choice.
+"""
+
+import argparse
+import types
+from collections import OrderedDict
+from collections.abc import Callable, Iterable
+from pathlib import PurePosixPath
+
+from reshard.stores.torch_names import FLAT
+
+#: classes that may occur and are never needed: recorded as Opaque, by package or by full name
+_INERT_PACKAGES = frozenset(("megatron", "transformer_engine", "transformer_engine_torch", "numpy"))
+_INERT_MODULES = frozenset(("torch.nn.functional", "torch._C._nn"))
+_INERT = frozenset((("torch", "device"), ("_io", "BytesIO"), ("io", "BytesIO"), ("signal", "Signals"), ("torch.serialization", "_get_layout")))
+TENSOR_TYPES = frozenset((("torch", "Tensor"), ("torch.nn.parameter", "Parameter"), ("torch.nn.parameter", "Buffer")))
+
+
+def flat(keys: Iterable) -> list:
+    """`keys` if each hashes without recursion: C code hashing a tuple nested 100,000 deep would end the process."""
+    keys = list(keys)
+    if not all(type(k) in FLAT or type(k) is tuple and all(type(part) in FLAT for part in k) for k in keys):
+        raise ValueError("keys and set members may not be nested")
+    return keys
+
+
+def _slice(*bounds: int | None) -> slice:
+    """Of numbers only: nested slices end the process when they are freed."""
+    if not all(b is None or type(b) is int for b in bounds):
+        raise ValueError("slice of no numbers")
+    return slice(*bounds)
+
+
+def _encode(text: str, encoding: str = "latin1") -> bytes:
+    """How protocol 2 spells bytes; only ever with latin1, and other codecs (zlib, …) are code of a kind."""
+    if not isinstance(text, str) or encoding not in ("latin1", "latin-1", "utf-8"):
+        raise ValueError(f"encoding {str(encoding)[:40]!r} is not allowed")
+    return text.encode(encoding)
+
+
+def _bytearray(content: object = b"", encoding: str = "latin1") -> bytearray:
+    if isinstance(content, str):
+        return bytearray(_encode(content, encoding))
+    if not isinstance(content, bytes):  # a number would allocate that many bytes
+        raise TypeError("bytearray of no bytes")
+    return bytearray(content)
+
+
+def _ordered_dict(items: object = ()) -> OrderedDict:
+    pairs = [tuple(pair) for pair in items]
+    flat(key for key, _ in pairs)
+    return OrderedDict(pairs)
+
+
+def _path(*parts: str) -> PurePosixPath:
+    return PurePosixPath(*parts)
+
+
+#: every callable there is, by the name that a pickle uses; none has an effect
+CALLS: dict[tuple[str, str], Callable] = {
+    ("collections", "OrderedDict"): _ordered_dict,
+    ("collections", "defaultdict"): lambda factory=None: {},
+    ("argparse", "Namespace"): argparse.Namespace,
+    ("types", "SimpleNamespace"): types.SimpleNamespace,
+    ("torch", "Size"): lambda sizes=(): tuple(sizes),
+    ("_codecs", "encode"): _encode,
+    ("builtins", "bytes"): lambda: b"",
+    ("builtins", "bytearray"): _bytearray,
+    ("builtins", "complex"): lambda real=0.0, imag=0.0: complex(float(real), float(imag)),
+    ("builtins", "slice"): _slice,
+    ("builtins", "set"): lambda items=(): set(flat(items)),
+    ("builtins", "frozenset"): lambda items=(): frozenset(flat(items)),
+    **{(m, n): _path for m in ("pathlib", "pathlib._local") for n in ("Path", "PosixPath", "PurePath", "PurePosixPath")},
+}
+#: names that are only ever passed along, as defaultdict's factory (protocol 2 writes int as long, str as unicode)
+REFERENCES = frozenset(("builtins", n) for n in ("int", "long", "float", "str", "unicode", "list", "dict", "tuple", "bool", "object"))
+
+
+def is_inert(module: str, name: str) -> bool:
+    """Whether a class is known, and needed by nobody: it is recorded, not made."""
+    return (module, name) in _INERT or module in _INERT_MODULES or module.partition(".")[0] in _INERT_PACKAGES
