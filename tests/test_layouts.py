@@ -90,16 +90,19 @@ def wrong_values(name: str, original: str, section: Section | None = None) -> li
     layout = bind(SAMPLES / original)
     whole, genuine, wrong = canonical(SAMPLES / original, layout), ranks(folder), []
     for stored in placement(layout, folder, section).stored():
-        _, shape, bits = genuine[stored.rank][stored.name]
-        made = np.zeros(stored.size, bits.dtype)
+        dtype, shape, bits = genuine[stored.rank][stored.name]
+        wide = stored.entry.dtype == "F32"
+        made = np.zeros(stored.size, np.uint32 if wide else np.uint16)
         filled = np.zeros(stored.size, np.uint8)
         for key, block in stored.blocks:
             part = whole[key][tuple(slice(*edge) for edge in block.box)]
+            if wide and part.dtype == np.uint16:
+                part = part.astype(np.uint32) << 16  # BF16 is the upper half of F32
             view(made, block)[...] = part
             view(filled, block)[...] += 1
         assert filled.max(initial=0) <= 1, f"{stored.name}: blocks overlap"
         assert int((filled == 0).sum()) == stored.padding
-        if stored.shape != shape or not np.array_equal(made, bits):
+        if stored.shape != shape or dtype != ("F32" if wide else "BF16") or not np.array_equal(made, bits):
             wrong.append(stored.name)
     return wrong
 
