@@ -1,61 +1,108 @@
-"""``hf``: a Hugging Face checkpoint: model.safetensors, or shards with an index; reads pytorch_model*.bin too."""
+"""``hf``: a Hugging Face checkpoint: model.safetensors, or shards with an index; reads pytorch_model*.bin too.
+
+Symbolic links are followed wherever they lead: the Hub's cache consists of links into ``blobs/``, and whoever made the folder
+made them. A *name* in an index is another's text, and never leads out of the folder.
+"""
 
 import json
+import re
 from collections import defaultdict
 from pathlib import Path
 
 from reshard.block import Stored
 from reshard.errors import FormatError
 from reshard.formats import Contents, Folder, Format, OutFile, Target, parts, safe_join
+from reshard.formats.manifest import mesh_of, read_manifest
 from reshard.place import Mesh, Rules, even_stages, grid
 from reshard.stores import DTYPE_SIZE, TensorInfo, safetensors
+from reshard.stores.foreign import LIMIT, parse, quote
 
 _INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 _SINGLES = ("model.safetensors", "pytorch_model.bin")
+_SHARD = re.compile(r"(?:model|pytorch_model)-\d{5}-of-\d{5}\.(?:safetensors|bin)")
 
 
 def _recognise(folder: Path, names: set[str]) -> bool:
-    return bool(names & {*_INDEXES, *_SINGLES})
+    return bool(names & {*_INDEXES, *_SINGLES}) or any(_SHARD.fullmatch(name) for name in names)
 
 
 def _read(folder: Path) -> Contents:
+    manifest = read_manifest(folder)
+    if manifest and mesh_of(manifest) != Mesh():
+        raise FormatError(f"{folder} is of format hf, which is whole; its manifest says {mesh_of(manifest)}", "the manifest is of another folder; delete it")
     for index_name, single in zip(_INDEXES, _SINGLES):
         if (folder / index_name).is_file():
             return Contents(Mesh(), [_indexed(folder, index_name)])
         if (folder / single).is_file():
             return Contents(Mesh(), [_file(folder, single)])
+    shards = sorted(path.name for path in folder.iterdir() if _SHARD.fullmatch(path.name))
+    if shards:
+        index_name = _INDEXES[shards[0].endswith(".bin")]
+        raise FormatError(f"{folder} holds {len(shards)} shards ({shards[0]}, …) and no {index_name}", "download the index too")
     raise FormatError(f"{folder} holds no {' or '.join(_SINGLES + _INDEXES)}", "a Hugging Face checkpoint has one of them")
 
 
 def _indexed(folder: Path, index_name: str) -> dict[str, tuple[str, TensorInfo]]:
-    by_file: dict[str, list[str]] = defaultdict(list)
-    try:
-        weight_map = json.loads((folder / index_name).read_bytes())["weight_map"]
-        for name, file in weight_map.items():
-            by_file[file].append(name)
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise FormatError(f"{folder / index_name} has no weight_map of names to files") from None
-    wrong = [file for file in by_file if not isinstance(file, str)]
-    if wrong:
-        raise FormatError(f"{folder / index_name} names {wrong[0]!r} as the file of {by_file[wrong[0]][0]}, expected text")
-    out: dict[str, tuple[str, TensorInfo]] = {}
-    missing = [file for file in sorted(by_file) if not safe_join(folder, file).is_file()]
+    path = folder / index_name
+    by_file = _index(path)
+    files = {file: safe_join(folder, file) for file in sorted(by_file)}
+    missing = [file for file, at in files.items() if not at.is_file()]
     if missing:
-        raise FormatError(f"{folder / index_name} lists {len(by_file)} files, {len(missing)} missing: {', '.join(missing[:5])}", "download the rest of the checkpoint")
+        raise FormatError(f"{path} lists {len(files)} files, {len(missing)} missing: {quote(', '.join(missing))}", "download the rest of the checkpoint")
+    listed = {name for names in by_file.values() for name in names}
+    out: dict[str, tuple[str, TensorInfo]] = {}
     for file, names in sorted(by_file.items()):
         held = _file(folder, file)
         absent = [name for name in names if name not in held]
         if absent:
-            raise FormatError(f"{folder / file} lacks {absent[0]}, which {index_name} says it holds ({len(absent)} such)", "the index belongs to other files")
+            raise FormatError(f"{files[file]} lacks {quote(absent[0])}, which {index_name} says it holds ({len(absent)} such)",
+                              "the index belongs to other files")  # fmt: skip
+        if len(held) > len(names):  # what the index does not know is there all the same, and must be explained
+            twice = next((name for name in held if name in out and name not in listed), None)
+            if twice is not None:
+                raise FormatError(f"{files[file]} and {out[twice][0]} both hold {quote(twice)}, and {index_name} does not say which counts")
+            names = [*names, *(name for name in held if name not in listed)]
         out.update((name, held[name]) for name in names)
     return out
+
+
+def _index(path: Path) -> dict[str, list[str]]:
+    """The names of an index, by file."""
+    size = path.stat().st_size
+    if size > LIMIT:
+        raise FormatError(f"{path} has {size} bytes, more than the {LIMIT} of any index")
+    try:
+        table = parse(path.read_bytes())
+    except ValueError as error:
+        raise FormatError(f"{path} is not JSON: {error}", "download it again") from None
+    weight_map = table.get("weight_map") if isinstance(table, dict) else None
+    if not isinstance(weight_map, dict):
+        raise FormatError(f"{path} has no weight_map of names to files", "it should hold {\"weight_map\": {\"tensor\": \"file\", …}}")
+    by_file: dict[str, list[str]] = defaultdict(list)
+    for name, file in weight_map.items():
+        if not isinstance(file, str) or len(file.encode()) > 255:
+            raise FormatError(f"{path} names {quote(repr(file))} as the file of {quote(name)}, expected the name of one")
+        by_file[file].append(name)
+    return by_file
 
 
 def _file(folder: Path, file: str) -> dict[str, tuple[str, TensorInfo]]:
     path = safe_join(folder, file)
     if file.endswith(".safetensors"):
         return {name: (file, info) for name, info in safetensors.read(path)[0].items()}
-    return tensors_of(torch_tree(path), file)
+    return state_dict(path, file)
+
+
+def state_dict(path: Path, file: str) -> dict[str, tuple[str, TensorInfo]]:
+    """The tensors of a torch file that holds a plain state dict and nothing else of size."""
+    tree = torch_tree(path)
+    held = tensors_of(tree, file)
+    inner = next((key for key, value in tree.items() if isinstance(value, (dict, list, tuple))), None)
+    if inner is not None:
+        some = quote(inner)
+        raise FormatError(f"{path} holds a {type(tree[inner]).__name__} under {some}, expected tensors by name",
+                          f"save the state dict alone: torch.save(torch.load(path)[{some!r}], path)")  # fmt: skip
+    return held
 
 
 def torch_tree(path: Path) -> object:
@@ -67,8 +114,11 @@ def torch_tree(path: Path) -> object:
 def tensors_of(tree: object, file: str) -> dict[str, tuple[str, TensorInfo]]:
     """The tensors of a plain state dict as torchzip reads one."""
     if not isinstance(tree, dict):
-        raise FormatError(f"{file} holds no state dict but a {type(tree).__name__}")
-    return {str(name): (file, value) for name, value in tree.items() if isinstance(value, TensorInfo)}
+        raise FormatError(f"{file} holds no state dict but a {type(tree).__name__}", "save model.state_dict() with torch.save")
+    odd = next((key for key in tree if not isinstance(key, str)), None)
+    if odd is not None:
+        raise FormatError(f"{file} holds a {type(tree[odd]).__name__} under {quote(repr(odd))}, expected names as text")
+    return {name: (file, value) for name, value in tree.items() if isinstance(value, TensorInfo)}
 
 
 def _write(target: Target, stored: list[Stored]) -> Folder:

@@ -9,8 +9,10 @@ from pathlib import Path
 from reshard.errors import FormatError
 from reshard.place import Mesh
 from reshard.stores import DTYPE_SIZE
+from reshard.stores.foreign import parse, quote
 
 NAME = "reshard.json"
+_MOST = 65536  # ranks, as the command line allows
 
 
 def read_manifest(folder: Path) -> dict | None:
@@ -19,33 +21,51 @@ def read_manifest(folder: Path) -> dict | None:
     if not path.is_file():
         return None
     try:
-        manifest = json.loads(path.read_text())
-        mesh = manifest["mesh"]
-        valid = isinstance(manifest["format"], str) and all(isinstance(mesh[k], int) and mesh[k] > 0 for k in ("tp", "pp", "ep"))
-        files = manifest["files"].items()
-        valid = valid and all(dtype in DTYPE_SIZE for dtype in manifest.get("dtypes", {}).values())
-    except (ValueError, KeyError, TypeError, AttributeError):
-        valid = False
-    if not valid:
-        raise FormatError(f"{path} is not a manifest that reshard wrote", "delete it to have the folder recognised by its files")
+        manifest = parse(path.read_bytes())
+        problem = _problem(manifest)
+    except ValueError as error:
+        problem = str(error)
+    if problem:
+        raise FormatError(f"{path} is not a manifest that reshard wrote: {problem}", "delete it to have the folder recognised by its files")
     from reshard.formats import safe_join
 
-    for name, size in files:
-        file = safe_join(folder, name)
-        if not file.is_file():
-            raise FormatError(f"{folder}: {name} is missing; the manifest lists {len(manifest['files'])} files for {mesh_text(mesh)}", "convert or copy the folder again, whole")
-        if file.stat().st_size != size:
-            raise FormatError(f"{file} has {file.stat().st_size} bytes, the manifest says {size}", "the file is truncated or was replaced; convert or copy it again")
+    files = {name: safe_join(folder, name) for name in manifest["files"]}
+    missing = [name for name, file in files.items() if not file.is_file()]
+    if missing:
+        raise FormatError(f"{folder}: {missing[0]} is missing ({len(missing)} of the {len(files)} files that the manifest lists for {mesh_of(manifest)})",
+                          "convert or copy the folder again, whole")  # fmt: skip
+    for name, file in files.items():
+        if file.stat().st_size != manifest["files"][name]:
+            raise FormatError(f"{file} has {file.stat().st_size} bytes, the manifest says {manifest['files'][name]}",
+                              "the file is truncated or was replaced; convert or copy it again")  # fmt: skip
     return manifest
+
+
+def _problem(manifest: object) -> str | None:
+    """What is wrong with a manifest's own content; None if nothing."""
+    if not isinstance(manifest, dict):
+        return f"it is a {type(manifest).__name__}, not an object"
+    mesh, files, dtypes = manifest.get("mesh"), manifest.get("files"), manifest.get("dtypes", {})
+    if not isinstance(mesh, dict) or not all(type(mesh.get(key)) is int and mesh[key] > 0 for key in ("tp", "pp", "ep")):
+        return f"its mesh is {quote(mesh)}, expected sizes tp, pp and ep"
+    etp = mesh.get("etp", 0)
+    if type(etp) is not int or etp < 0:
+        return f"its mesh is {quote(mesh)}, expected a size etp or none"
+    if max(mesh["tp"] * mesh["pp"], mesh["ep"], etp) > _MOST:
+        return f"its mesh is {quote(mesh)}, of more than {_MOST} ranks"
+    for key in ("format", "layout", "engine_version"):
+        if not isinstance(manifest.get(key, None if key == "format" else ""), str):
+            return f"its {key} is {quote(manifest.get(key))}, expected text"
+    if not isinstance(files, dict) or not all(type(size) is int and len(name.encode()) <= 255 for name, size in files.items()):
+        return f"its files are {quote(files)}, expected names and sizes"
+    if not isinstance(dtypes, dict) or not all(isinstance(word, str) and word in DTYPE_SIZE for word in dtypes.values()):
+        return f"its dtypes are {quote(dtypes)}, expected names and dtypes"
+    return None
 
 
 def mesh_of(manifest: dict) -> Mesh:
     mesh = manifest["mesh"]
     return Mesh(mesh["tp"], mesh["pp"], mesh["ep"], mesh.get("etp", 0))
-
-
-def mesh_text(mesh: dict) -> str:
-    return str(Mesh(mesh["tp"], mesh["pp"], mesh["ep"]))
 
 
 def manifest_bytes(format: str, mesh: Mesh, layout: str, engine_version: str | None, files: dict[str, int], dtypes: dict[str, str]) -> bytes:

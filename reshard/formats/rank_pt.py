@@ -7,11 +7,12 @@ from pathlib import Path
 from reshard.block import Stored
 from reshard.errors import FormatError
 from reshard.formats import Contents, Folder, Format, OutFile, Target
-from reshard.formats.hf import tensors_of, torch_tree
+from reshard.formats.hf import state_dict
 from reshard.formats.manifest import mesh_of, read_manifest
 from reshard.place import Mesh, Rules, even_stages, grid
+from reshard.stores.foreign import quote
 
-_FILE = re.compile(r"rank_(\d+)\.pt")
+_FILE = re.compile(r"rank_(\d{1,5})\.pt")
 
 
 def _recognise(folder: Path, names: set[str]) -> bool:
@@ -19,14 +20,16 @@ def _recognise(folder: Path, names: set[str]) -> bool:
 
 
 def _read(folder: Path) -> Contents:
-    files = {int(match[1]): path.name for path in folder.iterdir() if (match := _FILE.fullmatch(path.name))}
-    if not files:
+    found = sorted((int(match[1]), path.name) for path in folder.iterdir() if (match := _FILE.fullmatch(path.name)))
+    if not found:
         raise FormatError(f"{folder} holds no rank_XX.pt")
     manifest = read_manifest(folder)
-    mesh = mesh_of(manifest) if manifest else Mesh(max(files) + 1)
-    if sorted(files) != list(range(mesh.tp * mesh.pp)):
-        raise FormatError(f"{folder} holds rank_XX.pt of ranks {sorted(files)}, expected 0 to {mesh.tp * mesh.pp - 1}", "copy the folder again, whole")
-    return Contents(mesh, [tensors_of(torch_tree(folder / files[r]), files[r]) for r in sorted(files)])
+    mesh = mesh_of(manifest) if manifest else Mesh(found[-1][0] + 1)
+    count = mesh.tp * mesh.pp
+    if len(found) != count or any(rank != i for i, (rank, _) in enumerate(found)):
+        ranks = quote(", ".join(str(rank) for rank, _ in found))
+        raise FormatError(f"{folder} holds {len(found)} rank_XX.pt, of ranks {ranks}; expected {count}, of ranks 0 to {count - 1}", "copy the folder again, whole")
+    return Contents(mesh, [state_dict(folder / name, name) for _, name in found])
 
 
 def _write(target: Target, stored: list[Stored]) -> Folder:

@@ -3,7 +3,8 @@
 Files are named and annotated as torch's HuggingFaceStorageWriter and transformers 5 do (``shard-0000R-model-…``,
 ``DCP_SHARDING_INFO`` with the offsets of each piece), so that ``from_pretrained`` and DCP open them where every piece is
 one box of the whole tensor. Where it is not (a fused tensor whose parts are each cut), no offset can say so: such
-tensors are listed under ``reshard`` in the metadata, with the mesh. Sources: torch 2.13 ``hf_storage.py``, transformers 5.23.
+tensors are listed under ``reshard`` in the metadata, with the mesh, and other readers refuse them. ``from_pretrained``
+asks for the names that a model has in memory, tied head included: it opens models where those are the Hub's. Sources: torch 2.13 ``hf_storage.py``, transformers 5.23.
 """
 
 import json
@@ -135,7 +136,8 @@ def whole_offsets(stored: Stored, whole: Stored) -> tuple[int, ...] | None:
         at = blocks[key].clip(block.box)
         begin, here = _digits(at.offset, steps, whole.shape), _digits(block.offset, own, stored.shape)
         offset = tuple(b - h for b, h in zip(begin, here))
-        if _per_dim(at.strides, steps) != _per_dim(block.strides, own) or (first is not None and offset != first):
+        long = [i for i, (start, stop) in enumerate(block.box) if stop - start > 1]  # the others' strides say nothing
+        if [_per_dim(at.strides[i], steps) for i in long] != [_per_dim(block.strides[i], own) for i in long] or (first is not None and offset != first):
             return None
         first = offset
     return first
@@ -145,13 +147,10 @@ def _digits(flat: int, steps: tuple[int, ...], shape: tuple[int, ...]) -> tuple[
     return tuple((flat // step) % size if step and size else 0 for step, size in zip(steps, shape))
 
 
-def _per_dim(strides: tuple[int, ...], steps: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
-    """Each axis' stride as (dimension, positions in it): comparable between tensors of different shapes."""
-    out = []
-    for stride in strides:
-        dim = next((d for d, step in enumerate(steps) if stride >= step), len(steps) - 1)
-        out.append((dim, stride // steps[dim]))
-    return tuple(out)
+def _per_dim(stride: int, steps: tuple[int, ...]) -> tuple[int, int]:
+    """A stride as (dimension, positions in it): comparable between tensors of different shapes."""
+    dim = next((d for d, step in enumerate(steps) if stride >= step), len(steps) - 1)
+    return dim, stride // steps[dim]
 
 
 FORMAT = Format("tp", "hf", Rules(grid, even_stages, even=False), _recognise, _read, _write,
