@@ -10,7 +10,7 @@
 from reshard.errors import DestinationError, FormatError, LayoutError, PlanError, ReshardError
 
 __version__ = "0.1.0"
-__all__ = ["open", "plan", "convert", "load", "diff", "ReshardError", "FormatError", "LayoutError", "PlanError", "DestinationError"]
+__all__ = ["DestinationError", "FormatError", "LayoutError", "PlanError", "ReshardError", "convert", "diff", "load", "open", "plan"]
 
 
 def __getattr__(name: str):

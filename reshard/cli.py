@@ -31,7 +31,7 @@ class Size(click.ParamType):
             self.fail(f"{value!r} is not a size; write it like 128MB", param, ctx)
 
 
-def human(size: int | float) -> str:
+def human(size: float) -> str:
     """Bytes for people, in powers of ten: 3.00 GB."""
     for unit in ("B", "kB", "MB", "GB", "TB"):
         if size < 1000 or unit == "TB":

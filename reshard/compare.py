@@ -9,8 +9,8 @@ from reshard.api import Difference, DiffReport
 from reshard.block import Box, Key, Stored, volume
 from reshard.checkpoint import Checkpoint
 from reshard.execute import Source, cast, tiles
-from reshard.place import Mesh, Placement
 from reshard.join import Copy, Plan, _move, label
+from reshard.place import Mesh, Placement
 from reshard.stores import DTYPE_SIZE
 
 _INTEGERS = ("BOOL", "U8", "I8", "U16", "I16", "U32", "I32", "U64", "I64")
@@ -88,7 +88,7 @@ def _differ(found: dict[Key, Difference], name: str, copy: Copy, mine: np.ndarra
     with np.errstate(invalid="ignore"):
         gap = np.abs(x - y)
     largest = float(np.nanmax(gap)) if gap.size and not np.all(np.isnan(gap)) else float("nan")
-    entry.max_abs_diff = max(entry.max_abs_diff, largest) if largest == largest else entry.max_abs_diff
+    entry.max_abs_diff = max(entry.max_abs_diff, 0.0 if np.isnan(largest) else largest)
 
 
 def _values(words: np.ndarray, dtype: str) -> np.ndarray:

@@ -14,9 +14,9 @@ from reshard.execute import peak_buffer
 from reshard.formats import Folder, Target
 from reshard.formats.manifest import NAME as MANIFEST
 from reshard.formats.manifest import manifest_bytes
+from reshard.join import Plan, join
 from reshard.layout import parse_version
 from reshard.place import Mesh, Placement, Rank
-from reshard.join import Plan, join
 
 DTYPES = {"bf16": "BF16", "fp16": "F16", "fp32": "F32"}
 #: files beside the weights that every folder gets, when the source has them
@@ -86,7 +86,7 @@ def prepare(
     source: Checkpoint,
     *,
     format: str,
-    mesh: Mesh = Mesh(),
+    mesh: Mesh,
     dtype: str | None = None,
     engine_version: str | None = None,
     max_file: int | None = None,

@@ -9,7 +9,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
-from itertools import chain
+from itertools import chain, pairwise
 
 from reshard.block import Block, Box, Key, Stored, overlap, volume
 from reshard.errors import PlanError
@@ -81,7 +81,7 @@ class Plan:
         return [{"rank": r, "bytes_read": _read_bytes(own), "bytes_held": held[r]} for r, own in copies.items()]
 
 
-def _read_bytes(copies: list[Copy], checks: list[Copy] = []) -> int:
+def _read_bytes(copies: list[Copy], checks: Iterable[Copy] = ()) -> int:
     """Bytes of the sources under `copies` and (on both sides) `checks`; what several of them want counts once."""
     used: dict[tuple[int, Key], set[Box]] = {}
     width: dict[int, int] = {}
@@ -110,7 +110,7 @@ def _union_volume(boxes: frozenset[Box]) -> int:
     axis = next(a for a in range(len(first)) if len({box[a] for box in boxes}) > 1)
     marks = sorted({mark for box in boxes for mark in box[axis]})
     total = 0
-    for low, high in zip(marks, marks[1:]):
+    for low, high in pairwise(marks):
         inside = {box[:axis] + ((0, high - low),) + box[axis + 1 :] for box in boxes if box[axis][0] <= low and box[axis][1] >= high}
         if inside:
             total += union_volume(inside)

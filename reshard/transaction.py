@@ -117,7 +117,7 @@ def _finished(job: Job, destination: Path) -> bool:
 @contextlib.contextmanager
 def _locked(partial: Path):
     """The journal, opened and locked for this run alone."""
-    journal = open(partial / _JOURNAL, "a+b")
+    journal = open(partial / _JOURNAL, "a+b")  # noqa: SIM115  closed below, after the lock
     try:
         fcntl.flock(journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import numpy as np
 
+from reshard import formats
 from reshard.layout import builtin_descriptors
 from reshard.place import Mesh, Placement
 from reshard.stores import safetensors
-from reshard import formats
 
 CONFIG = {
     "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 2048, "intermediate_size": 8192,
