@@ -57,6 +57,9 @@ def open_checkpoint(
     `format` forces what is otherwise recognised from the files; `layout` is a TOML file of the user's own; `config` is a
     config.json, or the folder of one, for formats that have none. Raises FormatError, LayoutError or PlanError.
     """
+    if str(path).startswith("hf://"):
+        name = str(path)[5:].partition("@")[0]
+        raise FormatError(f"{path}: reshard does not read from the Hub yet", f"`hf download {name} --local-dir {Path(name).name}` fetches it")
     folder = Path(path)
     kind = formats.get(format) if format else formats.recognise(folder)
     config_path = find_config(folder, config)
@@ -227,5 +230,5 @@ def _pieces(placement: Placement, contents: formats.Contents):
 
 def _axes_in(placement: Placement, s: Stored, dim: int, shape: tuple[int, ...]) -> dict:
     lead = len(s.shape) - len(s.entry.dims or placement.layout.descriptor.tensors[s.entry.of[0]].dims)
-    own = placement._dim_axes(s.entry, dim - lead) if dim >= lead else {}
+    own = placement.dim_axes(s.entry, dim - lead) if dim >= lead else {}
     return {key: own.get(key[0], ()) for key, _ in s.blocks}

@@ -10,6 +10,7 @@ import click
 
 from reshard import __version__
 from reshard.errors import ReshardError
+from reshard.text import human, table
 
 FORMATS = ["hf", "tp", "vllm", "sglang", "megatron", "rank-pt"]
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -29,24 +30,6 @@ class Size(click.ParamType):
             return int(float(number) * _UNITS[text[len(number):]])
         except (ValueError, KeyError):
             self.fail(f"{value!r} is not a size; write it like 128MB", param, ctx)
-
-
-def human(size: float) -> str:
-    """Bytes for people, in powers of ten: 3.00 GB."""
-    for unit in ("B", "kB", "MB", "GB", "TB"):
-        if size < 1000 or unit == "TB":
-            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.2f} {unit}"
-        size /= 1000
-    raise AssertionError
-
-
-def table(rows: list[tuple], head: tuple[str, ...]) -> str:
-    """Rows in columns; numbers to the right."""
-    cells = [tuple(map(str, row)) for row in [head, *rows]]
-    widths = [max(len(row[i]) for row in cells) for i in range(len(head))]
-    right = [all(isinstance(row[i], (int, float)) for row in rows) for i in range(len(head))]
-    lines = ["  ".join(c.rjust(w) if r else c.ljust(w) for c, w, r in zip(row, widths, right)).rstrip() for row in cells]
-    return "\n".join(lines)
 
 
 def mesh_options(command):
@@ -90,19 +73,6 @@ def _plan(source, to, tp, pp, ep, etp, dtype, engine_version, **options):
     return plan(source, format=to, tp=tp, pp=pp, ep=ep, etp=etp, dtype=dtype, engine_version=engine_version, **options)
 
 
-def _print_plan(job, destination: str | None) -> None:
-    source = job.source
-    click.echo(f"{source.path}  {source.format} {source.mesh}  {source.architecture}")
-    click.echo(f"→ {destination or '(nothing is written)'}  {job.format} {job.mesh}\n")
-    rows = [(r["rank"], human(r["bytes_read"]), human(r["bytes_written"]), human(r["bytes_held"])) for r in job.ranks()]
-    click.echo(table(rows, ("rank", "reads", "writes", "holds")))
-    click.echo(f"\n{len(job.plan.destinations)} tensors in {len(job.folder.files)} files; reads {human(job.bytes_read)}, writes {human(job.bytes_written)}, "
-               f"buffers {human(job.peak_buffer_bytes)} at most")  # fmt: skip
-    for word, names in (("dropped", job.dropped), ("padded", job.plan.padded)):
-        if names:
-            click.echo(f"{word}: {', '.join(names[:4])}{f' and {len(names) - 4} more' if len(names) > 4 else ''}")
-
-
 @cli.command()
 @click.argument("src")
 @click.argument("dst")
@@ -123,7 +93,7 @@ def convert(src, dst, to, tp, pp, ep, etp, dtype, engine_version, from_, layout,
     source = _open(src, from_, layout, config)
     job = _plan(source, to, tp, pp, ep, etp, dtype, engine_version, jobs=jobs, buffer=buffer)
     if dry_run:
-        click.echo(json.dumps({"ok": True, **job.to_json(dst)})) if as_json else _print_plan(job, dst)
+        click.echo(json.dumps({"ok": True, **job.to_json(dst)})) if as_json else click.echo(job.describe(dst))
         return
     with progress_bar(job.bytes_read, quiet or as_json) as tell:
         report = run(job, dst, overwrite=overwrite, fsync=not no_fsync, jobs=jobs, buffer=buffer, progress=tell)
@@ -149,7 +119,7 @@ def plan(src, to, tp, pp, ep, etp, dtype, engine_version, from_, layout, config,
         extra = {"seconds_at_bandwidth": (job.bytes_read + job.bytes_written) / bandwidth} if bandwidth else {}
         click.echo(json.dumps({"ok": True, **job.to_json(), "ranks": job.ranks(), **extra}))
         return
-    _print_plan(job, None)
+    click.echo(job.describe())
     if bandwidth:
         click.echo(f"at {human(bandwidth)}/s: {(job.bytes_read + job.bytes_written) / bandwidth:.2f}s")
 
@@ -178,20 +148,19 @@ def inspect(path, from_, layout, config, tensors, as_json):
 def _tensor_rows(ckpt) -> list[tuple]:
     rows: dict[str, list] = {}
     for s in ckpt.stored:
-        row = rows.setdefault(s.name, [s.name, list(s.shape), s.dtype, split_dim(ckpt.layout, s.entry, ckpt.mesh), list(s.entry.of) if len(s.entry.of) > 1 else [], []])
+        row = rows.setdefault(s.name, [s.name, list(s.shape), s.dtype, split_dim(ckpt.layout.descriptor, s.entry, ckpt.mesh.tp), list(s.entry.of) if len(s.entry.of) > 1 else [], []])
         row[5].append(s.rank)
     return [tuple(row) for row in rows.values()]
 
 
-def split_dim(layout, entry, mesh) -> int | None:
+def split_dim(descriptor, entry, tp: int) -> int | None:
     """The dimension of a stored tensor that tensor parallelism cuts; None where it is replicated."""
-    tensor = layout.descriptor.tensors[entry.of[0]]
+    tensor = descriptor.tensors[entry.of[0]]
     split = tensor.split if entry.split is None else entry.split
-    if mesh.tp == 1 or not split:
+    if tp == 1 or not split:
         return None
-    dims = entry.dims or tensor.dims
     lead = sum(1 for axis in tensor.index if f"{{{axis}}}" not in entry.name)
-    return lead + next(d for d, axes in enumerate(dims) if split[0] in axes)
+    return lead + next(d for d, axes in enumerate(entry.dims or tensor.dims) if split[0] in axes)
 
 
 @cli.command()
@@ -252,24 +221,33 @@ def show(name, tp, format_, config):
     descriptor = load_descriptor(Path(name)) if name.endswith(".toml") else known[name]
     kind = formats.get(format_)
     if config is None:
-        section = descriptor.formats[kind.section]
-        rows = []
-        for entry in section.entries:
-            tensor = descriptor.tensors[entry.of[0]]
-            dims = entry.dims or tensor.dims
-            split = tensor.split if entry.split is None else entry.split
-            text = " ".join(f"({' '.join(a + '*' * (a in split) for a in axes)})" if len(axes) > 1 else axes[0] + "*" * (axes[0] in split) for axes in dims)
-            rows.append((entry.name, " + ".join(entry.of), entry.within or "-", text))
-        click.echo(table(rows, ("name", "holds", "interleaved within", "dims (* is split)")))
+        rows = [_entry_row(descriptor, entry, tp) for entry in descriptor.formats[kind.section].entries]
+        click.echo(table(rows, ("name", "holds", "interleaved within", "split dim", f"dims per rank of tp{tp}", "when")))
         return
     from reshard.checkpoint import find_config, model_config, read_config
     from reshard.place import Mesh, Placement
 
     layout = descriptor.bind(model_config(read_config(find_config(Path(config), config))))
     placement = Placement(layout, layout.section(kind.section), kind.rules, Mesh(tp))
-    rows = [(s.name, "×".join(map(str, s.shape)), "-" if (d := split_dim(layout, s.entry, placement.mesh)) is None else d, "+".join(s.entry.of))
+    rows = [(s.name, "×".join(map(str, s.shape)), "-" if (d := split_dim(descriptor, s.entry, tp)) is None else d, "+".join(s.entry.of))
             for s in placement.stored(placement.ranks[:1])]  # fmt: skip
     click.echo(table(rows, ("name", "shape on rank 0", "split dim", "holds")))
+
+
+def _entry_row(descriptor, entry, tp: int) -> tuple:
+    """One line of `layouts show` without a config: sizes by the names of their axes."""
+    tensor = descriptor.tensors[entry.of[0]]
+    split = tensor.split if entry.split is None else entry.split
+
+    def size(axis: str) -> str:
+        return f"{axis}/{tp}" if tp > 1 and split[:1] == (axis,) else axis
+
+    lead = [f"[{name}]" for name in tensor.index if f"{{{name}}}" not in entry.name]
+    dims = [" ".join(map(size, axes)) for axes in entry.dims or tensor.dims]
+    text = " ".join(lead + [f"({d})" if " " in d else d for d in dims])
+    cut = split_dim(descriptor, entry, max(tp, 2))
+    when = tensor.when if entry.when == "true" else entry.when
+    return entry.name, " + ".join(entry.of), entry.within or "-", "-" if cut is None else cut, text, "" if when == "true" else when
 
 
 @cli.command()

@@ -9,7 +9,7 @@ from reshard.api import Difference, DiffReport
 from reshard.block import Box, Key, Stored, volume
 from reshard.checkpoint import Checkpoint
 from reshard.execute import Source, cast, tiles
-from reshard.join import Copy, Plan, _move, label
+from reshard.join import Copy, Plan, label, move_between
 from reshard.place import Mesh, Placement
 from reshard.stores import DTYPE_SIZE
 
@@ -35,7 +35,7 @@ def pair(a: Checkpoint, b: Checkpoint) -> tuple[Plan, list[Key], list[Key], dict
             continue
         for stored, block in right[key]:
             for source, other in left[key]:
-                move = _move(other, block)
+                move = move_between(other, block)
                 if move is not None:
                     copies.append(Copy(key, source, stored, move))
     return Plan([], copies), sorted(right.keys() - left.keys(), key=str), sorted(left.keys() - right.keys(), key=str), unequal

@@ -17,6 +17,7 @@ from reshard.formats.manifest import manifest_bytes
 from reshard.join import Plan, join
 from reshard.layout import parse_version
 from reshard.place import Mesh, Placement, Rank
+from reshard.text import human, some, table
 
 DTYPES = {"bf16": "BF16", "fp16": "F16", "fp32": "F32"}
 #: files beside the weights that every folder gets, when the source has them
@@ -62,6 +63,23 @@ class Job:
             written[rank_of[id(file)]] = written.get(rank_of[id(file)], 0) + file.image.size
         return [{**row, "bytes_written": written.get(row["rank"], 0)} for row in self.plan.per_rank()]
 
+    def describe(self, path: str | None = None) -> str:
+        """What moves where, as a table; `path` is the destination where one is known."""
+        source, plan = self.source, self.plan
+        rows = [(r["rank"], human(r["bytes_read"]), human(r["bytes_written"]), human(r["bytes_held"])) for r in self.ranks()]
+        lines = [
+            f"{source.path}  {source.format} {source.mesh}  {source.architecture}",
+            f"→ {path or '(nothing is written)'}  {self.format} {self.mesh}\n",
+            table(rows, ("rank", "reads", "writes", "holds")),
+            f"\n{len(plan.destinations)} tensors in {len(self.folder.files)} files, {human(self.peak_buffer_bytes)} of buffers at most",
+            f"reads {human(self.bytes_read)}, {_above(self.bytes_read, plan.least_bytes_read, 'replicas are compared')}",
+            f"writes {human(self.bytes_written)}, {_above(self.bytes_written, plan.bytes_held, 'headers')}",
+        ]
+        lines += [f"{word}: {some(names)}" for word, names in (("dropped", self.dropped), ("padded", plan.padded)) if names]
+        return "\n".join(lines)
+
+    __str__ = describe
+
     def to_json(self, path: str | None = None) -> dict:
         """The keys that `convert` and `plan` share (CLI.md)."""
         source = self.source
@@ -71,11 +89,18 @@ class Job:
             "tensors": len(self.plan.destinations),
             "bytes_read": self.bytes_read,
             "bytes_written": self.bytes_written,
+            "least_bytes_read": self.plan.least_bytes_read,
+            "least_bytes_written": self.plan.bytes_held,
             "peak_buffer_bytes": self.peak_buffer_bytes,
             "files": [{"path": file.path, "bytes": file.image.size} for file in self.folder.files],
             "dropped": self.dropped,
             "padded": self.plan.padded,
         }
+
+
+def _above(size: int, least: int, why: str) -> str:
+    """How far `size` is from the least that could do."""
+    return "the least possible" if size == least else f"{size / max(least, 1):.4f} × the least possible ({why})"
 
 
 def mesh_json(mesh: Mesh) -> dict[str, int]:

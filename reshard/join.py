@@ -61,6 +61,11 @@ class Plan:
         """Bytes taken from the sources: each source element that some rank needs, once, and replicas to compare."""
         return _read_bytes(self.copies, self.checks)
 
+    @cached_property
+    def least_bytes_read(self) -> int:
+        """Bytes that any way of filling `destinations` must read: each source element that some rank needs, once."""
+        return _read_bytes(self.copies) if self.checks else self.bytes_read
+
     @property
     def bytes_held(self) -> int:
         """Bytes of all destination tensors, padding included."""
@@ -184,7 +189,7 @@ def join(
                     source, other = first[block.box]
                     if source.dtype != stored.dtype:
                         problems.append(f"{label(key)}: {where(source)} holds it as {source.dtype}, {where(stored)} as {stored.dtype}")
-                    plan.checks.append(Copy(key, source, stored, _move(other, block)))
+                    plan.checks.append(Copy(key, source, stored, move_between(other, block)))
             held = list(first.values())
             ids = tuple(id(block) for _, block in held)
             if ids not in distinct:
@@ -208,7 +213,7 @@ def join(
                 if at in moves:
                     move = moves[at]
                 else:
-                    move = moves[at] = _move(other, block)
+                    move = moves[at] = move_between(other, block)
                 if move is not None:
                     plan.copies.append(Copy(key, source, stored, move))
                     filled += move.size
@@ -236,7 +241,8 @@ def join(
     return plan
 
 
-def _move(source: Block, destination: Block) -> Move | None:
+def move_between(source: Block, destination: Block) -> Move | None:
+    """The copy of what two blocks of one tensor share; None when they do not meet."""
     box = overlap(source.box, destination.box)
     if box is None:
         return None

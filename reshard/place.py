@@ -229,9 +229,10 @@ class Placement:
         if shape[dim] % count:
             self._problem(entry, f"cannot cut {shape[dim]} fused rows evenly over {count} ranks")
         low, high = chunk(shape[dim], count, index)
-        return slice_dim(shape, blocks, dim, low, high, self._dim_axes(entry, dim))
+        return slice_dim(shape, blocks, dim, low, high, self.dim_axes(entry, dim))
 
-    def _dim_axes(self, entry: Entry, dim: int) -> dict[str, tuple[int, ...]]:
+    def dim_axes(self, entry: Entry, dim: int) -> dict[str, tuple[int, ...]]:
+        """Per tensor of `entry`, the numbers of its axes that lie in dimension `dim`, from the slowest."""
         out = {}
         for name in entry.of:
             tensor = self.layout.descriptor.tensors[name]
