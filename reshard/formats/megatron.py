@@ -178,7 +178,7 @@ def _by_names(root: Path, blobs: Mapping[str, dict]) -> Mesh:
         second = next((blob for name, blob in blobs.items() if numbers[name][1]), {})
         keys = {_PREFIX.sub("", str(key)) for key in second.get("model", ())}
         rest = [1, *rest] if "embedding.word_embeddings.weight" in keys else [*rest, 1]
-    meshes = [Mesh(tp, *rest, etp) for etp in range(1, tp + 1) if tp % etp == 0]
+    meshes = [Mesh(tp, *(rest or (1, 1)), etp) for etp in range(1, tp + 1) if tp % etp == 0]
     # with args silent, experts are cut by tp, Megatron's default, unless the folders can't be of such a mesh
     fits = [mesh for mesh in reversed(meshes) if {rank_folder(rank, mesh) for rank in mp_ranks(mesh)} == set(blobs)]
     found = fits[0] if fits else meshes[-1]

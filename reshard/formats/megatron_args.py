@@ -35,7 +35,7 @@ ARGS = {
     "add_bias_linear": "false", "add_qkv_bias": "false", "swiglu": "true", "squared_relu": "false", "quick_geglu": "false",
     "normalization": "'RMSNorm'", "norm_epsilon": "rms_norm_eps", "layernorm_epsilon": "rms_norm_eps",
     "apply_layernorm_1p": "false", "apply_query_key_layer_scaling": "false", "attention_dropout": "0", "hidden_dropout": "0",
-    "spec": "null", "mtp_num_layers": "null",
+    "spec": "null", "mtp_num_layers": "null", "mtp_use_repeated_layer": "false",
     "num_experts": "null", "moe_layer_freq": "sparse_layers", "moe_ffn_hidden_size": "null", "moe_grouped_gemm": "num_experts != null",
     "moe_router_topk": "2", "moe_router_pre_softmax": "false", "moe_router_score_function": "'softmax'",
     "moe_router_enable_expert_bias": "false", "moe_router_topk_scaling_factor": "null", "moe_router_num_groups": "null",
