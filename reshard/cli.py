@@ -121,7 +121,7 @@ def plan(src, to, tp, pp, ep, etp, dtype, engine_version, from_, layout, config,
         return
     click.echo(job.describe())
     if bandwidth:
-        click.echo(f"at {human(bandwidth)}/s: {(job.bytes_read + job.bytes_written) / bandwidth:.2f}s")
+        click.echo(f"at {human(bandwidth)}/s: {(job.bytes_read + job.bytes_written) / bandwidth:.3g} s")
 
 
 @cli.command()

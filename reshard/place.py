@@ -135,6 +135,8 @@ class Placement:
             if self.rules.even and self.layout.sizes["expert"] % self.mesh.ep:
                 self._problem(entry, f"cannot split {self.layout.sizes['expert']} experts over ep={self.mesh.ep}")
             experts = list(range(low, high))
+        if not any(self.layout.exists(tensor, layer) for layer in layers for tensor in tensors):
+            return
         shape, blocks = self._blocks(entry, tensors, rank, "expert" in index)
         size = prod(shape)
         stacked_layers, stacked_experts = "{layer}" not in entry.name, "{expert}" not in entry.name
@@ -210,7 +212,7 @@ class Placement:
                 if left % size:
                     self._problem(entry, f"cannot repeat {size} {axis} over {left} ranks: {left} is not a multiple of {size}")
                     parts = left
-            if self.rules.even and size % parts:
+            elif self.rules.even and size % parts:
                 self._problem(entry, f"cannot split axis {axis} ({size}) of {tensor.name} evenly over {parts} ranks")
             left //= parts
             ranges[axis] = chunk(size, parts, index // left)
@@ -241,7 +243,7 @@ class Placement:
         return out
 
     def _problem(self, entry: Entry, text: str) -> None:
-        line = f"{entry.name}: {text}; layout {self.layout.name}"
+        line = f"{entry.name}: {text}"
         if line not in self.problems:
             self.problems.append(line)
 
