@@ -96,7 +96,7 @@ def _file(folder: Path, file: str) -> dict[str, tuple[str, TensorInfo]]:
 def state_dict(path: Path, file: str) -> dict[str, tuple[str, TensorInfo]]:
     """The tensors of a torch file that holds a plain state dict and nothing else of size."""
     tree = torch_tree(path)
-    held = tensors_of(tree, file)
+    held = tensors_of(tree, file, path)
     inner = next((key for key, value in tree.items() if isinstance(value, (dict, list, tuple))), None)
     if inner is not None:
         some = quote(inner)
@@ -111,13 +111,14 @@ def torch_tree(path: Path) -> object:
     return torchzip.read(path)
 
 
-def tensors_of(tree: object, file: str) -> dict[str, tuple[str, TensorInfo]]:
-    """The tensors of a plain state dict as torchzip reads one."""
+def tensors_of(tree: object, file: str, path: Path | None = None) -> dict[str, tuple[str, TensorInfo]]:
+    """The tensors of a plain state dict as torchzip reads one; errors name `path`, where it is more than `file`."""
+    where = path or file
     if not isinstance(tree, dict):
-        raise FormatError(f"{file} holds no state dict but a {type(tree).__name__}", "save model.state_dict() with torch.save")
+        raise FormatError(f"{where} holds no state dict but a {type(tree).__name__}", "save model.state_dict() with torch.save")
     odd = next((key for key in tree if not isinstance(key, str)), None)
     if odd is not None:
-        raise FormatError(f"{file} holds a {type(tree[odd]).__name__} under {quote(repr(odd))}, expected names as text")
+        raise FormatError(f"{where} holds a {type(tree[odd]).__name__} under {quote(repr(odd))}, expected names as text")
     return {name: (file, value) for name, value in tree.items() if isinstance(value, TensorInfo)}
 
 

@@ -65,7 +65,10 @@ class Unpickler(pickle._Unpickler):
         except FormatError:
             raise
         except Exception as error:  # noqa: BLE001 - whatever a damaged stream leads to
-            self._fail(f"its pickle is damaged or hostile ({type(error).__name__}: {quote(error)})")
+            what = f"{type(error).__name__}: {quote(error)}"
+            if isinstance(error, KeyError) and type(error.args[0]) is int and 0 <= error.args[0] < 256:
+                what = f"opcode {bytes((error.args[0],))!r}"
+            self._fail(f"its pickle is damaged or hostile ({what})")
         problem = _unbounded(tree)
         if problem:
             raise self.archive.error(f"its pickle unfolds to {problem}", "this is no checkpoint of tensors")
