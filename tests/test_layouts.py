@@ -262,17 +262,46 @@ def test_variants_by_engine_release(model, version, names):
     stored = list(place.stored())
     assert {s.name.partition(".mlp.")[2] for s in stored if ".mlp." in s.name} == names
     assert {s.name for s in stored if s.entry.dtype} == {s.name for s in stored if "correction_bias" in s.name}
-    if model == "deepseek-v3":
-        assert ("model.layers.0.self_attn.mla_attn.mla_attn._k_scale" in dict(place.constants(place.ranks[0]))) == (version is None or version >= (0, 14))
+    scales = {name for name in dict(place.constants(place.ranks[0])) if name.endswith("_k_scale")}
+    inner = "mla_attn.mla_attn" if model == "deepseek-v3" else "attn"
+    assert scales == {f"model.layers.{i}.self_attn.{inner}._k_scale" for i in range(layout.layers) if version is None or version >= (0, 14)}
 
 
 @pytest.mark.parametrize("name", ["mixtral", "gpt_oss"])
 def test_expert_names_by_engine_release(name):
     layout = bind(SAMPLES / "hf" / name)
-    for version, holder in (((0, 11, 2), ".experts.w"), ((0, 23, 0), ".experts.w"), ((0, 24, 0), ".experts.routed_experts.w"), (None, ".experts.routed_experts.w")):
+    for version in ((0, 11, 2), (0, 23, 0), (0, 24, 0), None):
+        holder = ".experts.routed_experts.w" if version is None or version >= (0, 24) else ".experts.w"
         place = Placement(layout, layout.section("vllm").for_version(version), formats.get("vllm").rules, Mesh(2), engine=version)
         experts = [s.name for s in place.stored() if ".experts." in s.name]
         assert experts and all(holder in name for name in experts)
+
+
+@pytest.mark.parametrize("version, prefix, head", [
+    ((0, 11, 2), "gpt_neox.", "embed_out.weight"), ((0, 31, 0), "gpt_neox.", "embed_out.weight"), ((0, 32, 0), "model.", "lm_head.weight"), (None, "model.", "lm_head.weight"),
+])  # fmt: skip
+def test_gpt_neox_by_engine_release(version, prefix, head):
+    """vLLM's own model has all queries of a rank first; transformers' model a plain half of what the HF file has."""
+    folder = SAMPLES / "hf/gpt_neox"
+    layout = bind(folder)
+    whole, file = canonical(folder, layout), safetensors(folder / "model.safetensors")
+    place = Placement(layout, layout.section("vllm").for_version(version), formats.get("vllm").rules, Mesh(2), engine=version)
+    names = {s.name for s in place.stored()} | set(dict(place.constants(place.ranks[0])))
+    assert head in names and all(name.startswith(prefix) for name in names - {head})
+    for stored in place.stored(place.ranks[1:]):
+        if stored.name != f"{prefix}layers.1.attention.query_key_value.weight":
+            continue
+        made = np.zeros(stored.size, file["gpt_neox.layers.1.attention.query_key_value.weight"][2].dtype)
+        for key, block in stored.blocks:
+            view(made, block)[...] = whole[key][tuple(slice(*edge) for edge in block.box)]
+        if prefix == "model.":
+            assert np.array_equal(made, file["gpt_neox.layers.1.attention.query_key_value.weight"][2][stored.size :])
+        else:
+            parts = [whole[part, 1] for part in "qkv"]
+            assert np.array_equal(made, np.concatenate([part[len(part) // 2 :].reshape(-1) for part in parts]))
+        break
+    else:
+        raise AssertionError(f"no fused attention in {sorted(names)}")
 
 
 def test_sglang_keeps_biases_in_f32():
