@@ -183,12 +183,12 @@ def load_pt(path):
 # --------------------------------------------------------------------------------------------------------------- writing
 
 WRITTEN = [
-    ("llama", dict(tp=1)), ("llama", dict(tp=2)), ("llama", dict(tp=8)), ("llama", dict(tp=2, pp=2)), ("qwen2", dict(tp=2)),
-    ("qwen2", dict(pp=2)), ("qwen2", dict(tp=8, pp=4)), ("qwen3", dict(tp=4)), ("qwen3_moe", dict(ep=2)), ("qwen3_moe", dict(tp=2)),
-    ("qwen3_moe", dict(tp=2, ep=2)), ("qwen3_moe", dict(tp=2, ep=2, etp=1)), ("qwen3_moe", dict(tp=2, pp=2, ep=4, etp=1)),
-    ("qwen3_moe", dict(pp=2, ep=2)), ("qwen3_moe", dict(tp=4, ep=2, etp=2)), pytest.param("qwen3_moe_dense1", dict(tp=2, pp=2, ep=2), marks=VARIANT_OF_ANOTHER_STAGE),
-    ("mixtral", dict(tp=2, ep=2)), ("mixtral", dict(tp=2, ep=4, etp=1, pp=2)), ("deepseek_v3", dict(tp=2)), ("deepseek_v3", dict(ep=2)),
-    ("deepseek_v3", dict(tp=2, ep=2, etp=1)), ("deepseek_v3", dict(tp=2, pp=2, ep=2)),
+    ("llama", {"tp": 1}), ("llama", {"tp": 2}), ("llama", {"tp": 8}), ("llama", {"tp": 2, "pp": 2}), ("qwen2", {"tp": 2}),
+    ("qwen2", {"pp": 2}), ("qwen2", {"tp": 8, "pp": 4}), ("qwen3", {"tp": 4}), ("qwen3_moe", {"ep": 2}), ("qwen3_moe", {"tp": 2}),
+    ("qwen3_moe", {"tp": 2, "ep": 2}), ("qwen3_moe", {"tp": 2, "ep": 2, "etp": 1}), ("qwen3_moe", {"tp": 2, "pp": 2, "ep": 4, "etp": 1}),
+    ("qwen3_moe", {"pp": 2, "ep": 2}), ("qwen3_moe", {"tp": 4, "ep": 2, "etp": 2}), pytest.param("qwen3_moe_dense1", {"tp": 2, "pp": 2, "ep": 2}, marks=VARIANT_OF_ANOTHER_STAGE),
+    ("mixtral", {"tp": 2, "ep": 2}), ("mixtral", {"tp": 2, "ep": 4, "etp": 1, "pp": 2}), ("deepseek_v3", {"tp": 2}), ("deepseek_v3", {"ep": 2}),
+    ("deepseek_v3", {"tp": 2, "ep": 2, "etp": 1}), ("deepseek_v3", {"tp": 2, "pp": 2, "ep": 2}),
 ]  # fmt: skip
 
 
@@ -204,7 +204,7 @@ def test_every_rank_is_chunk_and_cat(family, mesh, models, tmp_path):
     assert (tmp_path / "m/latest_checkpointed_iteration.txt").read_text() == "release"
     assert {p.name for p in (tmp_path / "m/release").iterdir()} == set(want)
     numbers = {formats.megatron.rank_folder(rank, Mesh(**{"etp": 0, **mesh})): rank.number for rank in formats.megatron.mp_ranks(Mesh(**mesh))}
-    loaded = sorted(want)[-1]
+    loaded = max(want)
     for name, (state,) in want.items():
         blob = load_pt_with_args(tmp_path / "m/release" / name / "model_optim_rng.pt")
         assert same(blob["model"], state), name
@@ -251,16 +251,16 @@ def test_meshes_that_megatron_cannot_have(models):
 # --------------------------------------------------------------------------------------------------------------- reading
 
 READ = [
-    ("llama", dict(tp=2, pp=2)), ("llama", dict(pp=2, virtual=2)), ("llama", dict(tp=2, pp=2, virtual=2)), ("llama", dict(pp=2, stages=[1, 3])),
-    ("llama", dict(pp=3, stages=[2, 0, 2])), ("llama", dict(pp=2, virtual=2, stages=[1, 2, 1, 0])), ("qwen2", dict(pp=2, virtual=2, tp=2)),
-    ("llama", dict(tp=2, multiple=32)), ("llama", dict(tp=2, multiple=5, fill=7.0)), ("llama", dict(tp=2, multiple=1280, fill=7.0)),
-    ("qwen2", dict(tp=2, pp=2, multiple=1000, fill=7.0)), ("llama", dict(tp=2, prefix="module.")), ("llama", dict(prefix="module.module.")),
-    ("llama", dict(tp=2, local=True)), ("qwen3", dict(pp=2, local=True)), ("qwen3_moe", dict(tp=2, ep=2, etp=1)), ("qwen3_moe", dict(tp=2, ep=2)),
-    ("qwen3_moe", dict(tp=4, ep=4, etp=2, pp=2)), ("qwen3_moe", dict(ep=2, experts="sequential")), ("qwen3_moe", dict(tp=2, ep=2, experts="grouped")),
-    ("qwen3_moe", dict(tp=2, ep=2, etp=1, experts="grouped", local=True, pp=2, virtual=2)), ("qwen3_moe", dict(tp=2, experts="sequential", local=True)),
-    ("qwen3_moe_dense1", dict(tp=2, ep=2, local=True, experts="sequential")), ("mixtral", dict(tp=2, ep=2, experts="grouped")),
-    ("mixtral", dict(ep=4, experts="sequential", local=True)), ("deepseek_v3", dict(tp=2, ep=2, pp=2, experts="sequential")),
-    ("deepseek_v3", dict(tp=2, ep=2, experts="grouped")), ("deepseek_v3", dict(tp=2, pp=2, virtual=2)), pytest.param("deepseek_v3", dict(local=True), marks=VARIANT_OF_ANOTHER_STAGE),
+    ("llama", {"tp": 2, "pp": 2}), ("llama", {"pp": 2, "virtual": 2}), ("llama", {"tp": 2, "pp": 2, "virtual": 2}), ("llama", {"pp": 2, "stages": [1, 3]}),
+    ("llama", {"pp": 3, "stages": [2, 0, 2]}), ("llama", {"pp": 2, "virtual": 2, "stages": [1, 2, 1, 0]}), ("qwen2", {"pp": 2, "virtual": 2, "tp": 2}),
+    ("llama", {"tp": 2, "multiple": 32}), ("llama", {"tp": 2, "multiple": 5, "fill": 7.0}), ("llama", {"tp": 2, "multiple": 1280, "fill": 7.0}),
+    ("qwen2", {"tp": 2, "pp": 2, "multiple": 1000, "fill": 7.0}), ("llama", {"tp": 2, "prefix": "module."}), ("llama", {"prefix": "module.module."}),
+    ("llama", {"tp": 2, "local": True}), ("qwen3", {"pp": 2, "local": True}), ("qwen3_moe", {"tp": 2, "ep": 2, "etp": 1}), ("qwen3_moe", {"tp": 2, "ep": 2}),
+    ("qwen3_moe", {"tp": 4, "ep": 4, "etp": 2, "pp": 2}), ("qwen3_moe", {"ep": 2, "experts": "sequential"}), ("qwen3_moe", {"tp": 2, "ep": 2, "experts": "grouped"}),
+    ("qwen3_moe", {"tp": 2, "ep": 2, "etp": 1, "experts": "grouped", "local": True, "pp": 2, "virtual": 2}), ("qwen3_moe", {"tp": 2, "experts": "sequential", "local": True}),
+    ("qwen3_moe_dense1", {"tp": 2, "ep": 2, "local": True, "experts": "sequential"}), ("mixtral", {"tp": 2, "ep": 2, "experts": "grouped"}),
+    ("mixtral", {"ep": 4, "experts": "sequential", "local": True}), ("deepseek_v3", {"tp": 2, "ep": 2, "pp": 2, "experts": "sequential"}),
+    ("deepseek_v3", {"tp": 2, "ep": 2, "experts": "grouped"}), ("deepseek_v3", {"tp": 2, "pp": 2, "virtual": 2}), pytest.param("deepseek_v3", {"local": True}, marks=VARIANT_OF_ANOTHER_STAGE),
 ]  # fmt: skip
 
 
@@ -282,8 +282,8 @@ def test_reads_every_way_it_is_written(family, how, models, tmp_path):
         assert "different values" in str(error)  # replicas that differ
 
 
-@pytest.mark.parametrize("family, how", [("llama", dict(tp=2)), ("llama", dict(tp=2, pp=2)), ("qwen2", dict(pp=2)), ("qwen3_moe", dict(ep=2)),
-    ("qwen3_moe", dict(tp=2, ep=2, pp=2)), ("qwen3_moe", dict(tp=2, ep=2, etp=1)), ("qwen3_moe", dict(tp=4, ep=2, etp=1)), ("llama", dict(pp=2, virtual=2))], ids=mesh_id)  # fmt: skip
+@pytest.mark.parametrize("family, how", [("llama", {"tp": 2}), ("llama", {"tp": 2, "pp": 2}), ("qwen2", {"pp": 2}), ("qwen3_moe", {"ep": 2}),
+    ("qwen3_moe", {"tp": 2, "ep": 2, "pp": 2}), ("qwen3_moe", {"tp": 2, "ep": 2, "etp": 1}), ("qwen3_moe", {"tp": 4, "ep": 2, "etp": 1}), ("llama", {"pp": 2, "virtual": 2})], ids=mesh_id)  # fmt: skip
 @pytest.mark.parametrize("folder", ["release", "iter_0000100", "."])
 def test_mesh_by_folders_alone(family, how, folder, models, tmp_path):
     """Files without args, in a release, an iteration, or the folder of ranks itself."""
@@ -406,7 +406,7 @@ apply_query_key_layer_scaling attention_dropout hidden_dropout mtp_num_layers mt
 moe_router_topk moe_token_dispatcher_type moe_router_pre_softmax moe_grouped_gemm moe_single_grouped_weight moe_single_grouped_bias
 moe_shared_expert_intermediate_size moe_router_score_function moe_router_enable_expert_bias moe_router_topk_scaling_factor moe_latent_size
 tokenizer_model tokenizer_type padded_vocab_size ckpt_format tensor_model_parallel_size pipeline_model_parallel_size
-virtual_pipeline_model_parallel_size num_layers_per_virtual_pipeline_stage expert_model_parallel_size""".split()
+virtual_pipeline_model_parallel_size num_layers_per_virtual_pipeline_stage expert_model_parallel_size""".split()  # noqa: SIM905
 
 
 def written_args(config, tmp_path, **mesh):
@@ -457,21 +457,21 @@ def test_args_of_a_lite_latent_model(tmp_path):
 def test_args_of_rotary_scaling_and_windows(tmp_path):
     llama3 = {"rope_type": "llama3", "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192, "rope_theta": 5e5}
     cases = {
-        "llama3": ({**CONFIGS["llama"], "rope_parameters": llama3}, dict(use_rope_scaling=True, rope_scaling_factor=32.0, rotary_base=500000, position_embedding_type="rope")),
-        "linear": ({**CONFIGS["llama"], "rope_scaling": {"type": "linear", "factor": 4.0}, "rope_parameters": None}, dict(rotary_seq_len_interpolation_factor=4, use_rope_scaling=False)),
+        "llama3": ({**CONFIGS["llama"], "rope_parameters": llama3}, {"use_rope_scaling": True, "rope_scaling_factor": 32.0, "rotary_base": 500000, "position_embedding_type": "rope"}),
+        "linear": ({**CONFIGS["llama"], "rope_scaling": {"type": "linear", "factor": 4.0}, "rope_parameters": None}, {"rotary_seq_len_interpolation_factor": 4, "use_rope_scaling": False}),
         "yarn": ({**CONFIGS["qwen3"], "rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}, "rope_parameters": None},
-                 dict(position_embedding_type="yarn", rotary_scaling_factor=4.0, yarn_original_max_position_embeddings=32768, yarn_beta_fast=None)),
-        "mistral": ({**CONFIGS["llama"], "architectures": ["MistralForCausalLM"], "sliding_window": 32}, dict(window_size=(31, 0), window_attn_skip_freq=None)),
-        "unused": ({**CONFIGS["qwen2"], "sliding_window": 32, "use_sliding_window": False}, dict(window_size=None)),
-        "partial": ({**CONFIGS["llama"], "partial_rotary_factor": 0.75}, dict(rotary_percent=0.75)),
-        "biased": ({**CONFIGS["llama"], "attention_bias": True, "mlp_bias": True}, dict(add_bias_linear=True, add_qkv_bias=True)),
-        "topk": ({**CONFIGS["qwen3_moe_dense1"], "norm_topk_prob": False}, dict(moe_router_pre_softmax=True, moe_layer_freq=[1, 0, 1, 1], moe_ffn_hidden_size=8)),
+                 {"position_embedding_type": "yarn", "rotary_scaling_factor": 4.0, "yarn_original_max_position_embeddings": 32768, "yarn_beta_fast": None}),
+        "mistral": ({**CONFIGS["llama"], "architectures": ["MistralForCausalLM"], "sliding_window": 32}, {"window_size": (31, 0), "window_attn_skip_freq": None}),
+        "unused": ({**CONFIGS["qwen2"], "sliding_window": 32, "use_sliding_window": False}, {"window_size": None}),
+        "partial": ({**CONFIGS["llama"], "partial_rotary_factor": 0.75}, {"rotary_percent": 0.75}),
+        "biased": ({**CONFIGS["llama"], "attention_bias": True, "mlp_bias": True}, {"add_bias_linear": True, "add_qkv_bias": True}),
+        "topk": ({**CONFIGS["qwen3_moe_dense1"], "norm_topk_prob": False}, {"moe_router_pre_softmax": True, "moe_layer_freq": [1, 0, 1, 1], "moe_ffn_hidden_size": 8}),
         "gpt_oss": ({**DENSE, "architectures": ["GptOssForCausalLM"], "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 16, "swiglu_limit": 7.0,
                      "layer_types": ["sliding_attention", "full_attention"] * 2, "rope_parameters": {"rope_type": "yarn", "factor": 32.0, "beta_fast": 32.0,
                      "beta_slow": 1.0, "truncate": False, "original_max_position_embeddings": 4096, "rope_theta": 150000}},
-                    dict(window_size=(15, 0), window_attn_skip_freq=[1, 0, 1, 0], softmax_type="learnable", quick_geglu=True, swiglu=False, add_bias_linear=True,
-                         glu_linear_offset=1.0, activation_func_clamp_value=7.0, position_embedding_type="yarn", yarn_beta_fast=32.0,
-                         yarn_correction_range_round_to_int=False, rotary_base=150000, moe_router_topk=2)),
+                    {"window_size": (15, 0), "window_attn_skip_freq": [1, 0, 1, 0], "softmax_type": "learnable", "quick_geglu": True, "swiglu": False, "add_bias_linear": True,
+                         "glu_linear_offset": 1.0, "activation_func_clamp_value": 7.0, "position_embedding_type": "yarn", "yarn_beta_fast": 32.0,
+                         "yarn_correction_range_round_to_int": False, "rotary_base": 150000, "moe_router_topk": 2}),
     }  # fmt: skip
     for name, (config, want) in cases.items():
         assert not differs(written_args(json.loads(json.dumps(config)), tmp_path / name), **want), name
