@@ -13,9 +13,10 @@ from reshard import formats
 from reshard.block import Stored, restride
 from reshard.errors import FormatError, LayoutError, PlanError
 from reshard.formats.manifest import read_manifest
-from reshard.layout import Entry, Layout, Section, builtin_descriptors, find_descriptor, load_descriptor
+from reshard.layout import Entry, Layout, Section, architectures, builtin_descriptors, find_descriptor, load_descriptor
 from reshard.place import Mesh, Placement, slice_dim
 from reshard.stores import DTYPE_SIZE
+from reshard.stores.foreign import parse, quote
 
 
 @dataclass
@@ -68,7 +69,13 @@ def open_checkpoint(
     descriptor = load_descriptor(Path(layout)) if layout else find_descriptor(settings)
     if descriptor is None:
         raise unknown_architecture(settings, contents)
-    bound = descriptor.bind(model_config(settings))
+    if not layout and contents.layout not in (None, descriptor.name):
+        raise FormatError(f"{folder} was written by layout {quote(contents.layout)}, {config_path} is a model of layout {descriptor.name}",
+                          "pass the layout's file with --layout, or the right config.json with --config")  # fmt: skip
+    try:
+        bound = descriptor.bind(model_config(settings))
+    except LayoutError as error:
+        raise LayoutError(f"{config_path}: {error}", error.hint) from None
     checkpoint = Checkpoint(folder, kind.name, contents.mesh, bound, [], engine_version=contents.engine_version, config_path=config_path)
     checkpoint.native = (read_manifest(folder) or {}).get("dtypes", {})
     _match(checkpoint, kind, contents)
@@ -90,9 +97,9 @@ def find_config(folder: Path, config: str | Path | None) -> Path:
 
 def read_config(path: Path) -> Mapping[str, object]:
     try:
-        settings = json.loads(path.read_bytes())
+        settings = parse(path.read_bytes())
     except ValueError as error:
-        raise FormatError(f"{path} is not JSON: {error}") from None
+        raise FormatError(f"{path} is not JSON: {error}", "download it again") from None
     if not isinstance(settings, dict):
         raise FormatError(f"{path} holds a {type(settings).__name__}, expected an object")
     return settings
@@ -120,17 +127,21 @@ def unknown_architecture(settings: Mapping[str, object], contents: formats.Conte
         left = sorted(names - known)
         if best is None or len(left) < best[0]:
             best = len(left), family, left
-    architecture = ", ".join(map(str, settings.get("architectures") or ["(config.json names none)"]))
+    architecture = quote(", ".join(architectures(settings) or ["(config.json names none)"]))
     text = f"no layout descriptor for architecture {architecture}"
     if best is None or best[0] == len(names):
+        text += f", and no family explains any of its {len(names)} tensors:\n  {_listed(sorted(names))}"
         return LayoutError(text, "write a descriptor (README, Write a descriptor) and pass it with --layout FILE.toml")
     count, family, left = best
     if count:
-        some = "\n  ".join(left[:12]) + (f"\n  … and {count - 12} more" if count > 12 else "")
-        text += f"\nclosest is {family}, which leaves {count} of {len(names)} tensors unexplained:\n  {some}"
+        text += f"\nclosest is {family}, which leaves {count} of {len(names)} tensors unexplained:\n  {_listed(left)}"
     else:
         text += f"\n{family} explains the names of all {len(names)} tensors"
     return LayoutError(text, f'write a descriptor that begins with extends = "{family}" and pass it with --layout FILE.toml')
+
+
+def _listed(names: list[str], shown: int = 12) -> str:
+    return "\n  ".join(map(quote, names[:shown])) + (f"\n  … and {len(names) - shown} more" if len(names) > shown else "")
 
 
 def _match(checkpoint: Checkpoint, kind: formats.Format, contents: formats.Contents) -> None:

@@ -1,6 +1,9 @@
 """What can go wrong, as exceptions. Every one names the thing, both numbers, and (``hint``) what to do next."""
 
 
+from reshard.stores.foreign import quote
+
+
 class ReshardError(ValueError):
     """Base of all errors that reshard raises on purpose. ``str(e)`` is the message; ``e.hint`` is advice or None."""
 
@@ -21,7 +24,7 @@ class PlanError(ReshardError):
     """Source and destination do not join. ``problems`` lists every problem found, one line each."""
 
     def __init__(self, problems: list[str], hint: str | None = None, shown: int = 20):
-        self.problems = tuple(problems)
+        self.problems = tuple(problems := [quote(problem, 400) for problem in problems])
         lines = problems[:shown] + ([f"… and {len(problems) - shown} more"] if len(problems) > shown else [])
         head = problems[0] if len(problems) == 1 else f"{len(problems)} problems:\n  " + "\n  ".join(lines)
         super().__init__(head, hint)

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from functools import lru_cache
 
 from reshard.errors import LayoutError
+from reshard.stores.foreign import quote
 
 _COMPARE = {
     ast.Eq: operator.eq, ast.NotEq: operator.ne, ast.Lt: operator.lt, ast.LtE: operator.le,
@@ -51,7 +52,7 @@ def evaluate(text: str, scope: Mapping[str, object]) -> object:
             case ast.List(elts=items) | ast.Tuple(elts=items):
                 return [value(item) for item in items]
             case ast.UnaryOp(op=ast.Not(), operand=operand):
-                return not value(operand)
+                return not truth(value(operand))
             case ast.UnaryOp(op=ast.USub(), operand=operand):
                 return -_integer(value(operand))
             case ast.BoolOp(op=op, values=items):
@@ -59,11 +60,11 @@ def evaluate(text: str, scope: Mapping[str, object]) -> object:
                 result: object = None
                 for item in items:
                     result = value(item)
-                    if bool(result) == stop_at:
+                    if truth(result) == stop_at:
                         break
                 return result
             case ast.IfExp(test=test, body=body, orelse=orelse):
-                return value(body) if value(test) else value(orelse)
+                return value(body) if truth(value(test)) else value(orelse)
             case ast.Compare(left=left, ops=ops, comparators=comparators):
                 a = value(left)
                 for op, comparator in zip(ops, comparators):
@@ -74,7 +75,7 @@ def evaluate(text: str, scope: Mapping[str, object]) -> object:
                         if not _COMPARE[type(op)](a, b):
                             return False
                     except TypeError:
-                        raise LayoutError(f"{text!r}: cannot compare {a!r} with {b!r}") from None
+                        raise LayoutError(f"{text!r}: cannot compare {quote(repr(a))} with {quote(repr(b))}") from None
                     a = b
                 return True
             case ast.BinOp(left=left, op=op, right=right):
@@ -94,9 +95,19 @@ def evaluate(text: str, scope: Mapping[str, object]) -> object:
                 return len(value(items) or ())
         raise LayoutError(f"{text!r}: {type(node).__name__} is not allowed in an expression")
 
+    def truth(x: object) -> bool:
+        if x is not None and not isinstance(x, (int, float)):
+            raise LayoutError(f"{text!r}: expected true or false, got {quote(repr(x))}", "check config.json")
+        return bool(x)
+
     def _integer(x: object) -> int:
         if not isinstance(x, int):
-            raise LayoutError(f"{text!r}: expected a whole number, got {x!r}")
+            raise LayoutError(f"{text!r}: expected a whole number, got {quote(repr(x))}", "check config.json")
         return int(x)
 
     return value(_parse(text))
+
+
+def holds(condition: str, scope: Mapping[str, object]) -> bool:
+    """Whether `condition` is true in `scope`. Raises LayoutError, also for what is neither true nor false."""
+    return evaluate(f"not not ({condition})", scope) if condition != "true" else True

@@ -16,11 +16,14 @@ from functools import lru_cache
 from pathlib import Path
 
 from reshard.errors import LayoutError
-from reshard.expr import evaluate
+from reshard.expr import evaluate, holds
 from reshard.stores import DTYPE_SIZE
+from reshard.stores.foreign import quote
 
 #: axes that number tensors instead of lying in their dimensions: pipeline parallelism deals out the one, expert parallelism the other
 INDEX_AXES = ("layer", "expert")
+#: layers, or experts of a layer: no model comes near, and a wrong config.json must not keep us busy for hours
+_MOST_NUMBERED = 4096
 _TOP_KEYS = {"architectures", "extends", "description", "defaults", "conditions", "axes", "tensors", "replicate"}
 _TENSOR_KEYS = {"dims", "when", "stage", "dtype"}
 _ENTRY_KEYS = {"name", "of", "within", "dims", "dim", "cut", "split", "pad", "when", "stage", "alias", "only_rank0", "view", "dtype"}
@@ -133,7 +136,9 @@ class Descriptor:
         for axis, text in self.axes.items():
             size = evaluate(text, {**scope, **sizes})
             if not isinstance(size, int) or isinstance(size, bool) or size < 0:
-                raise LayoutError(f"layout {self.name}: axis {axis} = {text!r} is {size!r}, not a size")
+                raise LayoutError(f"layout {self.name}: axis {axis} = {text!r} is {quote(repr(size))}, not a size", "check config.json")
+            if axis in INDEX_AXES and size > _MOST_NUMBERED:
+                raise LayoutError(f"layout {self.name}: axis {axis} = {text!r} is {quote(size)}, more than the {_MOST_NUMBERED} allowed", "check config.json")
             sizes[axis] = size
         return Layout(self, config, scope, sizes)
 
@@ -164,7 +169,7 @@ class Layout:
         """Whether the model has `tensor` (in `layer`)."""
         at = (tensor.name, layer)
         if at not in self._exists:
-            self._exists[at] = bool(evaluate(tensor.when, {**self.scope, **self.sizes, "layer": layer}))
+            self._exists[at] = holds(tensor.when, {**self.scope, **self.sizes, "layer": layer})
         return self._exists[at]
 
     def section(self, format: str) -> Section:
@@ -192,9 +197,17 @@ def builtin_descriptors() -> Mapping[str, Descriptor]:
     return {path.stem: load_descriptor(path) for path in sorted(layout_dir().glob("*.toml"))}
 
 
+def architectures(config: Mapping[str, object]) -> list[str]:
+    """The model classes that config.json names."""
+    names = config.get("architectures") or []
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise LayoutError(f"config.json: architectures is {quote(repr(names))}, expected a list of names")
+    return names
+
+
 def find_descriptor(config: Mapping[str, object]) -> Descriptor | None:
     """The built-in descriptor that lists one of config.json's architectures."""
-    wanted = config.get("architectures") or ()
+    wanted = architectures(config)
     for path in sorted(layout_dir().glob("*.toml")):
         text = path.read_text()
         if any(f'"{name}"' in text for name in wanted):  # parse only a file that may be it: start-up time

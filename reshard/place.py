@@ -11,7 +11,7 @@ from math import prod
 
 from reshard.block import Block, Stored, chunk, cut, restride, row_major
 from reshard.errors import LayoutError, PlanError
-from reshard.expr import evaluate
+from reshard.expr import evaluate, holds
 from reshard.layout import Constant, Entry, Layout, Section, Tensor
 
 
@@ -103,7 +103,7 @@ class Placement:
 
         Cuts that can't be made are gathered in `problems`, all of them; the caller raises.
         """
-        entries = [e for e in self.section.entries if (aliases or not e.alias) and evaluate(e.when, self.scope)]
+        entries = [e for e in self.section.entries if (aliases or not e.alias) and holds(e.when, self.scope)]
         for rank in ranks or self.ranks:
             for entry in entries:
                 yield from self._entry(entry, rank)
@@ -112,12 +112,12 @@ class Placement:
         """Names and values of the tensors the engine demands beside the weights on `rank`."""
         for constant in self.section.constants:
             if "{layer}" not in constant.name:
-                if evaluate(constant.when, self.scope):
+                if holds(constant.when, self.scope):
                     yield constant.name, constant
                 continue
             stage = self.stages[rank.pp]
             for i, layer in enumerate(stage):
-                if evaluate(constant.when, {**self.scope, "layer": layer}):
+                if holds(constant.when, {**self.scope, "layer": layer}):
                     yield constant.name.format(layer=i if self.rules.local else layer), constant
 
     def _entry(self, entry: Entry, rank: Rank) -> Iterator[Stored]:

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from reshard import __version__
 from reshard.block import Stored
-from reshard.errors import DestinationError
+from reshard.errors import DestinationError, ReshardError
 from reshard.execute import Source, run
 from reshard.formats import OutFile
 from reshard.job import Job
@@ -77,6 +77,9 @@ def convert(
             progress(job.bytes_read - todo.bytes_read)
             run(todo, source, output.write, jobs=jobs, buffer=buffer, progress=progress)
             output.finish()
+        except ReshardError:  # the source is not what it should be: no later run could go on from here
+            shutil.rmtree(partial)
+            raise
         finally:
             output.close()
             source.close()

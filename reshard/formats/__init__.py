@@ -12,6 +12,7 @@ from reshard.block import Stored
 from reshard.errors import FormatError
 from reshard.place import Mesh, Placement, Rank, Rules
 from reshard.stores import FileImage, TensorInfo
+from reshard.stores.foreign import quote
 
 
 @dataclass
@@ -115,7 +116,7 @@ def recognise(folder: Path) -> Format:
 def safe_join(folder: Path, name: str) -> Path:
     """`folder`/`name`, refusing a name from a file that would lead out of the folder."""
     if not name or name.startswith(("/", "\\")) or ".." in Path(name).parts or "\x00" in name:
-        raise FormatError(f"{folder}: file name {name!r} leads out of the folder")
+        raise FormatError(f"{folder}: file name {quote(repr(name))} leads out of the folder")
     return folder / name
 
 

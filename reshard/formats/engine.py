@@ -1,7 +1,8 @@
 """``vllm`` and ``sglang``: their sharded_state folders, one set of files per rank, bytes as the engine itself writes them.
 
 Names and required constants differ between the engines and between their releases: the descriptors say which.
-Sources: vLLM 0.32 ``sharded_state_loader.py`` (files of pipeline stages are named so from after 0.28 on), SGLang 0.5.23.
+Sources: vLLM 0.32 ``sharded_state_loader.py`` (files of pipeline stages are named so from after 0.28 on), SGLang 0.5.23
+(whose file names have no stage, so that stages would overwrite each other).
 """
 
 import re
@@ -18,6 +19,7 @@ from reshard.formats.manifest import mesh_of, read_manifest
 from reshard.layout import parse_version
 from reshard.place import Mesh, Rules, grid
 from reshard.stores import DTYPE_SIZE, TensorInfo, safetensors
+from reshard.stores.foreign import quote
 
 _FILE = re.compile(r"model-rank-(\d+)-part-(\d+)\.safetensors")
 _STAGED = re.compile(r"model-pp-(\d+)-tp-(\d+)-part-(\d+)\.safetensors")
@@ -48,16 +50,24 @@ def _read(name: str, folder: Path) -> Contents:
         raise FormatError(f"{folder} holds no model-rank-…-part-….safetensors")
     manifest = read_manifest(folder)
     mesh = Mesh(max(t for _, t in by_rank) + 1, max(p for p, _ in by_rank) + 1)
-    absent = [(p, t) for p in range(mesh.pp) for t in range(mesh.tp) if (p, t) not in by_rank]
-    if absent:
-        raise FormatError(f"{folder}: no files of rank {absent[0][1]} (stage {absent[0][0]}), but some of rank {mesh.tp - 1}", "copy the folder again, whole")
+    if len(by_rank) != mesh.tp * mesh.pp:
+        p, t = next((p, t) for p in range(mesh.pp) for t in range(mesh.tp) if (p, t) not in by_rank)
+        raise FormatError(f"{folder} holds files of {len(by_rank)} ranks, their names tell of {mesh.tp * mesh.pp} ({mesh}): no files of rank {t} (stage {p})",
+                          "copy the folder again, whole")  # fmt: skip
     if manifest and (mesh_of(manifest).tp, mesh_of(manifest).pp) != (mesh.tp, mesh.pp):
         raise FormatError(f"{folder} holds files of {mesh}, its manifest says {mesh_of(manifest)}", "files of another conversion were mixed in; convert again")
     tensors: list[dict[str, tuple[str, TensorInfo]]] = []
     for at in sorted(by_rank):
         tensors.append({})
+        if sorted(by_rank[at]) != list(range(len(by_rank[at]))):
+            raise FormatError(f"{folder}: rank {at[1]} has parts {sorted(by_rank[at])}, expected 0 to {len(by_rank[at]) - 1}", "copy the folder again, whole")
         for file in by_rank[at].values():
-            tensors[-1].update({n: (file, info) for n, info in safetensors.read(folder / file)[0].items()})
+            held = safetensors.read(folder / file)[0]
+            twice = sorted(held.keys() & tensors[-1].keys())
+            if twice or (manifest and file not in manifest["files"]):
+                what = f"both it and {tensors[-1][twice[0]][0]} hold {quote(twice[0])}" if twice else "the manifest does not list it"
+                raise FormatError(f"{folder / file}: {what}", "files of another conversion were mixed in; convert again")
+            tensors[-1].update({n: (file, info) for n, info in held.items()})
     if manifest:
         mesh = mesh_of(manifest)
     return Contents(mesh, tensors, manifest and manifest.get("layout"), manifest and manifest.get("engine_version"))
@@ -65,8 +75,7 @@ def _read(name: str, folder: Path) -> Contents:
 
 def _write(name: str, target: Target, stored: list[Stored]) -> Folder:
     version = target.engine_version or NEWEST[name]
-    if name == "vllm" and target.mesh.pp > 1 and parse_version(version) <= (0, 28):
-        raise PlanError([f"vLLM {version} has no name for files of a pipeline stage (pp={target.mesh.pp})"], "use --engine-version 0.32 or --pp 1")
+    _check_release(name, version, target.mesh)
     by_rank: dict[int, list[Stored]] = defaultdict(list)
     for s in stored:
         by_rank[s.rank].append(s)
@@ -83,6 +92,17 @@ def _write(name: str, target: Target, stored: list[Stored]) -> Folder:
             values = {n: constant_bytes(c.value, c.dtype) * prod(c.shape) for n, c in constants.items() if n in chosen}
             files.append(OutFile(f"model-{where}-part-{i}.safetensors", image, {n: own[n] for n in part if n in own}, values))
     return Folder(files, {})
+
+
+def _check_release(engine: str, version: str, mesh: Mesh) -> None:
+    """Refuse meshes whose files this release could not read. Raises PlanError."""
+    if engine == "sglang" and mesh.pp > 1:
+        raise PlanError([f"SGLang has no names for files of pipeline stages (pp={mesh.pp})"], "use --pp 1")
+    if engine == "vllm" and mesh.pp > 1 and parse_version(version) <= (0, 28):
+        raise PlanError([f"vLLM {version} has no names for files of pipeline stages (pp={mesh.pp})"], "use --engine-version 0.32 or --pp 1")
+    if engine == "vllm" and mesh.ep > 1 and parse_version(version) < (0, 28):
+        raise PlanError([f"vLLM {version} wants each rank's expert map beside its weights, which reshard does not write (ep={mesh.ep})"],
+                        "use --engine-version 0.28 or newer, or --ep 1")  # fmt: skip
 
 
 def constant_bytes(value: float, dtype: str) -> bytes:

@@ -19,6 +19,7 @@ from reshard.formats import Contents, Folder, Format, OutFile, Target, parts
 from reshard.formats.manifest import mesh_of, read_manifest
 from reshard.place import Mesh, Placement, Rules, even_stages, grid
 from reshard.stores import DTYPE_SIZE, TensorInfo, safetensors
+from reshard.stores.foreign import parse
 
 _FILE = re.compile(r"shard-(\d{5})-model-(\d{5})-of-(\d{5})\.safetensors")
 
@@ -51,7 +52,7 @@ def _read(folder: Path) -> Contents:
             held, metadata = safetensors.read(folder / file)
             tensors[-1].update({name: (file, info) for name, info in held.items()})
             try:
-                info = json.loads(metadata.get("DCP_SHARDING_INFO", "{}"))
+                info = parse(metadata.get("DCP_SHARDING_INFO", "{}").encode())
                 offsets[-1].update({name: tuple(value["saved_offsets"]) for name, value in info.items()})
             except (ValueError, KeyError, TypeError, AttributeError):
                 raise FormatError(f"{folder / file}: DCP_SHARDING_INFO is not the JSON that torch writes") from None
@@ -66,9 +67,9 @@ def _mesh_note(path: Path, note: str | None) -> tuple[str, Mesh] | None:
     if note is None:
         return None
     try:
-        table = json.loads(note)
-        mesh = Mesh(*(int(table[name]) for name in ("tp", "pp", "ep")))
-        if min(mesh.tp, mesh.pp, mesh.ep) < 1:
+        table = parse(note.encode())
+        mesh = Mesh(*(table[name] for name in ("tp", "pp", "ep")))
+        if not all(type(size) is int and 0 < size <= 65536 for size in (mesh.tp, mesh.pp, mesh.ep)):
             raise ValueError
         return str(table["layout"]), mesh
     except (ValueError, KeyError, TypeError):
