@@ -2,8 +2,9 @@
 
 ``megatron`` below is written from Megatron-LM's own rules and knows nothing of reshard. What no oracle of ours can say was
 asked of megatron-core 0.16.1 on gloo (Llama TP2 and TP4, Qwen2 PP2 and TP2×PP2, Qwen3-MoE TP2, EP2, TP2×EP2 with expert tp 1
-and 2): each rank loads its file strictly, and the logits are transformers' to 2e-5. The samples were converted by another
-program, and loaded by megatron-core likewise (their README).
+and 2, DeepSeek-V3 TP1, EP2 and TP2×EP2): its parallel_state names each rank's file, its model, configured by the file's args,
+loads it strictly, and the logits are transformers' to 2e-5 (two experts exchanged: 1.7). The samples were converted by
+another program, and loaded by megatron-core likewise (their README).
 """
 
 import json
@@ -246,6 +247,8 @@ def test_meshes_that_megatron_cannot_have(models):
     for mesh, said in (({"tp": 2, "etp": 4}, "etp=4 is larger"), ({"tp": 6, "etp": 4}, "divide"), ({"ep": 3}, "experts over ep=3"), ({"pp": 3}, "pp=3")):
         with pytest.raises(reshard.PlanError, match=said):
             reshard.plan(source, format="megatron", **mesh)
+    with pytest.raises(reshard.PlanError, match="without experts"):
+        reshard.plan(models["llama"][0], format="megatron", ep=2)
 
 
 # --------------------------------------------------------------------------------------------------------------- reading
@@ -322,7 +325,8 @@ def test_samples(family, tmp_path):
     for rank in ("mp_rank_00", "mp_rank_01"):
         ours, theirs = (load_pt_with_args(at / "release" / rank / "model_optim_rng.pt") for at in (tmp_path / "m", sample))
         assert ours["model"].keys() == theirs["model"].keys()
-        differ = [k for k, v in theirs["model"].items() if not torch.equal(ours["model"][k].to(v.dtype), v)]
+        assert {k: v.dtype for k, v in ours["model"].items()} == {k: v.dtype for k, v in theirs["model"].items()}
+        differ = [k for k, v in theirs["model"].items() if not torch.equal(ours["model"][k], v)]
         # of the padding: the sample repeats a row there, reshard writes zeros
         assert all("word_embeddings" in k or k == "output_layer.weight" for k in differ), differ
         for key in differ:
