@@ -3,7 +3,6 @@
 What comes out is a list of stored tensors with dtypes, files and byte offsets: one side of a join. Headers only.
 """
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase

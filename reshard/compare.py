@@ -8,10 +8,12 @@ import numpy as np
 from reshard.api import Difference, DiffReport
 from reshard.block import Box, Key, Stored, volume
 from reshard.checkpoint import Checkpoint
-from reshard.execute import Source, cast, tiles
+from reshard.execute import Source
 from reshard.join import Copy, Plan, label, move_between
 from reshard.place import Mesh, Placement
+from reshard.rearrange import cast
 from reshard.stores import DTYPE_SIZE
+from reshard.tiles import tiles
 
 _INTEGERS = ("BOOL", "U8", "I8", "U16", "I16", "U32", "I32", "U64", "I64")
 
@@ -70,7 +72,7 @@ def compare(a: Checkpoint, b: Checkpoint, progress: Callable[[int], None] = lamb
 def _view(source: Source, stored: Stored, box: Box, offset: int, strides: tuple[int, ...]) -> np.ndarray:
     """One box of a stored tensor, mapped for as long as the array lives."""
     shape = tuple(stop - start for start, stop in box)
-    _, raw = source.map(stored, offset, offset + sum((n - 1) * s for n, s in zip(shape, strides)) + 1)
+    raw = np.frombuffer(source.map(stored, offset, offset + sum((n - 1) * s for n, s in zip(shape, strides)) + 1), np.uint8)
     width = DTYPE_SIZE[stored.dtype]
     if raw.ctypes.data % width:
         raw = raw.copy()

@@ -10,7 +10,6 @@ from pathlib import Path
 from reshard import formats
 from reshard.checkpoint import Checkpoint
 from reshard.errors import PlanError
-from reshard.execute import peak_buffer
 from reshard.formats import Folder, Target
 from reshard.formats.manifest import NAME as MANIFEST
 from reshard.formats.manifest import manifest_bytes
@@ -18,6 +17,7 @@ from reshard.join import Plan, join
 from reshard.layout import parse_version
 from reshard.place import Mesh, Placement, Rank
 from reshard.text import human, some, table
+from reshard.tiles import peak_buffer
 
 DTYPES = {"bf16": "BF16", "fp16": "F16", "fp32": "F32"}
 #: files beside the weights that every folder gets, when the source has them

@@ -6,7 +6,6 @@ a changed source or other options never continue old work. A lock on the journal
 """
 
 import contextlib
-import ctypes
 import fcntl
 import hashlib
 import json
@@ -28,6 +27,9 @@ from reshard.join import Plan
 from reshard.stores import DTYPE_SIZE
 
 _JOURNAL = "journal.jsonl"
+#: bytes written at a time, ending at a multiple of it in the file: the page cache then takes whole large pages of memory.
+#: Larger ones still are often not at hand, and looking for them takes several times as long as the copying.
+_WRITE = 128 << 10
 _FLUSH = 32 << 20  # bytes written to a file before the kernel is asked to begin writing them back
 
 
@@ -226,6 +228,7 @@ class _Output:
         for file in self._todo:
             self._left[file.path] = file.image.size
         self._by_path = {file.path: file for file in self._todo}
+        self._turn = {file.path: threading.Lock() for file in self._todo}
 
     def write(self, stored: Stored, element: int, data: memoryview) -> None:
         """Store `data` from `element` on of a destination tensor."""
@@ -282,9 +285,10 @@ class _Output:
         entry = self._files.get(path)
         handle = entry[0] if entry else self._open(self._by_path[path])
         size = len(data)
-        while len(data):
-            n = os.pwrite(handle, data, offset)
-            data, offset = data[n:], offset + n
+        with self._turn[path]:  # the kernel lets one in at a time, and the others spin
+            while len(data):
+                n = os.pwrite(handle, data[: _WRITE - offset % _WRITE], offset)
+                data, offset = data[n:], offset + n
         with self._lock:
             self.bytes_written += size
             self._left[path] -= size
@@ -311,6 +315,8 @@ def start_writeback(handle: int) -> None:
     """Ask the kernel to begin writing a file's dirty pages, without waiting: fsync then has less left to do."""
     global _libc
     if _libc is None:
+        import ctypes
+
         _libc = ctypes.CDLL(None, use_errno=True)
     if hasattr(_libc, "sync_file_range"):
         _libc.sync_file_range(handle, ctypes.c_int64(0), ctypes.c_int64(0), 2)  # SYNC_FILE_RANGE_WRITE

@@ -1,0 +1,132 @@
+"""Elements that do not lie in long runs: read what a tile needs, order it in a buffer with numpy's strides, write that.
+
+Words are moved as integers of their width, never as numbers; only ``cast`` looks at values.
+"""
+
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from reshard.block import Box, Stored, volume
+from reshard.errors import FormatError
+from reshard.execute import Source, Workspace, contiguous_from
+from reshard.join import Copy, label, union_volume, where
+from reshard.stores import DTYPE_SIZE
+from reshard.tiles import Tile
+
+
+def rearrange(tile: Tile, source: Source, write: Callable[[Stored, int, memoryview], None], space: Workspace) -> int:
+    """Read all that the tile needs, put each destination together in a buffer, and write that."""
+    windows, read = _windows(tile, source, space)
+    for check in tile.checks:
+        move = check.move
+        mine = windows.view(check.src, move.box, move.src_offset, move.src_strides)
+        other = windows.view(check.dst, move.box, move.dst_offset, move.dst_strides)
+        if not np.array_equal(mine, other):
+            raise FormatError(
+                f"{where(check.src)} and {where(check.dst)} both hold {label(check.key)}, with different values",
+                "the ranks are not of one checkpoint, or its replicas drifted apart; take the files of one step",
+            )
+    by_target: dict[int, list[Copy]] = defaultdict(list)
+    for copy in tile.copies:
+        by_target[id(copy.dst)].append(copy)
+    mark = space.mark()
+    for copies in by_target.values():
+        _fill(copies, windows, write, space)
+        space.reset(mark)
+    return read
+
+
+@dataclass
+class Windows:
+    """The source bytes of one tile: per stored tensor, the element at which its window begins, and the words from there."""
+
+    words: dict[int, tuple[int, np.ndarray]] = field(default_factory=dict)
+
+    def view(self, stored: Stored, box: Box, offset: int, strides: tuple[int, ...]) -> np.ndarray:
+        low, words = self.words[id(stored)]
+        shape = tuple(stop - start for start, stop in box)
+        return np.lib.stride_tricks.as_strided(words[offset - low :], shape, [s * words.itemsize for s in strides], writeable=False)
+
+
+def _windows(tile: Tile, source: Source, space: Workspace) -> tuple[Windows, int]:
+    """Read what a tile needs, each source once: as a whole where all of its span is needed, else mapped. And count it."""
+    spans: dict[int, list] = {}
+    boxes: dict[tuple[int, tuple], set[Box]] = defaultdict(set)
+    sides = [(c.src, c.move.src_offset, c.move.src_strides, c) for c in (*tile.copies, *tile.checks)]
+    sides += [(c.dst, c.move.dst_offset, c.move.dst_strides, c) for c in tile.checks]
+    for stored, offset, strides, copy in sides:
+        stop = offset + sum((n - 1) * s for n, s in zip(copy.move.shape, strides)) + 1
+        span = spans.setdefault(id(stored), [stored, offset, stop, 0])
+        span[1], span[2] = min(span[1], offset), max(span[2], stop)
+        boxes[id(stored), copy.key].add(copy.move.box)
+    for (at, _), held in boxes.items():
+        spans[at][3] += union_volume(held)
+    windows, total = Windows(), 0
+    for at, (stored, low, high, used) in spans.items():
+        width = DTYPE_SIZE[stored.dtype]
+        total += used * width
+        if used == high - low:
+            buffer = space.take((high - low) * width)
+            source.read(stored, low, buffer)
+            raw = np.frombuffer(buffer, np.uint8)
+        else:
+            raw = np.frombuffer(source.map(stored, low, high), np.uint8)
+            if (stored.start + low * width) % width:
+                raw = raw.copy()  # torch's files align tensors, third parties' need not
+        windows.words[at] = low, raw.view(_word(width))
+    return windows, total
+
+
+def _fill(copies: list[Copy], windows: Windows, write: Callable[[Stored, int, memoryview], None], space: Workspace) -> None:
+    """Write the copies of one tile into one stored tensor."""
+    dst = copies[0].dst
+    width = DTYPE_SIZE[dst.dtype]
+    ends = [c.move.dst_offset + sum((n - 1) * s for n, s in zip(c.move.shape, c.move.dst_strides)) + 1 for c in copies]
+    low, high = min(c.move.dst_offset for c in copies), max(ends)
+    views = [cast(windows.view(c.src, c.move.box, c.move.src_offset, c.move.src_strides), c.src.dtype, dst.dtype) for c in copies]
+    if sum(volume(c.move.box) for c in copies) < high - low:  # holes between them: each by itself, in runs
+        for copy, view in zip(copies, views):
+            _scatter(view, copy.move.dst_offset, copy.move.dst_strides, dst, write)
+        return
+    buffer = np.frombuffer(space.take((high - low) * width), _word(width))
+    for copy, view in zip(copies, views):
+        place = np.lib.stride_tricks.as_strided(buffer[copy.move.dst_offset - low :], view.shape, [s * width for s in copy.move.dst_strides])
+        np.copyto(place, view)
+    write(dst, low, _bytes(buffer))
+
+
+def _bytes(array: np.ndarray) -> memoryview:
+    return memoryview(array.reshape(-1).view(np.uint8))
+
+
+def _scatter(view: np.ndarray, offset: int, strides: tuple[int, ...], dst: Stored, write) -> None:
+    """Write a view whose destination is not contiguous: one run per position of the outer axes."""
+    depth = contiguous_from(view.shape, strides)
+    inner = np.ascontiguousarray(view)
+    for index in np.ndindex(*view.shape[:depth]):
+        at = offset + sum(i * s for i, s in zip(index, strides))
+        write(dst, at, _bytes(inner[index]))
+
+
+def cast(view: np.ndarray, src: str, dst: str) -> np.ndarray:
+    """`view`'s words of dtype `src` as words of dtype `dst`, rounded to nearest even as torch does."""
+    if src == dst:
+        return view
+    import torch
+
+    kinds = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+    words = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    writable = np.require(view, requirements=["C", "W"])  # torch takes no array that it may not write to
+    flat = torch.from_numpy(writable.view(f"i{view.itemsize}").reshape(-1))
+    out = flat.view(kinds[src]).to(kinds[dst]).view(words[DTYPE_SIZE[dst]]).numpy()
+    return out.view(_word(DTYPE_SIZE[dst])).reshape(view.shape)
+
+
+def _word(width: int) -> np.dtype:
+    """A dtype that carries `width` bytes untouched."""
+    return np.dtype(f"u{width}") if width in (1, 2, 4, 8) else np.dtype(("V", width))
+
+
