@@ -186,13 +186,14 @@ def _match(checkpoint: Checkpoint, kind: formats.Format, contents: formats.Conte
 
 def _as_written(layout: Layout, section: Section, rules, contents: formats.Contents) -> Section:
     """The section with the entries of those variants whose names the files really hold."""
-    names = set().union(*contents.tensors) if contents.tensors else set()
+    # a name may be one rank's of the base and another's of a variant: local layer numbers differ from stage to stage
+    names = contents.tensors if contents.boxes is None else [set().union(*contents.tensors)]
     for _, _, variant in section.variants:
         present = []
         for entry in variant.entries:
             probe = Placement(layout, Section((entry,)), rules, contents.mesh)
-            first = next((s.name for s in probe.stored()), None)
-            if first in names:
+            first = next(probe.stored(), None)
+            if first is not None and first.rank < len(names) and first.name in names[first.rank]:
                 present.append(entry)
         if present:
             section = section.overlaid(replace(variant, entries=tuple(present)))
