@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 from reshard import __version__
@@ -308,18 +309,22 @@ class _Output:
                 self._files[path] = (os.open(os.devnull, os.O_RDONLY), None)  # complete: nothing may be written any more
 
 
-_libc = None
+@lru_cache(maxsize=1)
+def _sync_file_range() -> Callable[[int, int, int, int], int] | None:
+    """Linux's call of that name; None elsewhere."""
+    import ctypes
+
+    call = getattr(ctypes.CDLL(None, use_errno=True), "sync_file_range", None)
+    if call is not None:
+        call.argtypes = (ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint)
+    return call
 
 
 def start_writeback(handle: int) -> None:
     """Ask the kernel to begin writing a file's dirty pages, without waiting: fsync then has less left to do."""
-    global _libc
-    if _libc is None:
-        import ctypes
-
-        _libc = ctypes.CDLL(None, use_errno=True)
-    if hasattr(_libc, "sync_file_range"):
-        _libc.sync_file_range(handle, ctypes.c_int64(0), ctypes.c_int64(0), 2)  # SYNC_FILE_RANGE_WRITE
+    call = _sync_file_range()
+    if call is not None:
+        call(handle, 0, 0, 2)  # SYNC_FILE_RANGE_WRITE, all of the file
 
 
 def _copy_small(content: bytes, path: Path, fsync: bool) -> None:

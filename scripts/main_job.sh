@@ -16,5 +16,9 @@ set -x
 "$reshard" convert "$m/vllm-tp3" "$m/tp2" --to tp --tp 2 --overwrite
 "$reshard" convert "$m/tp2" "$m/smollm2-back" --to hf --overwrite
 "$reshard" diff "$m/smollm2" "$m/smollm2-back"
-"$python" scripts/smollm2.py ask "$m/smollm2"
-"$python" scripts/smollm2.py ask "$m/smollm2-back"
+original=$("$python" scripts/smollm2.py ask "$m/smollm2")
+back=$("$python" scripts/smollm2.py ask "$m/smollm2-back")
+set +x
+echo "before: $original"
+echo "after:  $back"
+[ "$original" = "$back" ]

@@ -4,6 +4,8 @@ import filecmp
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 import reshard
 
@@ -54,3 +56,55 @@ def test_diff_sees_exchanged_ranks(tmp_path):
     a, b = (tmp_path / "out" / f"model-rank-{r}-part-0.safetensors" for r in (0, 1))
     a.rename(tmp_path / "a"), b.rename(a), (tmp_path / "a").rename(b)
     assert not reshard.diff(SAMPLES / "vllm/hf/llama", tmp_path / "out")
+
+
+@pytest.mark.parametrize("version", ["0.11.2", "0.19.1", "0.23.0", "0.32"])
+@pytest.mark.parametrize("name", ["qwen3-moe", "deepseek-v3"])
+def test_files_for_older_releases(tmp_path, name, version):
+    """Names of the release that is asked for; read back with the manifest, and without it by the names alone."""
+    original = SAMPLES / "vllm/hf" / name
+    reshard.convert(original, tmp_path / "out", format="vllm", tp=2, engine_version=version)
+    names = set(load_file(tmp_path / "out/model-rank-0-part-0.safetensors"))
+    assert any("routed_experts.w13_weight" in n for n in names) == (version == "0.32")
+    assert any(n.endswith("_k_scale") for n in names) == (version != "0.11.2")
+    assert reshard.open(tmp_path / "out").engine_version == version
+    assert reshard.diff(tmp_path / "out", original)
+    (tmp_path / "out/reshard.json").unlink()
+    assert reshard.diff(tmp_path / "out", original)
+
+
+def test_meshes_that_a_release_cannot_read_are_refused(tmp_path):
+    llama, moe = SAMPLES / "vllm/hf/llama", SAMPLES / "vllm/hf/qwen3-moe"
+    for options, says in [({"format": "vllm", "pp": 2, "engine_version": "0.28"}, "no names for files of pipeline stages"),
+                          ({"format": "sglang", "pp": 2}, "SGLang has no names for files of pipeline stages")]:  # fmt: skip
+        with pytest.raises(reshard.PlanError, match=says):
+            reshard.plan(llama, **options)
+    with pytest.raises(reshard.PlanError, match="expert map"):
+        reshard.plan(moe, format="vllm", tp=2, ep=2, engine_version="0.23")
+    with pytest.raises(reshard.PlanError, match="ep=2 with tp=4"):
+        reshard.plan(moe, format="vllm", tp=4, ep=2)
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3-moe", "gpt-oss", "deepseek-v3"])
+def test_sglang_folders(tmp_path, name):
+    """SGLang's files are named as vLLM's: the manifest tells them apart, or --from where there is none."""
+    original = SAMPLES / "vllm/hf" / name
+    reshard.convert(original, tmp_path / "out", format="sglang", tp=2)
+    assert reshard.open(tmp_path / "out").format == "sglang"
+    assert not any("_scale" in n for n in load_file(tmp_path / "out/model-rank-1-part-0.safetensors"))
+    assert reshard.diff(tmp_path / "out", original)
+    (tmp_path / "out/reshard.json").unlink()
+    assert reshard.diff(reshard.open(tmp_path / "out", format="sglang"), original)
+
+
+def test_expert_parallel_ranks_hold_whole_experts(tmp_path):
+    original = SAMPLES / "vllm/hf/qwen3-moe"
+    reshard.convert(original, tmp_path / "out", format="vllm", tp=2, ep=2)
+    whole = load_file(original / "model.safetensors")
+    experts = sum(1 for n in whole if n.startswith("model.layers.0.mlp.experts.") and n.endswith("down_proj.weight"))
+    for rank in range(2):
+        state = load_file(tmp_path / f"out/model-rank-{rank}-part-0.safetensors")
+        mine = range(rank * experts // 2, (rank + 1) * experts // 2)
+        down = torch.stack([whole[f"model.layers.0.mlp.experts.{e}.down_proj.weight"] for e in mine])
+        assert torch.equal(state["model.layers.0.mlp.experts.routed_experts.w2_weight"], down)
+    assert reshard.diff(tmp_path / "out", original)

@@ -165,6 +165,20 @@ def test_bytes_counted_equal_bytes_planned(model, tmp_path):
         assert report.bytes_written == planned.bytes_written == sum((tmp_path / str(step) / f).stat().st_size for f in report.files)
 
 
+def test_write_back_begins_early_and_changes_nothing(model, tmp_path, monkeypatch):
+    """Large files are handed to the disk while they are written; here small ones count as large."""
+    from reshard import transaction
+
+    asked = []
+    monkeypatch.setattr(transaction, "_FLUSH", 1 << 12)
+    monkeypatch.setattr(transaction, "start_writeback", lambda handle, real=transaction.start_writeback: asked.append(real(handle)))
+    reshard.convert(model, tmp_path / "early", format="vllm", tp=3)
+    reshard.convert(model, tmp_path / "late", format="vllm", tp=3, fsync=False)
+    assert len(asked) > 3
+    names = [path.name for path in (tmp_path / "late").iterdir()]
+    assert filecmp.cmpfiles(tmp_path / "early", tmp_path / "late", names, shallow=False)[1:] == ([], [])
+
+
 def test_threads_and_buffers_do_not_change_a_byte(model, tmp_path):
     reshard.convert(model, tmp_path / "a", format="vllm", tp=3, jobs=1)
     reshard.convert(model, tmp_path / "b", format="vllm", tp=3, jobs=7, buffer=1 << 20)
