@@ -129,7 +129,7 @@ def prepare(
     placement = place(source, format, mesh, engine_version)
     ranks = placement.ranks if rank is None else [one_rank(placement, rank)]
     plan = join_to(source, placement, dtype, ranks, complete=rank is None)
-    target = Target(placement, ranks, engine_version, *([max_file] if max_file else []))
+    target = Target(placement, ranks, engine_version, max_file)
     folder = kind.write(target, plan.destinations)
     used = {id(s) for file in folder.files for s in file.tensors.values()}
     assert used == {id(s) for s in plan.destinations}, "a format left tensors out of its files"

@@ -71,7 +71,7 @@ class Target:
     placement: Placement
     ranks: list[Rank]
     engine_version: str | None = None
-    max_file: int = 5 * 1024**3
+    max_file: int | None = None  # bytes; None: what is usual for the format
 
     @property
     def mesh(self) -> Mesh:
@@ -120,8 +120,9 @@ def safe_join(folder: Path, name: str) -> Path:
     return folder / name
 
 
-def parts(stored: list[tuple[str, int]], max_file: int) -> list[list[str]]:
-    """Names cut greedily into files of at most `max_file` bytes; a tensor is never cut."""
+def parts(stored: list[tuple[str, int]], max_file: int | None) -> list[list[str]]:
+    """Names cut greedily into files of at most `max_file` bytes (5 GiB where None); a tensor is never cut."""
+    max_file = max_file or 5 << 30
     out: list[list[str]] = [[]]
     total = 0
     for name, size in stored:

@@ -18,6 +18,8 @@ from reshard.stores import DTYPE_SIZE, TensorInfo, safetensors
 from reshard.stores.foreign import LIMIT, parse, quote
 
 _INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+#: bytes: small enough that a model of some size has several files, which can be written side by side and fetched so
+_MAX_FILE = 2 * 10**9
 _SINGLES = ("model.safetensors", "pytorch_model.bin")
 _SHARD = re.compile(r"(?:model|pytorch_model)-\d{5}-of-\d{5}\.(?:safetensors|bin)")
 
@@ -124,7 +126,7 @@ def tensors_of(tree: object, file: str, path: Path | None = None) -> dict[str, t
 
 def _write(target: Target, stored: list[Stored]) -> Folder:
     sizes = [(s.name, s.size * DTYPE_SIZE[s.dtype]) for s in stored]
-    names = parts(sizes, target.max_file)
+    names = parts(sizes, target.max_file or _MAX_FILE)
     by_name = {s.name: s for s in stored}
     files = []
     for i, part in enumerate(names, 1):
