@@ -11,27 +11,19 @@ import hashlib
 import json
 import os
 import shutil
-import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 
 from reshard import __version__
-from reshard.block import Stored
 from reshard.errors import DestinationError, ReshardError
 from reshard.execute import Source, run
-from reshard.formats import OutFile
 from reshard.job import Job
 from reshard.join import Plan
-from reshard.stores import DTYPE_SIZE
+from reshard.output import Output
 
 _JOURNAL = "journal.jsonl"
-#: bytes written at a time, ending at a multiple of it in the file: the page cache then takes whole large pages of memory.
-#: Larger ones still are often not at hand, and looking for them takes several times as long as the copying.
-_WRITE = 128 << 10
-_FLUSH = 32 << 20  # bytes written to a file before the kernel is asked to begin writing them back
 
 
 @dataclass(frozen=True)
@@ -73,7 +65,7 @@ def convert(
     with _locked(partial) as journal:
         done = _resume(journal, job, partial, destination, overwrite)
         _check_space(job, partial, done)
-        output = _Output(partial, job, done, journal, fsync)
+        output = Output(partial, [file for file in job.folder.files if file.path not in done], (lambda path: _note(journal, {"file": path})) if fsync else None)
         source = Source(job.source.path)
         try:
             todo = _unfinished(job, done)
@@ -209,122 +201,6 @@ def _unfinished(job: Job, done: set[str]) -> Plan:
     left = [copy for copy in job.plan.copies if id(copy.dst) not in finished]
     keys = {copy.key for copy in left}
     return Plan([s for s in job.plan.destinations if id(s) not in finished], left, [c for c in job.plan.checks if c.key in keys])
-
-
-class _Output:
-    """The files being written: each knows how many of its bytes are still to come, and is closed when none are."""
-
-    def __init__(self, partial: Path, job: Job, done: set[str], journal, fsync: bool):
-        self.bytes_written = 0
-        self._partial, self._journal, self._fsync = partial, journal, fsync
-        self._lock = threading.Lock()
-        self._files: dict[str, tuple[int, OutFile]] = {}
-        self._left: dict[str, int] = {}
-        self._place: dict[int, tuple[str, int, int]] = {}
-        self._dirty: dict[str, int] = {}
-        self._todo = [file for file in job.folder.files if file.path not in done]
-        for file in self._todo:
-            for name, stored in file.tensors.items():
-                self._place[id(stored)] = file.path, file.image.tensors[name].offset, DTYPE_SIZE[stored.dtype]
-        for file in self._todo:
-            self._left[file.path] = file.image.size
-        self._by_path = {file.path: file for file in self._todo}
-        self._turn = {file.path: threading.Lock() for file in self._todo}
-
-    def write(self, stored: Stored, element: int, data: memoryview) -> None:
-        """Store `data` from `element` on of a destination tensor."""
-        path, start, width = self._place[id(stored)]
-        self._put(path, start + element * width, data)
-
-    def finish(self) -> None:
-        """Write the files in which no tensor has any bytes; every file must be complete then."""
-        for file in self._todo:
-            if file.path not in self._files:
-                self._open(file)
-        short = {path: left for path, left in self._left.items() if left}
-        assert not short, f"bytes never written: {short}"
-
-    def close(self) -> None:
-        for handle, _ in self._files.values():
-            with contextlib.suppress(OSError):
-                os.close(handle)
-        self._files.clear()
-
-    def _open(self, file: OutFile) -> int:
-        with self._lock:
-            if file.path in self._files:
-                return self._files[file.path][0]
-            target = self._partial / file.path
-            target.parent.mkdir(parents=True, exist_ok=True)
-            handle = os.open(target, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644)
-            self._files[file.path] = handle, file
-            os.ftruncate(handle, file.image.size)
-        for offset, content in file.image.segments:
-            self._put(file.path, offset, memoryview(content))
-        for name, content in file.constants.items():
-            self._put(file.path, file.image.tensors[name].offset, memoryview(content))
-        for name, stored in file.tensors.items():
-            self._pad(file, name, stored)
-        return handle
-
-    def _pad(self, file: OutFile, name: str, stored: Stored) -> None:
-        """Zero what no block covers: whole rows behind (and for a rank that holds nothing, all)."""
-        if not stored.padding:
-            return
-        width = DTYPE_SIZE[stored.dtype]
-        offset = file.image.tensors[name].offset
-        last = max((b.offset + sum((n - 1) * s for n, s in zip(b.shape, b.strides)) + 1 for _, b in stored.blocks), default=0)
-        assert stored.size - last == stored.padding, f"{stored.name}: padding inside the tensor"
-        zeros = memoryview(bytes(min(_FLUSH, stored.padding * width)))
-        at, end = offset + last * width, offset + stored.size * width
-        while at < end:
-            part = zeros[: end - at]
-            self._put(file.path, at, part)
-            at += len(part)
-
-    def _put(self, path: str, offset: int, data: memoryview) -> None:
-        entry = self._files.get(path)
-        handle = entry[0] if entry else self._open(self._by_path[path])
-        size = len(data)
-        with self._turn[path]:  # the kernel lets one in at a time, and the others spin
-            while len(data):
-                n = os.pwrite(handle, data[: _WRITE - offset % _WRITE], offset)
-                data, offset = data[n:], offset + n
-        with self._lock:
-            self.bytes_written += size
-            self._left[path] -= size
-            complete = self._left[path] == 0
-            self._dirty[path] = dirty = self._dirty.get(path, 0) + size
-            if dirty >= _FLUSH:
-                self._dirty[path] = 0
-        if self._fsync and dirty >= _FLUSH and not complete:
-            start_writeback(handle)
-        if complete:
-            if self._fsync:
-                os.fsync(handle)
-            with self._lock:
-                if self._fsync:
-                    _note(self._journal, {"file": path})
-                os.close(self._files.pop(path)[0])
-                self._files[path] = (os.open(os.devnull, os.O_RDONLY), None)  # complete: nothing may be written any more
-
-
-@lru_cache(maxsize=1)
-def _sync_file_range() -> Callable[[int, int, int, int], int] | None:
-    """Linux's call of that name; None elsewhere."""
-    import ctypes
-
-    call = getattr(ctypes.CDLL(None, use_errno=True), "sync_file_range", None)
-    if call is not None:
-        call.argtypes = (ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint)
-    return call
-
-
-def start_writeback(handle: int) -> None:
-    """Ask the kernel to begin writing a file's dirty pages, without waiting: fsync then has less left to do."""
-    call = _sync_file_range()
-    if call is not None:
-        call(handle, 0, 0, 2)  # SYNC_FILE_RANGE_WRITE, all of the file
 
 
 def _copy_small(content: bytes, path: Path, fsync: bool) -> None:

@@ -167,11 +167,11 @@ def test_bytes_counted_equal_bytes_planned(model, tmp_path):
 
 def test_write_back_begins_early_and_changes_nothing(model, tmp_path, monkeypatch):
     """Large files are handed to the disk while they are written; here small ones count as large."""
-    from reshard import transaction
+    from reshard import output
 
     asked = []
-    monkeypatch.setattr(transaction, "_FLUSH", 1 << 12)
-    monkeypatch.setattr(transaction, "start_writeback", lambda handle, real=transaction.start_writeback: asked.append(real(handle)))
+    monkeypatch.setattr(output, "_FLUSH", 1 << 12)
+    monkeypatch.setattr(output, "start_writeback", lambda handle, real=output.start_writeback: asked.append(real(handle)))
     reshard.convert(model, tmp_path / "early", format="vllm", tp=3)
     reshard.convert(model, tmp_path / "late", format="vllm", tp=3, fsync=False)
     assert len(asked) > 3
