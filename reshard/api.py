@@ -131,8 +131,28 @@ class DiffReport:
         return self.equal
 
 
-def diff(a: Checkpoint | str | Path, b: Checkpoint | str | Path, *, progress: Callable[[int], None] = lambda size: None) -> DiffReport:
+def diff(
+    a: Checkpoint | str | Path,
+    b: Checkpoint | str | Path,
+    *,
+    layout: str | Path | None = None,
+    config: str | Path | None = None,
+    progress: Callable[[int], None] = lambda size: None,
+) -> DiffReport:
     """Compare two checkpoints of any layouts, bit for bit, in the axes they share; nothing is written, no model held."""
     from reshard.compare import compare
 
-    return compare(_opened(a), _opened(b), progress)
+    return compare(*open_pair(a, b, layout=layout, config=config), progress)
+
+
+def open_pair(a: Checkpoint | str | Path, b: Checkpoint | str | Path, *, layout=None, config=None) -> tuple[Checkpoint, Checkpoint]:
+    """Two checkpoints to be compared, opened; one without a config.json has `config`, or else the other's."""
+
+    def opened(one: Checkpoint | str | Path, other: Checkpoint | str | Path) -> Checkpoint:
+        if isinstance(one, Checkpoint):
+            return one
+        if config or (Path(one) / "config.json").is_file() or not Path(one).is_dir():
+            return open_checkpoint(one, layout=layout, config=config)
+        return open_checkpoint(one, layout=layout, config=other.config_path if isinstance(other, Checkpoint) else other)
+
+    return opened(a, b), opened(b, a)

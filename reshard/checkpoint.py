@@ -128,6 +128,8 @@ def unknown_architecture(settings: Mapping[str, object], contents: formats.Conte
             best = len(left), family, left
     architecture = quote(", ".join(architectures(settings) or ["(config.json names none)"]))
     text = f"no layout descriptor for architecture {architecture}"
+    if contents.layout:
+        return LayoutError(f"{text}; its files were written by layout {quote(contents.layout)}", "pass that layout's file with --layout")
     if best is None or best[0] == len(names):
         text += f", and no family explains any of its {len(names)} tensors:\n  {_listed(sorted(names))}"
         return LayoutError(text, "write a descriptor (README, Write a descriptor) and pass it with --layout FILE.toml")

@@ -102,7 +102,9 @@ def convert(src, dst, to, tp, pp, ep, etp, dtype, engine_version, from_, layout,
         click.echo(json.dumps({"ok": True, **job.to_json(dst), **done, "resumed_files": report.resumed_files}))
     elif not quiet:
         rate = human(report.bytes_written / max(report.seconds, 1e-9))
-        click.echo(f"wrote {len(report.files)} files, {human(report.bytes_written)} in {report.seconds:.1f}s ({rate}/s): {dst}, {job.format} {job.mesh}")
+        files = len(report.files)
+        went_on = f"went on from {report.resumed_files} of {files} files; " if report.resumed_files else ""
+        click.echo(f"{went_on}wrote {files - report.resumed_files} file{'s' * (files - report.resumed_files != 1)}, {human(report.bytes_written)} in {report.seconds:.1f}s ({rate}/s): {dst}, {job.format} {job.mesh}")
 
 
 @cli.command()
@@ -166,13 +168,16 @@ def split_dim(descriptor, entry, tp: int) -> int | None:
 @cli.command()
 @click.argument("a")
 @click.argument("b")
+@click.option("--config", type=click.Path(exists=True), help="config.json of the model, or its folder, where neither A nor B has one.")
+@click.option("--layout", type=click.Path(exists=True, dir_okay=False), help="A layout descriptor of your own, for both.")
 @json_option
 @click.option("-q", "--quiet", is_flag=True)
-def diff(a, b, as_json, quiet):
+def diff(a, b, config, layout, as_json, quiet):
     """Tell whether A and B hold the same parameters, bit for bit, whatever their layouts. Exit code 3: they differ."""
     from reshard.api import diff as run
+    from reshard.api import open_pair
 
-    left, right = _open(a), _open(b)
+    left, right = open_pair(a, b, layout=layout, config=config)
     with progress_bar(left.bytes + right.bytes, quiet or as_json) as tell:
         report = run(left, right, progress=tell)
     if as_json:
@@ -221,7 +226,7 @@ def show(name, tp, format_, config):
     descriptor = load_descriptor(Path(name)) if name.endswith(".toml") else known[name]
     kind = formats.get(format_)
     if config is None:
-        rows = [_entry_row(descriptor, entry, tp) for entry in descriptor.formats[kind.section].entries]
+        rows = [_entry_row(descriptor, entry, tp) for entry in descriptor.section(kind.section).entries]
         click.echo(table(rows, ("name", "holds", "interleaved within", "split dim", f"dims per rank of tp{tp}", "when")))
         return
     from reshard.checkpoint import find_config, model_config, read_config

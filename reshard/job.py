@@ -153,6 +153,8 @@ def place(source: Checkpoint, format: str, mesh: Mesh, engine_version: str | Non
     """Where `format` puts the tensors of `source`'s model on `mesh`."""
     kind = formats.get(format)
     section = source.layout.section(kind.section)
+    if mesh.ep > 1 and not source.layout.sizes.get("expert"):
+        raise PlanError([f"ep={mesh.ep}, but {source.layout.name} is a model without experts"], "leave out --ep")
     if engine_version is not None and format not in ("vllm", "sglang"):
         raise PlanError([f"--engine-version {engine_version} has no meaning for format {format}"], "it goes with --to vllm and --to sglang")
     version = parse_version(engine_version) if engine_version else None

@@ -22,6 +22,8 @@ from reshard.stores.foreign import quote
 
 #: axes that number tensors instead of lying in their dimensions: pipeline parallelism deals out the one, expert parallelism the other
 INDEX_AXES = ("layer", "expert")
+#: the tables that say what a format stores
+FORMAT_TABLES = ("hf", "vllm", "sglang", "megatron")
 #: layers, or experts of a layer: no model comes near, and a wrong config.json must not keep us busy for hours
 _MOST_NUMBERED = 4096
 _TOP_KEYS = {"architectures", "extends", "description", "defaults", "conditions", "axes", "tensors", "replicate"}
@@ -125,6 +127,12 @@ class Descriptor:
     replicate: tuple[str, ...]
     formats: Mapping[str, Section]
 
+    def section(self, format: str) -> Section:
+        if format not in self.formats:
+            known = ", ".join(sorted(self.formats))
+            raise LayoutError(f"layout {self.name} says nothing of format {format}", f"it knows {known}; add a [{format}] table to {self.name}.toml")
+        return self.formats[format]
+
     def bind(self, config: Mapping[str, object]) -> "Layout":
         """Sizes from config.json (its text_config where the model's numbers are nested there). Raises LayoutError."""
         numbers = {key: value for key, value in config.items() if value is not None}
@@ -173,10 +181,7 @@ class Layout:
         return self._exists[at]
 
     def section(self, format: str) -> Section:
-        if format not in self.descriptor.formats:
-            known = ", ".join(sorted(self.descriptor.formats))
-            raise LayoutError(f"layout {self.name} says nothing of format {format}", f"it knows {known}; add a [{format}] table to {self.name}.toml")
-        return self.descriptor.formats[format]
+        return self.descriptor.section(format)
 
 
 def parse_version(text: str) -> tuple[int, ...]:
@@ -256,14 +261,17 @@ def _parse(name: str, table: dict) -> Descriptor:
     axes = _strings(name, "axes", table.get("axes", {}))
     table = _spelled_out(table, _strings(name, "conditions", table.get("conditions", {})))
     tensors = {key: _tensor(name, key, value, axes) for key, value in table.get("tensors", {}).items()}
-    replicate = tuple(table.get("replicate", ()))
+    replicate = _list(name, "replicate", table.get("replicate", []))
     for axis in replicate:
         _known_axis(name, "replicate", axis, axes)
-    formats = {key: _section(name, key, _like(name, key, table), tensors, axes) for key in table if key not in _TOP_KEYS}
+    unknown = sorted(set(table) - _TOP_KEYS - set(FORMAT_TABLES))
+    if unknown:
+        raise LayoutError(f"layout {name}: unknown key {unknown[0]!r}", f"known keys: {', '.join(sorted(_TOP_KEYS))}; tables of formats: {', '.join(FORMAT_TABLES)}")
+    formats = {key: _section(name, key, _like(name, key, table), tensors, axes) for key in table if key in FORMAT_TABLES}
     if not tensors or "hf" not in formats:
         raise LayoutError(f"layout {name}: needs [tensors] and [hf]")
-    architectures = table.get("architectures", ())
-    if not architectures or not all(isinstance(a, str) for a in architectures):
+    architectures = _list(name, "architectures", table.get("architectures", []))
+    if not architectures:
         raise LayoutError(f"layout {name}: architectures must list the names that config.json uses")
     return Descriptor(name, tuple(architectures), table.get("description", ""),
                       _strings(name, "defaults", table.get("defaults", {})), axes, tensors, replicate, formats)  # fmt: skip
@@ -296,7 +304,15 @@ def _like(name: str, format: str, table: dict) -> object:
     return _merge(entries, {key: value for key, value in own.items() if key != "like"})
 
 
+def _list(name: str, where: str, value: object) -> tuple[str, ...]:
+    if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+        raise LayoutError(f"layout {name}: {where} must be a list of texts, got {value!r}")
+    return tuple(value)
+
+
 def _strings(name: str, where: str, table: dict) -> dict[str, str]:
+    if not isinstance(table, dict):
+        raise LayoutError(f"layout {name}: [{where}] must be a table, got {table!r}")
     for key, value in table.items():
         if not isinstance(value, str):
             raise LayoutError(f"layout {name}: [{where}] {key} must be an expression in quotes, got {value!r}")
@@ -359,7 +375,7 @@ def _section(name: str, format: str, table: object, tensors: Mapping[str, Tensor
         raise LayoutError(f"layout {name}: unknown key {format!r}", f"known keys: {', '.join(sorted(_TOP_KEYS))}, and one table per format")
     table = dict(table)
     constants = tuple(_constant(name, format, key, value) for key, value in table.pop("constants", {}).items())
-    drop = tuple(table.pop("drop", ()))
+    drop = _list(name, f"[{format}] drop", table.pop("drop", []))
     args = tuple(_strings(name, f"{format}.args", table.pop("args", {})).items())
     variants = []
     for label, variant in table.pop("variants", {}).items():
@@ -375,7 +391,9 @@ def _constant(name: str, format: str, key: str, value: object) -> Constant:
     if not isinstance(value, dict):
         raise LayoutError(f"layout {name}: {where}: expected a table with value and dtype")
     _check_keys(name, where, value, _CONSTANT_KEYS)
-    return Constant(key, float(value["value"]), value["dtype"], tuple(value.get("shape", ())), str(value.get("when", "true")))
+    if not isinstance(value.get("value"), int | float) or value.get("dtype") is None:
+        raise LayoutError(f"layout {name}: {where}: needs a value and a dtype")
+    return Constant(key, float(value["value"]), _dtype(name, where, value["dtype"]), tuple(value.get("shape", ())), str(value.get("when", "true")))
 
 
 def _entry(name: str, format: str, key: str, value: object, tensors: Mapping[str, Tensor], axes: Mapping[str, str]) -> Entry:
@@ -408,7 +426,9 @@ def _entry(name: str, format: str, key: str, value: object, tensors: Mapping[str
         raise LayoutError(f"layout {name}: {where}: cut must be parts or whole, got {table['cut']!r}")
     if table.get("stage") not in (None, *_STAGES):
         raise LayoutError(f"layout {name}: {where}: stage must be one of {', '.join(_STAGES)}, got {table['stage']!r}")
-    split = tuple(_known_axis(name, where, axis, axes) for axis in table["split"]) if "split" in table else None
+    if "view" in table and not (isinstance(table["view"], list) and all(isinstance(g, list) and all(type(d) is int for d in g) for g in table["view"])):
+        raise LayoutError(f"layout {name}: {where}: view must list, per dimension, the dimensions that it joins, got {table['view']!r}")
+    split = tuple(_known_axis(name, where, axis, axes) for axis in _list(name, f"{where} split", table["split"])) if "split" in table else None
     pad = tuple((_known_axis(name, where, axis, axes), text) for axis, text in _strings(name, where, table.get("pad", {})).items())
     return Entry(key, table["name"], of, within, dims, int(table.get("dim", 0)), table.get("cut", "parts"), split, pad,
                  str(table.get("when", "true")), table.get("stage"), bool(table.get("alias")), bool(table.get("only_rank0")),

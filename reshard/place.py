@@ -210,8 +210,9 @@ class Placement:
             if left > size and axis in self.layout.descriptor.replicate:
                 parts = size
                 if left % size:
-                    self._problem(entry, f"cannot repeat {size} {axis} over {left} ranks: {left} is not a multiple of {size}")
-                    parts = left
+                    parts = left  # the last ranks hold nothing, where the format allows that
+                    if self.rules.even:
+                        self._problem(entry, f"cannot repeat {size} {axis} over {left} ranks: {left} is not a multiple of {size}")
             elif self.rules.even and size % parts:
                 self._problem(entry, f"cannot split axis {axis} ({size}) of {tensor.name} evenly over {parts} ranks")
             left //= parts

@@ -381,7 +381,7 @@ CONFIG = {"num_hidden_layers": 2, "hidden_size": 4, "num_key_value_heads": 2}
     ('like = "vllm"', 'like = "sglang"', r"\[sglang\] like = 'sglang'"),
     ('architectures = ["X"]', "", "architectures must list"),
     ('architectures = ["X"]', 'architectures = ["X"]\nextends = "../llama"', "cannot extend"),
-    ("[hf]", "[hg]", "needs .tensors. and .hf."),
+    ("[hf]", "[hg]", "unknown key 'hg'"),
     ("[axes]", "[axes", "layout .*x.toml: "),
     ('kv = "num_key_value_heads"', 'kv = "num_key_value_heads +"', "cannot parse expression"),
     ('kv = "num_key_value_heads"', 'kv = "kv_heads"', "config.json has no 'kv_heads'"),
@@ -407,3 +407,21 @@ def test_conditions_and_like(tmp_path):
     place = Placement(layout, layout.section("vllm"), formats.get("vllm").rules, Mesh(2))
     assert len(list(place.stored())) == 2  # layer 1 on both ranks; layer 0 has half of what is fused
     assert "fuses a, b, but this model has no b (layer 0)" in place.problems[0]
+
+
+@pytest.mark.parametrize("old, new, says", [
+    ('architectures = ["X"]', 'architectures = "X"', "architectures must be a list"),
+    ('architectures = ["X"]', 'architectures = ["X"]\nreplicate = "kv"', "replicate must be a list"),
+    ("[axes]", "conditions2 = 3\n[axes]", "unknown key 'conditions2'"),
+    ('[vllm]', '[vlm]', r"unknown key 'vlm'"),
+    ('a = "l.{layer}.a"', 'a = "l.{layer}.a"\ndrop = "lm*"', r"\[hf\] drop must be a list"),
+    ('a = "l.{layer}.a"', 'a = { name = "l.{layer}.a", view = 3 }', "view must list"),
+    ('a = "l.{layer}.a"', 'a = { name = "l.{layer}.a", split = "kv" }', "split must be a list"),
+    ('a = "l.{layer}.a"', 'a = "l.{layer}.a"\nconstants = { x = { dtype = "F32" } }', "needs a value and a dtype"),
+    ('a = "l.{layer}.a"', 'a = "l.{layer}.a"\nconstants = { x = { value = 1.0, dtype = "F31" } }', "unknown dtype 'F31'"),
+])  # fmt: skip
+def test_slips_of_the_pen_are_refused(tmp_path, old, new, says):
+    assert old in GOOD
+    (tmp_path / "x.toml").write_text(GOOD.replace(old, new, 1))
+    with pytest.raises(LayoutError, match=says):
+        load_descriptor(tmp_path / "x.toml")

@@ -33,7 +33,7 @@ def dcp_load(folder: Path, like: dict[str, torch.Tensor]) -> dict[str, torch.Ten
     return state
 
 
-@pytest.mark.parametrize("mesh", [{"tp": 2}, {"tp": 3}, {"tp": 6}, {"tp": 2, "pp": 2}], ids=str)
+@pytest.mark.parametrize("mesh", [{"tp": 2}, {"tp": 3}, {"tp": 4}, {"tp": 6}, {"tp": 2, "pp": 2}], ids=str)
 def test_dcp_reads_our_shards(tmp_path, mesh):
     """Even and uneven cuts, more ranks than key/value heads (replicas), pipeline stages."""
     make_model(tmp_path / "hf", CONFIG)

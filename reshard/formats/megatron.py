@@ -197,8 +197,6 @@ def _write(target: Target, stored: list[Stored]) -> Folder:
         by_rank[s.rank].append(s)
     mesh, files = target.mesh, []
     args = argparse.Namespace(**megatron_args(target, stored))
-    if mesh.ep > 1 and args.num_experts is None:
-        raise PlanError([f"ep={mesh.ep}, but {target.placement.layout.name} is a model without experts"], "leave out --ep")
     for rank in target.ranks:
         own = {s.name: s for s in by_rank[rank.number]}
         model = {s.name: torchzip.TensorSpec(s.name, s.dtype, s.shape) for s in own.values()}

@@ -129,7 +129,7 @@ def whole_offsets(stored: Stored, whole: Stored) -> tuple[int, ...] | None:
     """Where the piece begins in the whole tensor (as a single rank would hold it), per dimension; None where the piece
     is not one box of it: a box it is when every block keeps its place relative to the others."""
     if not stored.blocks:
-        return None
+        return (0,) * len(stored.shape)  # an empty piece may be anywhere
     blocks = dict(whole.blocks)
     steps, own = row_major(whole.shape), row_major(stored.shape)
     first = None
