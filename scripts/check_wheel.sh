@@ -7,8 +7,8 @@ trap 'rm -rf "$work"' EXIT
 python3 -m venv "$work/venv"
 "$work/venv/bin/pip" wheel -q --no-deps -w "$work/dist" .
 "$work/venv/bin/pip" install -q -c constraints.txt "$work"/dist/*.whl
-cp -r ../shared/samples/hf/llama "$work/llama"
 cd "$work"
 venv/bin/reshard layouts
-venv/bin/reshard convert llama out --to vllm --tp 2
-venv/bin/reshard diff llama out
+venv/bin/python -c 'from pathlib import Path; from reshard.demo import make_model; make_model(Path("model"))'
+venv/bin/reshard convert model out --to vllm --tp 3
+venv/bin/reshard diff model out
