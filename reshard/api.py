@@ -7,6 +7,7 @@ from pathlib import Path
 from reshard.checkpoint import Checkpoint, open_checkpoint
 from reshard.job import Job, join_to, one_rank, place, prepare
 from reshard.place import Mesh
+from reshard.tiles import BUFFER
 
 open = open_checkpoint
 
@@ -37,7 +38,7 @@ def convert(
     overwrite: bool = False,
     fsync: bool = True,
     jobs: int = 2,
-    buffer: int = 128 << 20,
+    buffer: int = BUFFER,
     progress: Callable[[int], None] = lambda size: None,
     **options,
 ):

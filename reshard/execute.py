@@ -20,7 +20,7 @@ from reshard.block import Box, Stored, volume
 from reshard.errors import FormatError
 from reshard.join import Copy, Plan, union_volume
 from reshard.stores import DTYPE_SIZE
-from reshard.tiles import Tile, ordered, split, tile_limit
+from reshard.tiles import BUFFER, Tile, ordered, split, tile_limit
 
 _RUN = 64 << 10  # bytes: contiguous runs of at least this much are passed on as they are
 _PIECE = 1 << 20  # bytes: of a run, at a time; they stay in a core's own cache
@@ -184,7 +184,7 @@ def run(
     write: Callable[[Stored, int, memoryview], None],
     *,
     jobs: int = 2,
-    buffer: int = 128 << 20,
+    buffer: int = BUFFER,
     progress: Callable[[int], None] = lambda size: None,
 ) -> None:
     """Run all of `plan` on `jobs` threads within `buffer` bytes of buffers. `progress` is told source bytes as they go."""

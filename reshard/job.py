@@ -17,7 +17,7 @@ from reshard.join import Plan, join
 from reshard.layout import parse_version
 from reshard.place import Mesh, Placement, Rank
 from reshard.text import human, some, table
-from reshard.tiles import peak_buffer
+from reshard.tiles import BUFFER, peak_buffer
 
 DTYPES = {"bf16": "BF16", "fp16": "F16", "fp32": "F32"}
 #: files beside the weights that every folder gets, when the source has them
@@ -117,7 +117,7 @@ def prepare(
     max_file: int | None = None,
     rank: int | None = None,
     jobs: int = 2,
-    buffer: int = 128 << 20,
+    buffer: int = BUFFER,
 ) -> Job:
     """Plan the conversion of `source`, for all ranks or for `rank` alone (replicas in the source are then not compared).
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from reshard.block import Block, Box, overlap, volume
 from reshard.join import Copy, Plan
 
+BUFFER = 128 * 10**6  # bytes: of all buffers together, unless said otherwise
 _TILE = 16 << 20  # bytes: large enough that Python costs nothing
 
 

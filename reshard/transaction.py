@@ -22,6 +22,7 @@ from reshard.execute import Source, run
 from reshard.job import Job
 from reshard.join import Plan
 from reshard.output import Output
+from reshard.tiles import BUFFER
 
 _JOURNAL = "journal.jsonl"
 
@@ -45,7 +46,7 @@ def convert(
     overwrite: bool = False,
     fsync: bool = True,
     jobs: int = 2,
-    buffer: int = 128 << 20,
+    buffer: int = BUFFER,
     progress: Callable[[int], None] = lambda size: None,
 ) -> Report:
     """Run `job` into folder `destination`. `progress` is told bytes read, as they are read.
