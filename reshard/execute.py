@@ -188,7 +188,7 @@ def run(
     progress: Callable[[int], None] = lambda size: None,
 ) -> None:
     """Run all of `plan` on `jobs` threads within `buffer` bytes of buffers. `progress` is told source bytes as they go."""
-    limit = tile_limit(jobs, buffer)
+    limit = tile_limit(plan, jobs, buffer)
     share = max(limit, plan.bytes_read // 256)  # no worker is left with much when the others are done
     groups = deque(part for group in ordered(plan) for part in split(group, share))
     lock = threading.Lock()

@@ -71,7 +71,7 @@ class Job:
             f"{source.path}  {source.format} {source.mesh}  {source.architecture}",
             f"→ {path or '(nothing is written)'}  {self.format} {self.mesh}\n",
             table(rows, ("rank", "reads", "writes", "holds")),
-            f"\n{len(plan.destinations)} tensors in {len(self.folder.files)} files, {human(self.peak_buffer_bytes)} of buffers at most",
+            f"\n{len(plan.destinations)} tensors in {len(self.folder.files)} file{'s' * (len(self.folder.files) != 1)}, {human(self.peak_buffer_bytes)} of buffers at most",
             f"reads {human(self.bytes_read)}, {_above(self.bytes_read, plan.least_bytes_read, 'replicas are compared')}",
             f"writes {human(self.bytes_written)}, {_above(self.bytes_written, plan.bytes_held, 'headers')}",
         ]

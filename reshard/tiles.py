@@ -9,6 +9,7 @@ from reshard.join import Copy, Plan
 
 BUFFER = 128 * 10**6  # bytes: of all buffers together, unless said otherwise
 _TILE = 16 << 20  # bytes: large enough that Python costs nothing
+_CAST_TILE = 2 << 20  # bytes: torch's own memory is enough beside it
 
 
 @dataclass
@@ -115,14 +116,15 @@ def _clip(copies: Iterable[Copy], boxes: dict[tuple, Box]) -> list[Copy]:
     return out
 
 
-def tile_limit(jobs: int, buffer: int) -> int:
+def tile_limit(plan: Plan, jobs: int, buffer: int) -> int:
     """Source bytes of a tile: a worker holds it at most four times over (as read, rearranged, and both for a cast)."""
-    return max(64 << 10, min(_TILE, buffer // (4 * jobs)))
+    casts = any(copy.src.dtype != copy.dst.dtype for copy in plan.copies)
+    return max(64 << 10, min(_CAST_TILE if casts else _TILE, buffer // (4 * jobs)))
 
 
 def peak_buffer(plan: Plan, jobs: int, buffer: int) -> int:
     """The most bytes that buffers take together while `plan` runs."""
-    limit = tile_limit(jobs, buffer)
+    limit = tile_limit(plan, jobs, buffer)
     if not any(copy.src_bytes >= limit for copy in plan.copies):  # a small model: less than one whole tile
         limit = min(limit, max((source_bytes(group) for group in _groups(plan)), default=0))
     return 4 * jobs * limit

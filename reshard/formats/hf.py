@@ -125,6 +125,7 @@ def tensors_of(tree: object, file: str, path: Path | None = None) -> dict[str, t
 
 
 def _write(target: Target, stored: list[Stored]) -> Folder:
+    stored = sorted(stored, key=lambda s: _depth(s, target))
     sizes = [(s.name, s.size * DTYPE_SIZE[s.dtype]) for s in stored]
     names = parts(sizes, target.max_file or _MAX_FILE)
     by_name = {s.name: s for s in stored}
@@ -140,6 +141,14 @@ def _write(target: Target, stored: list[Stored]) -> Folder:
         index = {"metadata": {"total_size": sum(size for _, size in sizes)}, "weight_map": dict(sorted(weight_map.items()))}
         small[_INDEXES[0]] = (json.dumps(index, indent=2) + "\n").encode()
     return Folder(files, small)
+
+
+def _depth(stored: Stored, target: Target) -> int:
+    """Where in the model a tensor stands: files hold whole layers, in order, as those that transformers writes."""
+    tensor = target.placement.layout.descriptor.tensors[stored.entry.of[0]]
+    if "layer" in tensor.index:
+        return stored.blocks[0][0][1]
+    return -1 if tensor.stage == "first" else target.placement.layout.layers
 
 
 FORMAT = Format("hf", "hf", Rules(grid, even_stages, even=False), _recognise, _read, _write,
