@@ -10,9 +10,10 @@ from pathlib import Path
 
 from reshard import formats
 from reshard.block import Stored, restride
+from reshard.descriptors import architectures, builtin_descriptors, find_descriptor, load_descriptor
 from reshard.errors import FormatError, LayoutError, PlanError
 from reshard.formats.manifest import read_manifest
-from reshard.layout import Entry, Layout, Section, architectures, builtin_descriptors, find_descriptor, load_descriptor
+from reshard.layout import Entry, Layout, Section
 from reshard.place import Mesh, Placement, slice_dim
 from reshard.stores import DTYPE_SIZE
 from reshard.stores.foreign import parse, quote

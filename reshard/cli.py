@@ -204,7 +204,7 @@ def layouts(ctx):
     """List the architectures that reshard knows; `layouts show NAME` explains one."""
     if ctx.invoked_subcommand:
         return
-    from reshard.layout import builtin_descriptors
+    from reshard.descriptors import builtin_descriptors
 
     rows = [(n, ", ".join(d.architectures), ", ".join(sorted(d.formats)), d.description) for n, d in builtin_descriptors().items()]
     click.echo(table(rows, ("layout", "architectures", "formats", "what")))
@@ -218,7 +218,7 @@ def layouts(ctx):
 def show(name, tp, format_, config):
     """Tell for each tensor of layout NAME its dims, what it is fused with, and which dim tensor parallelism splits."""
     from reshard import formats
-    from reshard.layout import builtin_descriptors, load_descriptor
+    from reshard.descriptors import builtin_descriptors, load_descriptor
 
     known = builtin_descriptors()
     if not name.endswith(".toml") and name not in known:

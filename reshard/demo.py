@@ -10,7 +10,7 @@ import numpy as np
 
 from reshard import formats
 from reshard.api import convert, diff
-from reshard.layout import builtin_descriptors
+from reshard.descriptors import builtin_descriptors
 from reshard.place import Mesh, Placement
 from reshard.stores import safetensors
 

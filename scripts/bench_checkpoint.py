@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from reshard import formats
-from reshard.layout import builtin_descriptors
+from reshard.descriptors import builtin_descriptors
 from reshard.place import Mesh, Placement
 from reshard.stores import safetensors
 

@@ -13,8 +13,8 @@ import time
 from pathlib import Path
 
 from reshard import formats
+from reshard.descriptors import builtin_descriptors
 from reshard.formats import Target
-from reshard.layout import builtin_descriptors
 from reshard.place import Mesh, Placement
 
 CONFIG = {
