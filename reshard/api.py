@@ -1,6 +1,7 @@
 """The library: open, plan, convert, load, diff. The command line calls these and prints what they return."""
 
 from collections.abc import Callable, Mapping
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -90,7 +91,8 @@ def load(
         start = element * width[stored.name]
         raw[stored.name][start : start + len(data)] = np.frombuffer(data, np.uint8)
 
-    run(todo, Source(ckpt.path), write)
+    with closing(Source(ckpt.path)) as source_files:
+        run(todo, source_files, write)
     for name, constant in placement.constants(chosen):
         state[name] = torch.full(constant.shape, constant.value, dtype=kinds[constant.dtype])
     return {name: tensor.to(device) for name, tensor in state.items()}

@@ -83,6 +83,11 @@ def chunk(size: int, parts: int, index: int) -> tuple[int, int]:
     return min(index * step, size), min((index + 1) * step, size)
 
 
+def end(offset: int, shape: tuple[int, ...], strides: tuple[int, ...]) -> int:
+    """Past the last element of a strided box that begins at `offset`."""
+    return offset + sum((n - 1) * s for n, s in zip(shape, strides)) + 1
+
+
 def row_major(shape: tuple[int, ...]) -> tuple[int, ...]:
     """Element strides of a contiguous tensor of `shape`."""
     strides, step = [], 1

@@ -133,9 +133,11 @@ def plan(src, to, tp, pp, ep, etp, dtype, engine_version, from_, layout, config,
 @json_option
 def inspect(path, from_, layout, config, tensors, as_json):
     """Tell what PATH holds: format, architecture, mesh, and with --tensors every tensor."""
+    from reshard.job import mesh_json
+
     ckpt = _open(path, from_, layout, config)
     result = {"ok": True, "path": str(path), "format": ckpt.format, "architecture": ckpt.architecture,
-              "mesh": {"tp": ckpt.mesh.tp, "pp": ckpt.mesh.pp, "ep": ckpt.mesh.ep}, "bytes": ckpt.bytes}  # fmt: skip
+              "mesh": mesh_json(ckpt.mesh), "bytes": ckpt.bytes}  # fmt: skip
     rows = _tensor_rows(ckpt)
     if as_json:
         result["tensors"] = [dict(zip(("name", "shape", "dtype", "split_dim", "fused", "ranks"), row)) for row in rows] if tensors else len(rows)

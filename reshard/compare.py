@@ -1,17 +1,17 @@
 """diff: the join of two checkpoints, with comparing in the place of copying. One bounded pass over both."""
 
-from collections import defaultdict
 from collections.abc import Callable
+from contextlib import closing
 
 import numpy as np
 
 from reshard.api import Difference, DiffReport
-from reshard.block import Box, Key, Stored, volume
+from reshard.block import Box, Key, Stored, end
 from reshard.checkpoint import Checkpoint
 from reshard.execute import Source
-from reshard.join import Copy, Plan, label, move_between
+from reshard.join import Copy, Plan, holders, label, move_between
 from reshard.place import Mesh, Placement
-from reshard.rearrange import cast
+from reshard.rearrange import cast, mapped, strided
 from reshard.stores import DTYPE_SIZE
 from reshard.tiles import tiles
 
@@ -21,14 +21,7 @@ _INTEGERS = ("BOOL", "U8", "I8", "U16", "I16", "U32", "I32", "U64", "I64")
 def pair(a: Checkpoint, b: Checkpoint) -> tuple[Plan, list[Key], list[Key], dict[Key, str]]:
     """Copies that line up every box of `b` (dst) with every box of `a` (src) of the same tensor, all replicas included;
     the tensors that only `b` has, that only `a` has, and those whose sizes differ."""
-    sides = []
-    for checkpoint in (a, b):
-        holders = defaultdict(list)
-        for stored in checkpoint.stored:
-            for key, block in stored.blocks:
-                holders[key].append((stored, block))
-        sides.append(holders)
-    left, right = sides
+    left, right = sides = [holders(checkpoint.stored) for checkpoint in (a, b)]
     copies, unequal = [], {}
     for key in left.keys() & right.keys():
         bounds = [[max(block.box[x][1] for _, block in side[key]) for x in range(len(side[key][0][1].box))] for side in sides]
@@ -52,9 +45,8 @@ def compare(a: Checkpoint, b: Checkpoint, progress: Callable[[int], None] = lamb
     found: dict[Key, Difference] = {}
     for key, sizes in unequal.items():
         found[key] = Difference(f"{names.get(key, label(key))} (sizes {sizes})")
-    left, right = Source(a.path), Source(b.path)
-    for tile in tiles(plan):
-        for copy in tile.copies:
+    with closing(Source(a.path)) as left, closing(Source(b.path)) as right:
+        for copy in (copy for tile in tiles(plan) for copy in tile.copies):
             move = copy.move
             mine = _view(left, copy.src, move.box, move.src_offset, move.src_strides)
             other = _view(right, copy.dst, move.box, move.dst_offset, move.dst_strides)
@@ -64,7 +56,7 @@ def compare(a: Checkpoint, b: Checkpoint, progress: Callable[[int], None] = lamb
                 same = copy.src.dtype == copy.dst.dtype and np.array_equal(mine, other)
             if not same:
                 _differ(found, names.get(copy.key, label(copy.key)), copy, mine, other)
-            progress(volume(move.box) * (DTYPE_SIZE[copy.src.dtype] + DTYPE_SIZE[copy.dst.dtype]))
+            progress(move.size * (DTYPE_SIZE[copy.src.dtype] + DTYPE_SIZE[copy.dst.dtype]))
     report.differing = [found[key] for key in sorted(found, key=str)]
     return report
 
@@ -72,11 +64,7 @@ def compare(a: Checkpoint, b: Checkpoint, progress: Callable[[int], None] = lamb
 def _view(source: Source, stored: Stored, box: Box, offset: int, strides: tuple[int, ...]) -> np.ndarray:
     """One box of a stored tensor, mapped for as long as the array lives."""
     shape = tuple(stop - start for start, stop in box)
-    raw = np.frombuffer(source.map(stored, offset, offset + sum((n - 1) * s for n, s in zip(shape, strides)) + 1), np.uint8)
-    width = DTYPE_SIZE[stored.dtype]
-    if raw.ctypes.data % width:
-        raw = raw.copy()
-    return np.lib.stride_tricks.as_strided(raw.view(f"u{width}"), shape, [s * width for s in strides], writeable=False)
+    return strided(mapped(source, stored, offset, end(offset, shape, strides)), box, strides)
 
 
 def _differ(found: dict[Key, Difference], name: str, copy: Copy, mine: np.ndarray, other: np.ndarray) -> None:

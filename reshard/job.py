@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from reshard import formats
-from reshard.checkpoint import Checkpoint
+from reshard.checkpoint import Checkpoint, read_config
 from reshard.errors import PlanError
 from reshard.formats import Folder, Target
 from reshard.formats.manifest import NAME as MANIFEST
@@ -58,9 +58,9 @@ class Job:
     def ranks(self) -> list[dict[str, int]]:
         """Per destination rank: bytes it needs read, bytes of its files, bytes of its tensors."""
         written: dict[int, int] = {}
-        rank_of = {id(file): next((s.rank for s in file.tensors.values()), 0) for file in self.folder.files}
         for file in self.folder.files:
-            written[rank_of[id(file)]] = written.get(rank_of[id(file)], 0) + file.image.size
+            rank = next((s.rank for s in file.tensors.values()), 0)
+            written[rank] = written.get(rank, 0) + file.image.size
         return [{**row, "bytes_written": written.get(row["rank"], 0)} for row in self.plan.per_rank()]
 
     def describe(self, path: str | None = None) -> str:
@@ -129,19 +129,16 @@ def prepare(
     placement = place(source, format, mesh, engine_version)
     ranks = placement.ranks if rank is None else [one_rank(placement, rank)]
     plan = join_to(source, placement, dtype, ranks, complete=rank is None)
+    engine_version = engine_version or kind.newest
     target = Target(placement, ranks, engine_version, max_file)
     folder = kind.write(target, plan.destinations)
     used = {id(s) for file in folder.files for s in file.tensors.values()}
     assert used == {id(s) for s in plan.destinations}, "a format left tensors out of its files"
-    if engine_version is None and format in ("vllm", "sglang"):
-        from reshard.formats.engine import NEWEST
-
-        engine_version = NEWEST[format]
     sizes = {file.path: file.image.size for file in folder.files}
     native = native_dtypes(source, plan)
     folder.small[MANIFEST] = manifest_bytes(format, placement.mesh, source.layout.name, engine_version, sizes, native)
-    config = dict(source.layout.config) if not source.config_path else json.loads(source.config_path.read_bytes())
     if dtype:
+        config = dict(read_config(source.config_path))
         key = "dtype" if "dtype" in config or "torch_dtype" not in config else "torch_dtype"
         config[key] = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}[dtype]
         folder.small["config.json"] = (json.dumps(config, indent=2) + "\n").encode()
@@ -155,7 +152,7 @@ def place(source: Checkpoint, format: str, mesh: Mesh, engine_version: str | Non
     section = source.layout.section(kind.section)
     if mesh.ep > 1 and not source.layout.sizes.get("expert"):
         raise PlanError([f"ep={mesh.ep}, but {source.layout.name} is a model without experts"], "leave out --ep")
-    if engine_version is not None and format not in ("vllm", "sglang"):
+    if engine_version is not None and kind.newest is None:
         raise PlanError([f"--engine-version {engine_version} has no meaning for format {format}"], "it goes with --to vllm and --to sglang")
     version = parse_version(engine_version) if engine_version else None
     return Placement(source.layout, section.for_version(version), kind.rules, mesh, engine=version)

@@ -147,6 +147,15 @@ def target_dtype(source: str, *, cast: str | None = None, keep: bool = False, wa
     return source if keep and DTYPE_SIZE[cast] < DTYPE_SIZE[source] else cast
 
 
+def holders(stored: Iterable[Stored]) -> dict[Key, list[tuple[Stored, Block]]]:
+    """For each tensor of the model, what holds a part of it and which."""
+    found: dict[Key, list[tuple[Stored, Block]]] = defaultdict(list)
+    for s in stored:
+        for key, block in s.blocks:
+            found[key].append((s, block))
+    return found
+
+
 def join(
     sources: Iterable[Stored],
     destinations: Iterable[Stored],
@@ -165,13 +174,10 @@ def join(
     """
     keep = set(keep)
     problems: list[str] = []
-    holders: dict[Key, list[tuple[Stored, Block]]] = defaultdict(list)
-    for stored in sources:
-        for key, block in stored.blocks:
-            holders[key].append((stored, block))
+    held_by = holders(sources)
     moves: dict[tuple[int, int], Move | None] = {}
     distinct: dict[tuple[int, ...], bool] = {}
-    dtype_of = {key[0]: held[0][0].dtype for key, held in reversed(holders.items())} | dict(native)
+    dtype_of = {key[0]: held[0][0].dtype for key, held in reversed(held_by.items())} | dict(native)
 
     def dtype_for(stored: Stored, name: str, source: str) -> str:
         wanted = stored.entry.dtype if stored.entry else None
@@ -179,7 +185,7 @@ def join(
 
     plan = Plan([], [])
     primaries: dict[Key, list[tuple[Stored, Block]]] = {}
-    for key, held in holders.items():
+    for key, held in held_by.items():
         if len(held) > 1:
             first: dict[Box, tuple[Stored, Block]] = {}
             for stored, block in held:

@@ -7,7 +7,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
 
-from reshard.block import Stored
+from reshard.block import Stored, end
 from reshard.formats import OutFile
 from reshard.stores import DTYPE_SIZE
 
@@ -86,12 +86,12 @@ class Output:
             return
         width = DTYPE_SIZE[stored.dtype]
         offset = file.image.tensors[name].offset
-        last = max((b.offset + sum((n - 1) * s for n, s in zip(b.shape, b.strides)) + 1 for _, b in stored.blocks), default=0)
+        last = max((end(b.offset, b.shape, b.strides) for _, b in stored.blocks), default=0)
         assert stored.size - last == stored.padding, f"{stored.name}: padding inside the tensor"
         zeros = memoryview(bytes(min(_FLUSH, stored.padding * width)))
-        at, end = offset + last * width, offset + stored.size * width
-        while at < end:
-            part = zeros[: end - at]
+        at, stop = offset + last * width, offset + stored.size * width
+        while at < stop:
+            part = zeros[: stop - at]
             self._put(file.path, at, part)
             at += len(part)
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from reshard.block import Box, Stored, volume
+from reshard.block import Box, Stored, end
 from reshard.errors import FormatError
 from reshard.execute import Source, Workspace, contiguous_from
 from reshard.join import Copy, label, union_volume, where
@@ -47,8 +47,22 @@ class Windows:
 
     def view(self, stored: Stored, box: Box, offset: int, strides: tuple[int, ...]) -> np.ndarray:
         low, words = self.words[id(stored)]
-        shape = tuple(stop - start for start, stop in box)
-        return np.lib.stride_tricks.as_strided(words[offset - low :], shape, [s * words.itemsize for s in strides], writeable=False)
+        return strided(words[offset - low :], box, strides)
+
+
+def strided(words: np.ndarray, box: Box, strides: tuple[int, ...]) -> np.ndarray:
+    """The elements of a box, whose first one is the first of `words`."""
+    shape = tuple(stop - start for start, stop in box)
+    return np.lib.stride_tricks.as_strided(words, shape, [s * words.itemsize for s in strides], writeable=False)
+
+
+def mapped(source: Source, stored: Stored, low: int, high: int) -> np.ndarray:
+    """Elements [low, high) of a stored tensor as words, mapped for as long as the array lives."""
+    width = DTYPE_SIZE[stored.dtype]
+    raw = np.frombuffer(source.map(stored, low, high), np.uint8)
+    if (stored.start + low * width) % width:
+        raw = raw.copy()  # torch's files align tensors, third parties' need not
+    return raw.view(_word(width))
 
 
 def _windows(tile: Tile, source: Source, space: Workspace) -> tuple[Windows, int]:
@@ -58,7 +72,7 @@ def _windows(tile: Tile, source: Source, space: Workspace) -> tuple[Windows, int
     sides = [(c.src, c.move.src_offset, c.move.src_strides, c) for c in (*tile.copies, *tile.checks)]
     sides += [(c.dst, c.move.dst_offset, c.move.dst_strides, c) for c in tile.checks]
     for stored, offset, strides, copy in sides:
-        stop = offset + sum((n - 1) * s for n, s in zip(copy.move.shape, strides)) + 1
+        stop = end(offset, copy.move.shape, strides)
         span = spans.setdefault(id(stored), [stored, offset, stop, 0])
         span[1], span[2] = min(span[1], offset), max(span[2], stop)
         boxes[id(stored), copy.key].add(copy.move.box)
@@ -71,12 +85,10 @@ def _windows(tile: Tile, source: Source, space: Workspace) -> tuple[Windows, int
         if used == high - low:
             buffer = space.take((high - low) * width)
             source.read(stored, low, buffer)
-            raw = np.frombuffer(buffer, np.uint8)
+            words = np.frombuffer(buffer, _word(width))
         else:
-            raw = np.frombuffer(source.map(stored, low, high), np.uint8)
-            if (stored.start + low * width) % width:
-                raw = raw.copy()  # torch's files align tensors, third parties' need not
-        windows.words[at] = low, raw.view(_word(width))
+            words = mapped(source, stored, low, high)
+        windows.words[at] = low, words
     return windows, total
 
 
@@ -84,10 +96,10 @@ def _fill(copies: list[Copy], windows: Windows, write: Callable[[Stored, int, me
     """Write the copies of one tile into one stored tensor."""
     dst = copies[0].dst
     width = DTYPE_SIZE[dst.dtype]
-    ends = [c.move.dst_offset + sum((n - 1) * s for n, s in zip(c.move.shape, c.move.dst_strides)) + 1 for c in copies]
-    low, high = min(c.move.dst_offset for c in copies), max(ends)
+    low = min(c.move.dst_offset for c in copies)
+    high = max(end(c.move.dst_offset, c.move.shape, c.move.dst_strides) for c in copies)
     views = [cast(windows.view(c.src, c.move.box, c.move.src_offset, c.move.src_strides), c.src.dtype, dst.dtype) for c in copies]
-    if sum(volume(c.move.box) for c in copies) < high - low:  # holes between them: each by itself, in runs
+    if sum(c.move.size for c in copies) < high - low:  # holes between them: each by itself, in runs
         for copy, view in zip(copies, views):
             _scatter(view, copy.move.dst_offset, copy.move.dst_strides, dst, write)
         return

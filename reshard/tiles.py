@@ -4,8 +4,8 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
-from reshard.block import Block, Box, overlap, volume
-from reshard.join import Copy, Plan
+from reshard.block import Block, Box, overlap
+from reshard.join import Copy, Plan, move_between
 
 BUFFER = 128 * 10**6  # bytes: of all buffers together, unless said otherwise
 _TILE = 16 << 20  # bytes: large enough that Python costs nothing
@@ -109,9 +109,8 @@ def _clip(copies: Iterable[Copy], boxes: dict[tuple, Box]) -> list[Copy]:
         if box is None:
             continue
         if box != move.box:
-            src = Block(move.box, move.src_offset, move.src_strides).clip(box)
-            dst = Block(move.box, move.dst_offset, move.dst_strides).clip(box)
-            move = type(move)(box, volume(box), src.offset, src.strides, dst.offset, dst.strides)
+            source, destination = Block(move.box, move.src_offset, move.src_strides), Block(move.box, move.dst_offset, move.dst_strides)
+            move = move_between(source.clip(box), destination)
         out.append(Copy(copy.key, copy.src, copy.dst, move))
     return out
 

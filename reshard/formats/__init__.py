@@ -62,6 +62,7 @@ class Format:
     read: Callable[[Path], Contents]
     write: Callable[["Target", list[Stored]], Folder]
     summary: str
+    newest: str | None = None  # release of the engine whose files it writes, the newest known
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,13 @@ class Target:
     ranks: list[Rank]
     engine_version: str | None = None
     max_file: int | None = None  # bytes; None: what is usual for the format
+
+    def by_rank(self, stored: list[Stored]) -> list[tuple[Rank, dict[str, Stored]]]:
+        """Each rank that is written, with its tensors by name."""
+        own: dict[int, dict[str, Stored]] = {rank.number: {} for rank in self.ranks}
+        for s in stored:
+            own[s.rank][s.name] = s
+        return [(rank, own[rank.number]) for rank in self.ranks]
 
     @property
     def mesh(self) -> Mesh:

@@ -23,7 +23,6 @@ from reshard.stores.foreign import quote
 
 _FILE = re.compile(r"model-rank-(\d+)-part-(\d+)\.safetensors")
 _STAGED = re.compile(r"model-pp-(\d+)-tp-(\d+)-part-(\d+)\.safetensors")
-NEWEST = {"vllm": "0.32", "sglang": "0.5.23"}
 
 
 def uneven_stages(layers: int, stages: int) -> list[list[int]]:
@@ -74,14 +73,9 @@ def _read(name: str, folder: Path) -> Contents:
 
 
 def _write(name: str, target: Target, stored: list[Stored]) -> Folder:
-    version = target.engine_version or NEWEST[name]
-    _check_release(name, version, target.mesh)
-    by_rank: dict[int, list[Stored]] = defaultdict(list)
-    for s in stored:
-        by_rank[s.rank].append(s)
+    _check_release(name, target.engine_version, target.mesh)
     files = []
-    for rank in target.ranks:
-        own = {s.name: s for s in by_rank[rank.number]}
+    for rank, own in target.by_rank(stored):
         constants = {n: constant for n, constant in target.placement.constants(rank)}
         specs = [(s.name, s.dtype, s.shape) for s in own.values()] + [(n, c.dtype, c.shape) for n, c in constants.items()]
         sizes = [(n, prod(shape) * DTYPE_SIZE[dtype]) for n, dtype, shape in sorted(specs)]
@@ -115,10 +109,10 @@ def constant_bytes(value: float, dtype: str) -> bytes:
     return struct.pack(codes[dtype], value)
 
 
-def _format(name: str, summary: str) -> Format:
+def _format(name: str, summary: str, newest: str) -> Format:
     recognise = _recognise if name == "vllm" else lambda folder, names: False  # the two look alike; --from tells
-    return Format(name, name, Rules(grid, uneven_stages), recognise, partial(_read, name), partial(_write, name), summary)
+    return Format(name, name, Rules(grid, uneven_stages), recognise, partial(_read, name), partial(_write, name), summary, newest)
 
 
-VLLM = _format("vllm", "vLLM sharded_state (--load-format sharded_state)")
-SGLANG = _format("sglang", "SGLang sharded_state (--load-format sharded_state)")
+VLLM = _format("vllm", "vLLM sharded_state (--load-format sharded_state)", "0.32")
+SGLANG = _format("sglang", "SGLang sharded_state (--load-format sharded_state)", "0.5.23")

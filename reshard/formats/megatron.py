@@ -192,13 +192,9 @@ def _sizes(mesh: Mesh) -> str:
 def _write(target: Target, stored: list[Stored]) -> Folder:
     from reshard.stores import torchzip
 
-    by_rank: dict[int, list[Stored]] = defaultdict(list)
-    for s in stored:
-        by_rank[s.rank].append(s)
     mesh, files = target.mesh, []
     args = argparse.Namespace(**megatron_args(target, stored))
-    for rank in target.ranks:
-        own = {s.name: s for s in by_rank[rank.number]}
+    for rank, own in target.by_rank(stored):
         model = {s.name: torchzip.TensorSpec(s.name, s.dtype, s.shape) for s in own.values()}
         blob = {"args": args, "checkpoint_version": 3.0, "iteration": 0, "model": model}
         files.append(OutFile(f"release/{rank_folder(rank, mesh)}/{FILE}", torchzip.compose(blob), own))

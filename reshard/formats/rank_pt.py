@@ -1,7 +1,6 @@
 """``rank-pt``: plain ``rank_XX.pt`` per tensor-parallel rank, each a flat dict of HF names to that rank's tensors."""
 
 import re
-from collections import defaultdict
 from pathlib import Path
 
 from reshard.block import Stored
@@ -35,12 +34,8 @@ def _read(folder: Path) -> Contents:
 def _write(target: Target, stored: list[Stored]) -> Folder:
     from reshard.stores import torchzip
 
-    by_rank: dict[int, dict[str, Stored]] = defaultdict(dict)
-    for s in stored:
-        by_rank[s.rank][s.name] = s
     files = []
-    for rank in target.ranks:
-        own = by_rank[rank.number]
+    for rank, own in target.by_rank(stored):
         image = torchzip.compose({s.name: torchzip.TensorSpec(s.name, s.dtype, s.shape) for s in own.values()})
         files.append(OutFile(f"rank_{rank.number:02d}.pt", image, own))
     return Folder(files, {})

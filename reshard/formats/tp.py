@@ -88,14 +88,10 @@ def _ours(folder: Path, tensors: list, notes: set) -> Contents:
 
 
 def _write(target: Target, stored: list[Stored]) -> Folder:
-    by_rank: dict[int, list[Stored]] = defaultdict(list)
-    for s in stored:
-        by_rank[s.rank].append(s)
     files = []
     mesh = target.mesh
     offset_of = _offsets(target)
-    for rank in target.ranks:
-        own = {s.name: s for s in by_rank[rank.number]}
+    for rank, own in target.by_rank(stored):
         names = parts([(s.name, s.size * DTYPE_SIZE[s.dtype]) for s in own.values()], target.max_file)
         for i, part in enumerate(names, 1):
             tensors = {name: own[name] for name in part}
