@@ -11,6 +11,9 @@ class ReshardError(ValueError):
         super().__init__(message)
         self.hint = hint
 
+    def __reduce__(self):  # errors cross from one process to another
+        return type(self), (str(self), self.hint)
+
 
 class LayoutError(ReshardError):
     """A descriptor is malformed, or does not fit the config.json it was bound to."""
@@ -28,6 +31,10 @@ class PlanError(ReshardError):
         lines = problems[:shown] + ([f"… and {len(problems) - shown} more"] if len(problems) > shown else [])
         head = problems[0] if len(problems) == 1 else f"{len(problems)} problems:\n  " + "\n  ".join(lines)
         super().__init__(head, hint)
+        self._shown = shown
+
+    def __reduce__(self):
+        return type(self), (list(self.problems), self.hint, self._shown)
 
 
 class DestinationError(ReshardError):

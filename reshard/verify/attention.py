@@ -1,0 +1,70 @@
+"""How engines fuse queries, keys and values, and how many heads a rank has of them."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from reshard.verify.group import Group
+
+
+@dataclass(frozen=True)
+class Heads:
+    """Attention heads of a layer (`queries`, `keys`), their size, and how many of them rank `rank` of `ranks` computes with.
+
+    With more ranks than key/value heads, engines repeat those: one each.
+    """
+
+    queries: int
+    keys: int
+    size: int
+    rank: int
+    ranks: int
+    local_queries: int
+    local_keys: int
+
+    @property
+    def repeated(self) -> int:
+        """Key/value heads that all ranks together hold twice."""
+        return self.ranks - self.keys if self.ranks > self.keys and self.ranks % self.keys == 0 else 0
+
+
+Split = Callable[[torch.Tensor], tuple[torch.Tensor, ...]]
+
+
+def sections(*sizes: int) -> Split:
+    """Outputs one after another, as vLLM's and SGLang's QKVParallelLinear and MergedColumnParallelLinear have them."""
+    return lambda y: y.split(sizes, -1)
+
+
+def grouped(heads: Heads, group: Group) -> Split:
+    """Megatron's order: for each key/value head its queries, its key, its value (``attention.py``, get_query_key_value_tensors).
+
+    With more ranks than key/value heads a rank's piece may end inside a head: the outputs are gathered, and each rank
+    takes its head's and, of the queries, its own.
+    """
+    per_key = heads.queries // heads.keys
+    width = (per_key + 2) * heads.size
+
+    def split(y: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        queries = slice(None)
+        if heads.ranks > heads.keys:
+            y = group.concatenate(y, [y.shape[-1]] * heads.ranks)
+            share = heads.ranks // heads.keys
+            y = y[..., heads.rank // share * width :][..., :width]
+            queries = slice(heads.rank % share * heads.local_queries, (heads.rank % share + 1) * heads.local_queries)
+        y = y.unflatten(-1, (-1, per_key + 2, heads.size))
+        q, k, v = y.split((per_key, 1, 1), -2)
+        return q.flatten(-3, -2)[..., queries, :].flatten(-2), k.flatten(-3), v.flatten(-3)
+
+    return split
+
+
+def side_by_side(*parts: torch.Tensor) -> torch.Tensor:
+    """As Phi-3's module in transformers wants them: queries, keys, values."""
+    return torch.cat(parts, -1)
+
+
+def by_head(size: int) -> Callable[..., torch.Tensor]:
+    """As GPT-NeoX's module in transformers wants them: query, key and value of each head."""
+    return lambda q, k, v: torch.stack([x.unflatten(-1, (-1, size)) for x in (q, k, v)], -2).flatten(-3)

@@ -1,0 +1,279 @@
+"""Put one rank's stored tensors into transformers' own model, as the engine would use them.
+
+Each layer of the model takes the stored tensor: whole if that is what every rank holds, or a slice with the collective that
+belongs to it. Which slices an engine expects is told by the names of transformers' modules alone: a new architecture needs
+nothing here as long as it has these names.
+"""
+
+import re
+from collections import defaultdict
+from copy import copy
+
+import torch
+from torch import nn
+
+from reshard.block import chunk
+from reshard.verify import experts as stacks
+from reshard.verify.attention import Heads, by_head, grouped, sections, side_by_side
+from reshard.verify.model import Model
+from reshard.verify.parallel import (Experts, Fused, Joined, Linear, NoHeads, Part, Receive, RowLinear, Send, Skipped, VocabEmbedding,
+                                     VocabHead)  # fmt: skip
+from reshard.verify.slices import Slices
+
+#: projections whose output is cut over ranks, and those whose input is and whose outputs are summed; all others are whole
+COLUMN = {"q_proj", "k_proj", "v_proj", "qkv_proj", "query_key_value", "q_b_proj", "kv_b_proj", "gate_proj", "up_proj", "gate_up_proj",
+          "dense_h_to_4h"}  # fmt: skip
+ROW = {"o_proj", "dense", "down_proj", "dense_4h_to_h"}
+#: one stored matrix, and the projections of transformers' that are in it
+FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj"), "qkv_a_proj": ("q_a_proj", "kv_a_proj_with_mqa")}
+_EXPERT = re.compile(r"(.*\.experts)\.(\d+)\.(\w+)")
+_ENGINES = ("vllm", "sglang")
+
+
+def build(s: Slices, m: Model) -> dict[str, Linear]:
+    """Fill `m` with the tensors of `s`; what doesn't fit goes to ``s.problems``. Returns the layers made of slices, by path."""
+    computed = {id(tensor) for part in m.module.modules() for name, tensor in part._buffers.items() if name in part._non_persistent_buffers_set}
+    empty = {id(tensor): tensor for tensor in (*m.module.parameters(), *m.module.buffers()) if id(tensor) not in computed}  # kept: an id is an object's
+    ends(s, m)
+    depth = m.config.num_hidden_layers
+    held = {path for path in s.modules if path.startswith(f"{m.layers}.")}
+    layers = defaultdict(list)
+    for path in held:
+        layers[int(path[len(m.layers) + 1 :].split(".")[0])].append(path)
+    linears: dict[str, Linear] = {}
+    for number in range(depth):
+        if number in layers:
+            linears |= layer(s, m, f"{m.layers}.{number}", sorted(layers[number]))
+        else:
+            m.put(f"{m.layers}.{number}", Skipped())
+    for name, tensor in (*m.module.named_parameters(), *m.module.named_buffers()):
+        if id(tensor) in empty:
+            s.problem(name, "is missing")
+    beyond = {name for number in layers if number >= depth for path in layers[number] for name in s.modules[path].values()}  # multi-token prediction
+    for name in s.table.keys() - s.used - beyond:
+        s.problem(name, f"has no place in {type(m.module).__name__}")
+    return linears
+
+
+def ends(s: Slices, m: Model) -> None:
+    """Embedding, final norm and output layer, or the messages that stand for them on other pipeline stages."""
+    last = s.shards.mesh.pp - 1
+    own, width = s.seat.rank.pp, len(s.seat.stage)
+    names = f"{m.head}.weight", f"{m.embedding}.weight"
+    tables = [next(s.tables[seat.rank.number] for seat in s.seats if seat.rank.pp == stage) for stage in range(last + 1)]
+
+    def held(stage: int, wanted: tuple[str, ...]) -> str | None:
+        return next((name for name in wanted if name in tables[stage]), None)
+
+    heads = {stage: name for stage in range(last + 1) if (name := held(stage, names if m.tied else names[:1]))}
+    at = last if last in heads else min(heads, default=last)  # the stage that computes logits: of tied models perhaps the first
+    hidden, vocab = m.config.hidden_size, m.config.vocab_size
+    embedding: nn.Module = Receive(s.seat.before, hidden, s.dtype)
+    if own == 0:
+        name = held(0, names[::-1] if m.tied else names[1:]) or names[1]
+        rows = _rows(s, name, hidden, vocab)
+        embedding = VocabEmbedding(s.read(name), sum(rows[: s.group.index]), s.group) if rows else nn.Identity()
+    m.put(m.embedding, embedding)
+    head: nn.Module = nn.Identity()
+    s.computes_logits = own == at
+    if own == at:
+        name, bias = heads.get(at, names[0]), f"{m.head}.bias"
+        rows = _rows(s, name, hidden, vocab)
+        shared = isinstance(embedding, VocabEmbedding) and heads.get(at) in s.used
+        if rows:
+            head = VocabHead(embedding.weight if shared else s.read(name), s.read_if(bias if bias in s.table else None), rows, vocab, s.group)
+        if at != last:
+            head = nn.Sequential(Receive(s.number + (last - at) * width, hidden, s.dtype), head)
+    elif own == last:
+        head = Send(s.number + (at - last) * width)
+    m.put(m.head, head)
+    if own == last:
+        _whole(s, m, m.norm, s.modules[m.norm])
+    else:
+        m.put(m.norm, Send(s.seat.after))
+
+
+def _rows(s: Slices, name: str, hidden: int, vocab: int) -> list[int]:
+    """Rows of an embedding or output layer on each rank of the group; what is past the vocabulary is padding."""
+    if name not in s.table:
+        s.problem(name, "is missing")
+        return []
+    rows = s.along(name, 0)
+    if s.fits(name, (None, hidden)) and sum(rows) < vocab:
+        s.problem(name, f"has {' + '.join(map(str, rows))} = {sum(rows)} rows on the ranks of its group, the vocabulary has {vocab}")
+    return rows
+
+
+def layer(s: Slices, m: Model, prefix: str, paths: list[str]) -> dict[str, Linear]:
+    """Fill one decoder layer."""
+    linears: dict[str, Linear] = {}
+    experts: dict[str, dict[int, dict[str, str]]] = defaultdict(lambda: defaultdict(dict))
+    outputs = sorted(path for path in m.paths if path.startswith(f"{prefix}.") and path.rpartition(".")[2] in ("o_proj", "dense"))
+    heads = {path.rpartition(".")[0]: _heads(s, m, path) for path in outputs}
+    for path in paths:
+        owner, _, leaf = path.rpartition(".")
+        kinds = s.modules[path]
+        if match := _EXPERT.fullmatch(path):
+            experts[match[1]][int(match[2])].update({f"{match[3]}.{kind}": name for kind, name in kinds.items()})
+        elif leaf == "experts" and path in m.paths:
+            experts[path][-1] = kinds
+        elif path not in m.paths and leaf in FUSED and f"{owner}.{FUSED[leaf][0]}" in m.paths:
+            linears[path] = _fused(s, m, owner, leaf, kinds, heads.get(owner))
+        elif path in m.paths and isinstance(m.at(path), nn.Linear):
+            linears[path] = _linear(s, m, path, kinds, heads.get(owner))
+        elif path in m.paths:
+            _whole(s, m, path, kinds, heads.get(path))
+    for path, names in experts.items():
+        _experts(s, m, path, names)
+    for output, own in zip(outputs, heads.values()):
+        owner = output.rpartition(".")[0]
+        _localise(m.at(owner), own)
+        if not own.local_queries and output in linears:
+            m.put(owner, NoHeads(linears[output]))
+    return linears
+
+
+def _heads(s: Slices, m: Model, output: str) -> Heads:
+    """The heads of the attention module whose output projection is at `output`, as the stored shapes tell them."""
+    owner = output.rpartition(".")[0]
+    attention, queries, ranks = m.at(owner), m.config.num_attention_heads, s.group.size
+    value = m.at(output).in_features // queries
+    size = getattr(attention, "head_dim", None) or getattr(attention, "head_size", None) or value
+    latent = hasattr(attention, "kv_b_proj")
+    keys = queries if latent else getattr(m.config, "num_key_value_heads", None) or queries
+
+    def long(name: str, dim: int) -> int | None:
+        held = s.table.get(f"{owner}.{name}.weight")
+        return held.info.shape[dim] if held and len(held.info.shape) == 2 else None
+
+    columns, rows, fused = long(output.rpartition(".")[2], 1), long("k_proj", 0), long("qkv_proj", 0)
+    own = queries // ranks if columns is None else columns // value
+    if rows is not None:
+        own_keys = rows // size
+    elif fused is not None and s.shards.format != "megatron":
+        own_keys = (fused // size - own) // 2
+    else:
+        own_keys = own if keys == queries else max(keys // ranks, 1)
+    return Heads(queries, keys, size, s.group.index, ranks, own, own_keys)
+
+
+def _localise(attention: nn.Module, heads: Heads) -> None:
+    """Tell transformers' module of how many heads it is now."""
+    per_key = heads.local_queries // heads.local_keys if heads.local_keys else 1
+    for name, value in (("num_heads", heads.local_queries), ("num_attention_heads", heads.local_queries),
+                        ("num_key_value_heads", heads.local_keys), ("num_key_value_groups", per_key)):  # fmt: skip
+        if isinstance(getattr(attention, name, None), int):
+            setattr(attention, name, value)
+    if hasattr(attention, "config"):
+        attention.config = copy(attention.config)
+        attention.config.num_attention_heads, attention.config.num_key_value_heads = heads.local_queries, heads.local_keys
+
+
+def _linear(s: Slices, m: Model, path: str, kinds: dict[str, str], heads: Heads | None) -> Linear:
+    """A projection that transformers has as well, of this rank's rows (column parallel) or columns (row parallel), or whole."""
+    full, leaf = m.at(path), path.rpartition(".")[2]
+    rows, columns = full.weight.shape
+    weight, bias = _read(s, kinds, full.bias is not None)
+    if weight is None:
+        return Linear(full.weight)
+    if leaf in ROW:
+        s.fits(kinds["weight"], (rows, None), columns)
+        linear: Linear = RowLinear(weight, bias, s.group)
+    elif leaf in COLUMN:
+        repeated = heads.repeated * heads.size if heads and s.shards.format != "megatron" else 0
+        times = {"k_proj": 1, "v_proj": 1, "qkv_proj": 2}.get(leaf, 0)
+        s.fits(kinds["weight"], (None, columns), rows + times * repeated)
+        linear = Linear(weight, bias)
+    else:
+        s.fits(kinds["weight"], (rows, columns))
+        linear = Linear(weight, bias)
+    module: nn.Module = linear
+    if leaf == "qkv_proj" and s.shards.format == "megatron":
+        linear = Fused(weight, bias, grouped(heads, s.group))
+        module = Joined(linear, side_by_side)
+    elif leaf == "query_key_value" and s.table[kinds["weight"]].name.startswith("gpt_neox.") and s.shards.format in _ENGINES:
+        # vLLM's own model, until 0.31, takes queries, keys, values one after another; later releases run transformers' model
+        linear = Fused(weight, bias, sections(*[heads.local_queries * heads.size] * 3))
+        module = Joined(linear, by_head(heads.size))
+    m.put(path, module)
+    return linear
+
+
+def _fused(s: Slices, m: Model, owner: str, leaf: str, kinds: dict[str, str], heads: Heads | None) -> Linear:
+    """One stored matrix in place of several projections of transformers'."""
+    parts = [m.at(f"{owner}.{name}") for name in FUSED[leaf]]
+    weight, bias = _read(s, kinds, parts[0].bias is not None)
+    if weight is None:
+        return Linear(parts[0].weight)
+    sizes = [part.out_features for part in parts]
+    if leaf == "qkv_a_proj":
+        s.fits(kinds["weight"], (sum(sizes), parts[0].in_features))
+        split = sections(*sizes)
+    elif leaf == "gate_up_proj":
+        s.fits(kinds["weight"], (None, parts[0].in_features), sum(sizes))
+        split = sections(*[len(weight) // 2] * 2)
+    elif s.shards.format == "megatron":
+        s.fits(kinds["weight"], (None, parts[0].in_features), sum(sizes))
+        split = grouped(heads, s.group)
+    else:
+        s.fits(kinds["weight"], (None, parts[0].in_features), sum(sizes) + 2 * heads.repeated * heads.size)
+        split = sections(*(count * heads.size for count in (heads.local_queries, heads.local_keys, heads.local_keys)))
+    fused, outputs = Fused(weight, bias, split), {}
+    for index, name in enumerate(FUSED[leaf]):
+        m.put(f"{owner}.{name}", Part(fused, index, outputs))
+    return fused
+
+
+def _read(s: Slices, kinds: dict[str, str], biased: bool) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """Weight and bias of a projection; a lack of either is a problem, a bias too many is one by being left over."""
+    if "weight" not in kinds:
+        return None, None
+    bias = None
+    if biased and "bias" in kinds:
+        bias = s.read(kinds["bias"])
+    elif biased:
+        s.problem(kinds["weight"], "lacks the bias that config.json tells of")
+    return s.read(kinds["weight"]), bias
+
+
+def _whole(s: Slices, m: Model, path: str, kinds: dict[str, str], heads: Heads | None = None) -> None:
+    """Norms, routers and the like, which every rank holds whole; of attention sinks it holds its heads'."""
+    module = m.at(path)
+    for kind, name in kinds.items():
+        place = module._parameters if kind in module._parameters else module._buffers
+        if place.get(kind) is None:
+            continue
+        expected = (heads.local_queries,) if heads and kind == "sinks" else tuple(place[kind].shape)
+        if s.fits(name, expected):
+            tensor = s.read(name)
+            place[kind] = nn.Parameter(tensor, requires_grad=False) if place is module._parameters else tensor
+        else:
+            s.used.add(name)
+
+
+def _experts(s: Slices, m: Model, path: str, names: dict[int, dict[str, str]]) -> None:
+    """A layer's experts, of which the rank holds some, or slices."""
+    module, rank, hidden = m.at(path), s.seat.rank, m.config.hidden_size
+    first, stop = chunk(module.num_experts, s.shards.mesh.ep, rank.ep)
+    if -1 in names and "grouped_gate_up_proj" in names[-1]:
+        made = stacks.ungroup(names[-1], s.read, module, stop - first, hidden)
+    elif -1 in names:
+        # SGLang's kernel for GPT-OSS takes stacks with the input dimension first, unless experts are dealt out to ranks
+        as_module = s.shards.format not in _ENGINES or (s.shards.format == "sglang" and s.shards.mesh.ep == 1)
+        made = stacks.stack_as_stored(names[-1], s.read, module, not as_module)
+    else:
+        made = stacks.stack_one_by_one(names, s.read, module)
+    if s.shards.format not in _ENGINES and rank.etp and "down_proj_bias" in made:
+        made["down_proj_bias"] = torch.zeros_like(made["down_proj_bias"])  # outputs are summed; engines store it so
+    shown = next(iter(next(iter(names.values())).values()))
+    for kind in [kind for kind, tensor in module._parameters.items() if tensor is not None]:
+        if kind not in made:
+            continue
+        own, full = made[kind], module._parameters[kind]
+        whole = [size for dim, size in enumerate(full.shape) if dim and size == hidden]
+        if own.dim() != full.dim() or len(own) != stop - first or any(size not in own.shape[1:] for size in whole):
+            s.problem(shown, f"and the others of its layer make {kind} of {list(own.shape)}, the engine takes {stop - first} experts of slices of {list(full.shape[1:])}")
+        module._parameters[kind] = nn.Parameter(own, requires_grad=False)
+    module.num_experts = stop - first
+    copies = sum((seat.rank.ep, seat.rank.etp) == (rank.ep, rank.etp) for seat in s.seats if seat.stage == s.seat.stage)
+    m.put(path, Experts(module, first, stop - first, copies, s.stage))

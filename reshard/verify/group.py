@@ -1,0 +1,98 @@
+"""Ranks of a checkpoint as processes: who computes together, and how they exchange.
+
+A checkpoint of tp × pp × ep ranks runs as that many processes. Ranks of one pipeline stage that hold the slices of one
+dense model form a tensor-parallel group; experts are summed over the whole stage.
+"""
+
+from dataclasses import dataclass
+from math import lcm
+
+import torch
+import torch.distributed as dist
+
+from reshard.place import Mesh, Rank
+
+
+@dataclass(frozen=True)
+class Group:
+    """Processes that take part in one collective, and this one's place among them."""
+
+    members: tuple[int, ...]
+    index: int
+    handle: object = None
+
+    @property
+    def size(self) -> int:
+        return len(self.members)
+
+    def sum(self, x: torch.Tensor) -> torch.Tensor:
+        """The sum of all members' `x`."""
+        if self.size == 1:
+            return x
+        carried = _carried(x.contiguous())
+        dist.all_reduce(carried, group=self.handle)
+        return carried.to(x.device)
+
+    def concatenate(self, x: torch.Tensor, widths: list[int]) -> torch.Tensor:
+        """All members' `x` side by side along the last dimension, of `widths[i]` columns each."""
+        if self.size == 1:
+            return x
+        wide = _carried(torch.nn.functional.pad(x, (0, max(widths) - x.shape[-1])).contiguous())
+        parts = [torch.empty_like(wide) for _ in self.members]
+        dist.all_gather(parts, wide, group=self.handle)
+        return torch.cat([part[..., :width] for part, width in zip(parts, widths)], -1).to(x.device)
+
+    def exchanged(self, x: torch.Tensor) -> torch.Tensor:
+        """`x` of members 0 and 1 exchanged, others' their own. All must be of one shape."""
+        whole = self.concatenate(x.flatten()[None], [x.numel()] * self.size)
+        other = {0: 1, 1: 0}.get(self.index, self.index)
+        return whole[0, other * x.numel() : (other + 1) * x.numel()].view_as(x).clone()
+
+
+def send(x: torch.Tensor, to: int) -> None:
+    dist.send(_carried(x.contiguous()), to)
+
+
+def receive(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, source: int) -> torch.Tensor:
+    x = _carried(torch.empty(shape, dtype=dtype, device=device))
+    dist.recv(x, source)
+    return x.to(device)
+
+
+def _carried(x: torch.Tensor) -> torch.Tensor:
+    """`x` where the backend can reach it: gloo moves numbers of the CPU alone between ranks that share a GPU."""
+    return x.cpu() if dist.get_backend() == "gloo" and x.is_cuda else x
+
+
+@dataclass(frozen=True)
+class Seat:
+    """One process's part: its rank of the checkpoint, and the ranks it computes with, by number of process.
+
+    `tensor` shares dense tensors with it, `stage` its experts; `before` and `after` hold the layers before and after
+    its own. `slice` counts the dense models that the stage holds (more than one where expert parallelism repeats them).
+    """
+
+    rank: Rank
+    tensor: tuple[int, ...]
+    stage: tuple[int, ...]
+    before: int | None
+    after: int | None
+    slice: int
+
+
+def seats(mesh: Mesh, ranks: list[Rank]) -> list[Seat]:
+    """A seat for every rank of the checkpoint, in the order of processes: Megatron's own, in which the tensor-parallel
+    rank runs fastest, and then the expert-parallel one (``parallel_state.py``; other formats have one dense model)."""
+    etp = mesh.etp or (1 if mesh.ep > 1 and ranks[-1].etp == 0 else mesh.tp)
+    width = lcm(mesh.tp, mesh.ep * etp)
+    at = {(rank.pp, rank.tp, rank.ep): rank for rank in ranks}
+    out = []
+    for stage in range(mesh.pp):
+        first = stage * width
+        for place in range(width):
+            dense = first + place // mesh.tp * mesh.tp
+            rank = at[stage, place % mesh.tp, place // etp % mesh.ep]
+            out.append(Seat(rank, tuple(range(dense, dense + mesh.tp)), tuple(range(first, first + width)),
+                            first + place - width if stage else None,
+                            first + place + width if stage + 1 < mesh.pp else None, place // mesh.tp))  # fmt: skip
+    return out

@@ -1,0 +1,73 @@
+"""transformers' own model of a config.json, without memory for its weights, and where its parts are."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+#: what a module of one architecture is called in another
+_ALIASES = {"gate": "router", "o_proj": "dense", "q_norm": "q_a_layernorm", "embed_tokens": "embed_in", "norm": "final_layer_norm"}
+
+
+@dataclass(frozen=True)
+class Model:
+    """transformers' model and the paths in it of embedding, layers, final norm and output layer. `paths` are all its modules'."""
+
+    module: nn.Module
+    paths: frozenset[str]
+    embedding: str
+    layers: str
+    norm: str
+    head: str
+
+    @property
+    def config(self):
+        """The language model's part of the configuration."""
+        return self.module.config.get_text_config()
+
+    @property
+    def tied(self) -> bool:
+        return bool(self.config.tie_word_embeddings)
+
+    def at(self, path: str) -> nn.Module:
+        return self.module.get_submodule(path)
+
+    def put(self, path: str, module: nn.Module) -> None:
+        self.module.set_submodule(path, module)
+
+    def resolve(self, name: str) -> str:
+        """`name` of a tensor as ``names.py`` gives it, as this model has it."""
+        prefix = self.module.base_model_prefix
+        if prefix != "model" and name.startswith("model."):
+            name = prefix + name[5:]
+        path, _, kind = name.rpartition(".")
+        if path not in self.paths:
+            parent, _, leaf = path.rpartition(".")
+            other = f"{parent}.{_ALIASES.get(leaf, leaf)}"
+            path = other if other in self.paths else path
+        return f"{path}.{kind}"
+
+
+def empty_model(config) -> Model:
+    """The model of a transformers config on the meta device, its tables (rotary angles) computed."""
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        module = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager", experts_implementation="eager")
+    for part in module.modules():
+        for name in part._non_persistent_buffers_set:
+            part._buffers[name] = torch.full_like(part._buffers[name], float("nan"), device="cpu")  # would be seen if it stayed
+        if part._non_persistent_buffers_set:
+            module._init_weights(part)
+    return parts_of(module.eval())
+
+
+def parts_of(module: nn.Module) -> Model:
+    """Where the parts of a causal language model of transformers' are."""
+    path_of = {id(part): path for path, part in module.named_modules()}
+    base = getattr(module, module.base_model_prefix)
+    depth = module.config.get_text_config().num_hidden_layers
+    layers = next(child for child in base.children() if isinstance(child, nn.ModuleList) and len(child) == depth)
+    norm = [child for child in base.children() if type(child).__name__.endswith("Norm")][-1]
+    return Model(module, frozenset(path_of.values()), path_of[id(module.get_input_embeddings())], path_of[id(layers)],
+                 path_of[id(norm)], path_of[id(module.get_output_embeddings())])  # fmt: skip

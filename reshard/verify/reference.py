@@ -1,0 +1,42 @@
+"""The original's logits: transformers on the Hugging Face checkpoint."""
+
+import tempfile
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from reshard.errors import FormatError
+from reshard.verify.model import Model, parts_of
+from reshard.verify.trace import Trace
+
+#: bytes of weights that stay in memory with --low-memory; layers past them are read from disk as they are used
+_KEPT = 2 * 10**9
+
+
+def load_reference(folder: Path, dtype: torch.dtype, device: torch.device, low_memory: bool, offload: Path) -> nn.Module:
+    """transformers' model of `folder`, whole on `device`, or streamed from disk layer by layer (`offload` takes what must be cast)."""
+    from transformers import AutoModelForCausalLM
+
+    options = {"device_map": "auto", "max_memory": {device.index or 0 if device.type == "cuda" else "cpu": _KEPT}, "offload_folder": offload} if low_memory else {}
+    try:
+        model, seen = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="eager", experts_implementation="eager",
+                                                           local_files_only=True, output_loading_info=True, **options)  # fmt: skip
+    except (OSError, ValueError, RuntimeError, ImportError) as error:
+        raise FormatError(f"transformers cannot load the reference {folder}: {str(error).strip().splitlines()[0]}",
+                          "the reference is a Hugging Face checkpoint of a causal language model, with config.json") from None  # fmt: skip
+    absent = sorted(seen["missing_keys"])
+    if absent:
+        raise FormatError(f"the reference {folder} lacks {len(absent)} tensors: {', '.join(absent[:3])}", "is it the whole original model?")
+    return model.eval() if low_memory else model.eval().to(device)
+
+
+@torch.no_grad()
+def reference_logits(folder: Path, ids: torch.Tensor, dtype: torch.dtype, device: torch.device, low_memory: bool = False) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Logits [sequences, positions, vocabulary] in fp32 on the CPU, and what came out of every part of the model."""
+    with tempfile.TemporaryDirectory(prefix="reshard-verify-") as offload:
+        model = load_reference(folder, dtype, device, low_memory, Path(offload))
+        m: Model = parts_of(model)
+        with Trace(m) as outputs:
+            logits = model(ids.to(device), use_cache=False).logits
+    return logits.float().cpu(), outputs

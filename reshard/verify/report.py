@@ -1,0 +1,127 @@
+"""What a verification found, for people and for scripts."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from reshard.text import human, table
+from reshard.verify.figures import Figures
+from reshard.verify.trace import Point
+
+
+@dataclass(frozen=True)
+class Result:
+    """One run held against the reference: the shards as they are, or with a defect. `points` follow the model's parts."""
+
+    name: str
+    figures: Figures
+    points: list[Point] = field(default_factory=list)
+
+    @property
+    def parted(self) -> Point | None:
+        """The first part whose output is not the reference's."""
+        return next((point for point in self.points if point.apart), None)
+
+
+@dataclass(frozen=True)
+class RankMemory:
+    """Bytes of one rank: of its stored tensors, of its weights in the dtype that was computed in, and the most its process held."""
+
+    rank: int
+    stored: int
+    held: int
+    peak: int
+
+
+@dataclass(frozen=True)
+class Report:
+    """A verification. `shared` is how many ranks had one device; `ids` the sequences and positions that ran."""
+
+    checkpoint: Path
+    reference: Path
+    format: str
+    mesh: str
+    architecture: str
+    depth: int
+    dtype: str
+    device: str
+    backend: str
+    nproc: int
+    shared: int
+    ids: tuple[int, int]
+    method: str
+    shards: Result
+    controls: list[Result]
+    ranks: list[RankMemory]
+    seconds: float
+
+    @property
+    def passed(self) -> bool:
+        """The shards agree with the original, and every planted defect was found."""
+        return self.shards.figures.passed and not self.missed
+
+    @property
+    def missed(self) -> list[str]:
+        """Planted defects that the comparison did not find: then it proves nothing."""
+        return [control.name for control in self.controls if control.figures.passed]
+
+    def __bool__(self) -> bool:
+        return self.passed
+
+    def to_json(self) -> dict:
+        """The keys of CLI.md; `control` is the planted defect that was hardest to see, `controls` are all."""
+        controls = [{"name": control.name, **control.figures.to_json()} for control in self.controls]
+        weakest = min(controls, key=lambda c: c["max_abs_diff"] if c["max_abs_diff"] is not None else float("inf"), default=None)
+        parted = self.shards.parted
+        return {
+            **self.shards.figures.to_json(), "passed": self.passed, "nproc": self.nproc, "device": self.device, "backend": self.backend,
+            "control": weakest, "controls": controls, "method": self.method, "dtype": self.dtype, "format": self.format, "mesh": self.mesh,
+            "architecture": self.architecture, "tokens": list(self.ids), "ranks_per_device": self.shared,
+            "first_apart": parted and parted.path, "seconds": round(self.seconds, 2),
+            "trace": [{"path": p.path, "relative": p.relative if p.relative < float("inf") else None, "apart": p.apart} for p in self.shards.points],
+            "ranks": [{"rank": r.rank, "bytes_stored": r.stored, "bytes_held": r.held, "peak_bytes": r.peak} for r in self.ranks],
+        }  # fmt: skip
+
+    def describe(self, traced: bool = False) -> str:
+        """Verdict, figures and controls as text; with `traced`, every part's error."""
+        sequences, positions = self.ids
+        where = f"{self.nproc} process{'es' * (self.nproc > 1)} on {self.device} ({self.backend})" if self.method == "tp" else f"one process on {self.device}"
+        if self.shared > 1:
+            where += f", up to {self.shared} ranks to a device"
+        lines = [
+            f"{self.checkpoint}  {self.format} {self.mesh}  {self.architecture}, {self.depth} layers",
+            f"{self.reference}  the original, run by transformers",
+            f"{where}, {self.dtype}, {sequences} × {positions} tokens, {self.seconds:.1f} s\n",
+            table([_row(result, control=i > 0) for i, result in enumerate([self.shards, *self.controls])],
+                  ("", "max |Δlogit|", "of max |logit|", "mean KL", "same top-1", "")),
+            f"\ntolerance {self.shards.figures.tolerance:.2g} ({self.shards.figures.tolerance / self.shards.figures.max_abs_logit:.2g} of the largest logit, "
+            f"{self.shards.figures.max_abs_logit:.4g}): rounding in {self.dtype} over {self.depth} layers",
+        ]  # fmt: skip
+        if self.ranks:
+            lines.append(f"per rank: {_span([r.stored for r in self.ranks])} stored, {_span([r.held for r in self.ranks])} held in {self.dtype}")
+        if traced and self.shards.points:
+            rows = [(p.path, f"{p.relative:.2g}", "apart" if p.apart else "") for p in self.shards.points]
+            lines += ["", table(rows, ("output of", "off by (relative)", ""))]
+        return "\n".join([*lines, "", self.verdict()])
+
+    def verdict(self) -> str:
+        """One line."""
+        if not self.shards.figures.passed:
+            parted = self.shards.parted
+            where = f"; the first output that is off is {parted.path}'s ({parted.relative:.2g})" if parted else "; hidden states agree, so the output layer is off"
+            return f"FAILED: these shards are not the original{where}"
+        if self.missed:
+            return f"INCONCLUSIVE: logits agree, but so they do with a planted defect ({self.missed[0]}): this model hides it"
+        defects = f" and all {len(self.controls)} planted defects were found" if self.controls else ""
+        return f"passed: logits agree{defects}"
+
+
+def _row(result: Result, control: bool) -> tuple:
+    f = result.figures
+    verdict = ("MISSED" if f.passed else "found") if control else ("equal" if f.passed else "DIFFERENT")
+    name = f"planted: {result.name}" if control else result.name
+    return name, f"{f.max_abs_diff:.2g}", f"{f.relative:.2g}", f"{f.mean_kl:.2g}", f"{f.top1_agreement:.0%}", verdict
+
+
+def _span(sizes: list[int]) -> str:
+    low, high = human(min(sizes)), human(max(sizes))
+    return low if low == high else f"{low} to {high}"

@@ -1,0 +1,179 @@
+"""One process's work: its rank's shard, the reference on the first rank, the forward, and the comparison."""
+
+import os
+import resource
+import time
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from reshard.errors import FormatError, PlanError, ReshardError
+from reshard.verify.build import build
+from reshard.verify.controls import controls, planted
+from reshard.verify.figures import DTYPES, Figures, compare, relative_tolerance, worst
+from reshard.verify.group import Seat, seats
+from reshard.verify.model import Model, empty_model
+from reshard.verify.prompts import built_in, tokenized
+from reshard.verify.reference import reference_logits
+from reshard.verify.report import RankMemory, Report, Result
+from reshard.verify.request import Request
+from reshard.verify.shards import Shards, open_shards
+from reshard.verify.slices import Slices
+from reshard.verify.trace import Trace, follow
+
+#: gloo and NCCL give up on ranks that are silent for so long: the reference may take its time, and a rank that dies ends the run at once
+SILENCE = timedelta(hours=6)
+
+
+def verify_rank(request: Request, number: int, world: int, local: int, locals_: int) -> Report | None:
+    """Be process `number` of `world` in torch.distributed's default group, the `local`-th of `locals_` on this machine.
+
+    Returns the report on process 0, None elsewhere. What is wrong with the input raises ReshardError on all of them, the same.
+    """
+    start = time.monotonic()
+    device, dtype = _device(request.device, local), DTYPES[request.dtype]
+    if request.device == "cpu":
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // locals_))
+    shards = open_shards(request.checkpoint, request.format)
+    places = seats(shards.mesh, shards.ranks)
+    if len(places) != world:
+        raise FormatError(f"{request.checkpoint} has {len(places)} ranks ({shards.mesh}), but {world} processes run", f"start {len(places)}, or leave --nproc out")
+    config = read_config(request)
+    control = dist.new_group(backend="gloo", timeout=SILENCE)
+    _agree(check(shards, places, number, config), control)
+    groups = {ranks: dist.new_group(ranks, timeout=SILENCE) for ranks in dict.fromkeys(r for seat in places for r in (seat.tensor, seat.stage))}
+    ids = token_ids(request, shards, config)
+    expected, problem = None, []
+    if number == 0:
+        request.say("running the original")
+        try:
+            expected = reference_logits(request.reference, ids, dtype, device, request.low_memory)
+        except ReshardError as error:
+            problem = [error]
+    _agree(problem, control)
+    m = empty_model(config)
+    s = Slices(shards, places, number, m, groups, device, dtype)
+    linears = build(s, m)
+    m.module.to(device)
+    if number == 0:
+        request.say(f"running the shards on {world} process{'es' * (world > 1)}")
+    names, runs = ["shards"], [_forward(m, s, ids, control)]
+    for defect in controls(s, m):
+        if number == 0:
+            request.say(f"planting a defect: {defect.name}")
+        with planted(defect, linears):
+            names, runs = [*names, defect.name], [*runs, _forward(m, s, ids, control, traced=False)]
+    memory = _gather(RankMemory(number, shards.bytes(s.seat.rank), _held(m), _peak(device)), control)
+    if expected is None:
+        return None
+    relative = relative_tolerance(dtype, m.config.num_hidden_layers, m.config.hidden_size)
+    results = [_judge(name, run, expected, relative) for name, run in zip(names, runs)]
+    return Report(request.checkpoint, request.reference, shards.format, str(shards.mesh), (config.architectures or [type(m.module).__name__])[0],
+                  m.config.num_hidden_layers, request.dtype, request.device, dist.get_backend(), world, _to_a_device(request.device, locals_),
+                  tuple(ids.shape), "tp", results[0], results[1:], memory, time.monotonic() - start)  # fmt: skip
+
+
+def check(shards: Shards, places: list[Seat], number: int, config) -> list[str]:
+    """What doesn't fit in one rank's shard, by headers alone."""
+    m = empty_model(config)
+    s = Slices(shards, places, number, m, None, torch.device("meta"), torch.float32)
+    build(s, m)
+    return s.problems
+
+
+def read_config(request: Request):
+    """transformers' configuration of the checkpoint: its own config.json, or --config's, or else the reference's."""
+    from transformers import AutoConfig
+
+    own = request.config or (request.checkpoint if (request.checkpoint / "config.json").is_file() else request.reference)
+    try:
+        return AutoConfig.from_pretrained(own, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise FormatError(f"transformers cannot read the config.json of {own}: {str(error).strip().splitlines()[0]}") from None
+
+
+def token_ids(request: Request, shards: Shards, config) -> torch.Tensor:
+    """The ids to run, [sequences, positions], the same on every rank."""
+    text = config.get_text_config()
+    if request.prompts:
+        rows = [tokenized(request.reference, prompt) for prompt in request.prompts]
+        shortest = min(row.shape[1] for row in rows)
+        if not shortest:
+            raise FormatError("a prompt of --prompt has no tokens")
+        return torch.cat([row[:, :shortest] for row in rows])
+    stage = [shards.tables[rank.number] for rank in shards.ranks if rank.pp == 0]
+    rows = [next((held.info.shape[0] for name in ("model.embed_tokens.weight", "lm_head.weight") if (held := table.get(name))), 0) for table in stage]
+    edges = [sum(rows[: i + 1]) for i in range(len(rows))]
+    return built_in(text.vocab_size, edges, text.max_position_embeddings)
+
+
+@torch.no_grad()
+def _forward(m: Model, s: Slices, ids: torch.Tensor, control, traced: bool = True) -> list[tuple[torch.Tensor | None, dict]]:
+    """Logits of every dense model in the last stage and its traces, one for each slice of a stage; on process 0 alone."""
+    with Trace(m) as outputs:
+        logits = m.module(ids.to(s.device), use_cache=False).logits
+    leader = s.group.index == 0
+    own = (s.seat.slice, logits.float().cpu() if leader and s.computes_logits else None, outputs if leader and traced else {})
+    merged: dict[int, tuple[torch.Tensor | None, dict]] = {}
+    for slice_, found, traces in _gather(own, control):
+        before, all_traces = merged.get(slice_, (None, {}))
+        merged[slice_] = (found if found is not None else before, {**traces, **all_traces})
+    return list(merged.values())
+
+
+def _judge(name: str, run: list[tuple[torch.Tensor | None, dict]], expected: tuple[torch.Tensor, dict], relative: float) -> Result:
+    reference, trace = expected
+    for logits, _ in run:
+        if logits.shape != reference.shape:
+            raise FormatError(f"the shards give logits of {logits.shape[-1]} entries, the reference of {reference.shape[-1]}", "is --reference the same model?")
+    figures: list[Figures] = [compare(reference, logits, relative) for logits, _ in run]
+    chosen = worst(figures)
+    points = follow(trace, run[figures.index(chosen)][1], relative)
+    return Result(name, chosen, points)
+
+
+def _gather(own, control) -> list:
+    """Every process's object, on process 0; nothing elsewhere."""
+    out = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
+    dist.gather_object(own, out, dst=0, group=control)
+    return out or []
+
+
+def _agree(problems: list, control) -> None:
+    """Raise on every process what any of them found: an error of one, or everyone's list of what doesn't fit."""
+    found: list = [None] * dist.get_world_size()
+    dist.all_gather_object(found, problems, group=control)
+    every = [problem for one in found for problem in one]
+    if errors := [problem for problem in every if isinstance(problem, ReshardError)]:
+        raise errors[0]
+    if every:
+        raise PlanError(every, "is config.json this model's, and --from the engine that the shards are for?")
+
+
+def _device(kind: str, local: int) -> torch.device:
+    if kind == "cpu":
+        return torch.device("cpu")
+    device = torch.device("cuda", local % torch.cuda.device_count())
+    torch.cuda.set_device(device)
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    return device
+
+
+def _to_a_device(kind: str, locals_: int) -> int:
+    """Ranks on one device, where there are fewer devices than ranks."""
+    return 1 if kind == "cpu" else -(-locals_ // torch.cuda.device_count())
+
+
+def _held(m: Model) -> int:
+    """Bytes of this rank's weights as computed with; each storage once."""
+    tensors = [*m.module.parameters(), *m.module.buffers()]
+    for part in m.module.modules():
+        tensors += [value for value in vars(part).values() if torch.is_tensor(value)]
+    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
+
+
+def _peak(device: torch.device) -> int:
+    """The most memory that this process has held, on its device."""
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+

@@ -1,0 +1,75 @@
+"""One rank's stored tensors under the paths of its model, with the checks that need every rank's headers."""
+
+from collections import defaultdict
+
+import torch
+
+from reshard.verify.group import Group, Seat
+from reshard.verify.model import Model
+from reshard.verify.shards import Held, Shards
+
+
+class Slices:
+    """The tensors of seat `number`. Without `groups` (process group handles by their members) nothing is ever read.
+
+    `table` maps paths of the model to stored tensors; `problems` gathers what doesn't fit.
+    """
+
+    def __init__(self, shards: Shards, seats: list[Seat], number: int, model: Model, groups: dict[tuple[int, ...], object] | None,
+                 device: torch.device, dtype: torch.dtype):  # fmt: skip
+        self.shards, self.seats, self.number, self.seat = shards, seats, number, seats[number]
+        self.groups, self.device, self.dtype = groups, device if groups is not None else torch.device("meta"), dtype
+        self.group = self._group(self.seat.tensor)
+        self.stage = self._group(self.seat.stage)
+        self.tables = [{model.resolve(name): held for name, held in table.items()} for table in shards.tables]
+        self.table = self.tables[self.seat.rank.number]
+        self.modules: dict[str, dict[str, str]] = defaultdict(dict)
+        for name in self.table:
+            path, _, kind = name.rpartition(".")
+            self.modules[path][kind] = name
+        self.computes_logits = True  # whether the output layer is on this rank's stage
+        self.problems: list[str] = []
+        self.used: set[str] = set()
+
+    def _group(self, members: tuple[int, ...]) -> Group:
+        return Group(members, members.index(self.number), None if self.groups is None else self.groups[members])
+
+    def read(self, name: str) -> torch.Tensor:
+        """The tensor on this rank's device, in the dtype that is computed in."""
+        self.used.add(name)
+        if self.groups is None:
+            return torch.empty(self.table[name].info.shape, device="meta")
+        precise = name.endswith("e_score_correction_bias")  # F32 in the engines and in transformers
+        return self.shards.read(self.table[name]).to(self.device, torch.float32 if precise else self.dtype)
+
+    def read_if(self, name: str | None) -> torch.Tensor | None:
+        return None if name is None else self.read(name)
+
+    def along(self, name: str, dim: int) -> list[int]:
+        """Sizes of tensor `name` along `dim` on each rank of the tensor-parallel group."""
+        found = [self.tables[self.seats[member].rank.number].get(name) for member in self.group.members]
+        return [held.info.shape[dim] if held and len(held.info.shape) > dim else 0 for held in found]
+
+    def problem(self, name: str, text: str) -> None:
+        held: Held | None = self.table.get(name)
+        self.problems.append(f"rank {self.seat.rank.number}: {f'{held.name} ({held.file})' if held else name} {text}")
+
+    def fits(self, name: str, expected: tuple[int | None, ...], total: int | None = None) -> bool:
+        """Whether the stored shape is `expected` on this rank, where its None is cut over ranks: to `total` in all."""
+        shape = self.table[name].info.shape
+        shown = "[" + ", ".join("…" if size is None else str(size) for size in expected) + "]"
+        if len(shape) != len(expected) or any(e is not None and e != s for e, s in zip(expected, shape)):
+            self.problem(name, f"has shape {list(shape)}, the engine takes {shown}")
+            return False
+        if total is not None and (found := self.along(name, expected.index(None))) and sum(found) != total:
+            self.problem(name, f"has {' + '.join(map(str, found))} = {sum(found)} on the ranks of its group, the engine takes {total} in all")
+            return False
+        return True
+
+    def any_columns(self, name: str) -> list[int]:
+        """Columns of tensor `name` on each tensor-parallel rank of the stage that holds it, wherever that is; no sizes where none does."""
+        for seat in self.seats:
+            found = [self.tables[self.seats[member].rank.number].get(name) for member in seat.tensor]
+            if all(found):
+                return [held.info.shape[-1] for held in found]
+        return []

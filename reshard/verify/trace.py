@@ -1,0 +1,60 @@
+"""What comes out of every part of a model, in order: where two runs part, the broken layer is."""
+
+from dataclasses import dataclass
+from math import isfinite
+
+import torch
+from torch import nn
+
+from reshard.verify.model import Model
+from reshard.verify.parallel import Receive, Send, Skipped
+
+
+@dataclass(frozen=True)
+class Point:
+    """One part's output held against the reference's: the largest difference, relative to the largest number there."""
+
+    path: str
+    relative: float
+    apart: bool
+
+
+class Trace:
+    """Record the output of embedding, final norm and every layer with its direct parts, while ``with`` lasts."""
+
+    def __init__(self, m: Model):
+        layers = [(f"{m.layers}.{i}", child) for i, child in m.at(m.layers).named_children()]
+        parts = [(f"{path}.{name}", child) for path, layer in layers for name, child in layer.named_children()]
+        self._places = [(m.embedding, m.at(m.embedding)), *parts, *layers, (m.norm, m.at(m.norm))]
+        self.outputs: dict[str, torch.Tensor] = {}
+
+    def __enter__(self) -> dict[str, torch.Tensor]:
+        self._hooks = [module.register_forward_hook(self._keep(path)) for path, module in self._places
+                       if not isinstance(module, (Receive, Send, Skipped, nn.Identity))]  # fmt: skip
+        return self.outputs
+
+    def __exit__(self, *error) -> None:
+        for hook in self._hooks:
+            hook.remove()
+
+    def _keep(self, path: str):
+        def hook(module, inputs, output) -> None:
+            if torch.is_tensor(output := output[0] if isinstance(output, tuple) else output):
+                self.outputs[path] = output.detach().float().cpu().clone()
+
+        return hook
+
+
+def follow(reference: dict[str, torch.Tensor], outputs: dict[str, torch.Tensor], tolerance: float) -> list[Point]:
+    """The points of both traces, in the reference's order of computation."""
+    points = []
+    for path, expected in reference.items():
+        found = outputs.get(path)
+        if found is None:
+            continue
+        if found.shape != expected.shape:
+            points.append(Point(path, float("inf"), True))
+            continue
+        relative = (found - expected).abs().max().item() / (expected.abs().max().item() or 1.0)
+        points.append(Point(path, relative, not isfinite(relative) or relative > tolerance))
+    return points
