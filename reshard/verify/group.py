@@ -5,12 +5,16 @@ dense model form a tensor-parallel group; experts are summed over the whole stag
 """
 
 from dataclasses import dataclass
+from datetime import timedelta
 from math import lcm
 
 import torch
 import torch.distributed as dist
 
 from reshard.place import Mesh, Rank
+
+#: ranks that are silent for so long are given up: the reference may take its time, and a rank that dies ends the run at once
+SILENCE = timedelta(hours=6)
 
 
 @dataclass(frozen=True)
@@ -47,6 +51,19 @@ class Group:
         whole = self.concatenate(x.flatten()[None], [x.numel()] * self.size)
         other = {0: 1, 1: 0}.get(self.index, self.index)
         return whole[0, other * x.numel() : (other + 1) * x.numel()].view_as(x).clone()
+
+
+#: the key of all ranks' group for messages that are no tensors of the model's
+CONTROL = ("control",)
+
+
+def process_groups(seats: list["Seat"]) -> dict[tuple, object]:
+    """A process group for every set of ranks that computes together, by its members; every process makes all of them."""
+    world = dist.group.WORLD
+    every = tuple(range(dist.get_world_size()))
+    wanted = dict.fromkeys(members for seat in seats for members in (seat.tensor, seat.stage))
+    groups = {members: None if len(members) == 1 else world if members == every else dist.new_group(members, timeout=SILENCE) for members in wanted}
+    return {**groups, CONTROL: world if dist.get_backend() == "gloo" else dist.new_group(backend="gloo", timeout=SILENCE)}
 
 
 def send(x: torch.Tensor, to: int) -> None:

@@ -62,7 +62,8 @@ def _in_group(request: Request, number: int, world: int, local: int, locals_: in
     import torch
     import torch.distributed as dist
 
-    from reshard.verify.run import SILENCE, verify_rank
+    from reshard.verify.group import SILENCE
+    from reshard.verify.run import verify_rank
 
     if request.device == "cuda" and not torch.cuda.is_available():
         raise FormatError("--device cuda, but torch sees no GPU here", "use --device cpu")

@@ -3,7 +3,6 @@
 import os
 import resource
 import time
-from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -12,7 +11,7 @@ from reshard.errors import FormatError, PlanError, ReshardError
 from reshard.verify.build import build
 from reshard.verify.controls import controls, planted
 from reshard.verify.figures import DTYPES, Figures, compare, relative_tolerance, worst
-from reshard.verify.group import Seat, seats
+from reshard.verify.group import CONTROL, Seat, process_groups, seats
 from reshard.verify.model import Model, empty_model
 from reshard.verify.prompts import built_in, tokenized
 from reshard.verify.reference import reference_logits
@@ -22,17 +21,13 @@ from reshard.verify.shards import Shards, open_shards
 from reshard.verify.slices import Slices
 from reshard.verify.trace import Trace, follow
 
-#: gloo and NCCL give up on ranks that are silent for so long: the reference may take its time, and a rank that dies ends the run at once
-SILENCE = timedelta(hours=6)
-
 
 def verify_rank(request: Request, number: int, world: int, local: int, locals_: int) -> Report | None:
     """Be process `number` of `world` in torch.distributed's default group, the `local`-th of `locals_` on this machine.
 
     Returns the report on process 0, None elsewhere. What is wrong with the input raises ReshardError on all of them, the same.
     """
-    start = time.monotonic()
-    device, dtype = _device(request.device, local), DTYPES[request.dtype]
+    device = _device(request.device, local)
     if request.device == "cpu":
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // locals_))
     shards = open_shards(request.checkpoint, request.format)
@@ -40,9 +35,18 @@ def verify_rank(request: Request, number: int, world: int, local: int, locals_: 
     if len(places) != world:
         raise FormatError(f"{request.checkpoint} has {len(places)} ranks ({shards.mesh}), but {world} processes run", f"start {len(places)}, or leave --nproc out")
     config = read_config(request)
-    control = dist.new_group(backend="gloo", timeout=SILENCE)
+    groups = process_groups(places)
+    try:
+        return _verify(request, shards, places, number, config, groups, device, _to_a_device(request.device, locals_))
+    finally:
+        for group in groups.values():
+            if group not in (None, dist.group.WORLD):
+                dist.destroy_process_group(group)
+
+
+def _verify(request, shards: Shards, places: list[Seat], number: int, config, groups, device: torch.device, to_a_device: int) -> Report | None:
+    start, dtype, control = time.monotonic(), DTYPES[request.dtype], groups[CONTROL]
     _agree(check(shards, places, number, config), control)
-    groups = {ranks: dist.new_group(ranks, timeout=SILENCE) for ranks in dict.fromkeys(r for seat in places for r in (seat.tensor, seat.stage))}
     ids = token_ids(request, shards, config)
     expected, problem = None, []
     if number == 0:
@@ -57,7 +61,7 @@ def verify_rank(request: Request, number: int, world: int, local: int, locals_: 
     linears = build(s, m)
     m.module.to(device)
     if number == 0:
-        request.say(f"running the shards on {world} process{'es' * (world > 1)}")
+        request.say(f"running the shards on {len(places)} process{'es' * (len(places) > 1)}")
     names, runs = ["shards"], [_forward(m, s, ids, control)]
     for defect in controls(s, m):
         if number == 0:
@@ -70,7 +74,7 @@ def verify_rank(request: Request, number: int, world: int, local: int, locals_: 
     relative = relative_tolerance(dtype, m.config.num_hidden_layers, m.config.hidden_size)
     results = [_judge(name, run, expected, relative) for name, run in zip(names, runs)]
     return Report(request.checkpoint, request.reference, shards.format, str(shards.mesh), (config.architectures or [type(m.module).__name__])[0],
-                  m.config.num_hidden_layers, request.dtype, request.device, dist.get_backend(), world, _to_a_device(request.device, locals_),
+                  m.config.num_hidden_layers, request.dtype, request.device, dist.get_backend(), len(places), to_a_device,
                   tuple(ids.shape), "tp", results[0], results[1:], memory, time.monotonic() - start)  # fmt: skip
 
 
