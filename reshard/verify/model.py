@@ -48,6 +48,14 @@ class Model:
         return f"{path}.{kind}"
 
 
+def hush() -> None:
+    """No bars and no advice from transformers: the ranks would all give them."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+
+
 def empty_model(config) -> Model:
     """The model of a transformers config on the meta device, its tables (rotary angles) computed."""
     from transformers import AutoModelForCausalLM

@@ -7,9 +7,11 @@ import torch
 from torch import nn
 
 from reshard.errors import FormatError
-from reshard.verify.model import Model, parts_of
+from reshard.verify.model import Model, empty_model, parts_of
 from reshard.verify.trace import Trace
 
+#: every number computed one way, by transformers' plain code, on every device
+EAGER = {"attn_implementation": "eager", "experts_implementation": "eager", "local_files_only": True}
 #: bytes of weights that stay in memory with --low-memory; layers past them are read from disk as they are used
 _KEPT = 2 * 10**9
 
@@ -18,10 +20,10 @@ def load_reference(folder: Path, dtype: torch.dtype, device: torch.device, low_m
     """transformers' model of `folder`, whole on `device`, or streamed from disk layer by layer (`offload` takes what must be cast)."""
     from transformers import AutoModelForCausalLM
 
-    options = {"device_map": "auto", "max_memory": {device.index or 0 if device.type == "cuda" else "cpu": _KEPT}, "offload_folder": offload} if low_memory else {}
+    place = (device.index or 0) if device.type == "cuda" else "cpu"
+    options = {"device_map": "auto", "max_memory": {place: _KEPT}, "offload_folder": offload} if low_memory else {}
     try:
-        model, seen = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="eager", experts_implementation="eager",
-                                                           local_files_only=True, output_loading_info=True, **options)  # fmt: skip
+        model, seen = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **EAGER, output_loading_info=True, **options)
     except (OSError, ValueError, RuntimeError, ImportError) as error:
         raise FormatError(f"transformers cannot load the reference {folder}: {str(error).strip().splitlines()[0]}",
                           "the reference is a Hugging Face checkpoint of a causal language model, with config.json") from None  # fmt: skip
@@ -29,6 +31,12 @@ def load_reference(folder: Path, dtype: torch.dtype, device: torch.device, low_m
     if absent:
         raise FormatError(f"the reference {folder} lacks {len(absent)} tensors: {', '.join(absent[:3])}", "is it the whole original model?")
     return model.eval() if low_memory else model.eval().to(device)
+
+
+def load_state(state: dict[str, torch.Tensor], config, dtype: torch.dtype, device: torch.device) -> nn.Module:
+    """transformers' model of `config` with the tensors in `state`, which have the names of its files on the Hub."""
+    kind = type(empty_model(config).module)
+    return kind.from_pretrained(None, config=config, state_dict=state, dtype=dtype, **EAGER).eval().to(device)
 
 
 @torch.no_grad()

@@ -111,8 +111,8 @@ class Report:
             return f"FAILED: these shards are not the original{where}"
         if self.missed:
             return f"INCONCLUSIVE: logits agree, but so they do with a planted defect ({self.missed[0]}): this model hides it"
-        defects = f" and all {len(self.controls)} planted defects were found" if self.controls else ""
-        return f"passed: logits agree{defects}"
+        found = {0: "", 1: ", and the planted defect was found"}.get(len(self.controls), f", and all {len(self.controls)} planted defects were found")
+        return f"passed: logits agree{found}"
 
 
 def _row(result: Result, control: bool) -> tuple:

@@ -12,7 +12,7 @@ from reshard.verify.build import build
 from reshard.verify.controls import controls, planted
 from reshard.verify.figures import DTYPES, Figures, compare, relative_tolerance, worst
 from reshard.verify.group import CONTROL, Seat, process_groups, seats
-from reshard.verify.model import Model, empty_model
+from reshard.verify.model import Model, empty_model, hush
 from reshard.verify.prompts import built_in, tokenized
 from reshard.verify.reference import reference_logits
 from reshard.verify.report import RankMemory, Report, Result
@@ -47,7 +47,7 @@ def verify_rank(request: Request, number: int, world: int, local: int, locals_: 
 def _verify(request, shards: Shards, places: list[Seat], number: int, config, groups, device: torch.device, to_a_device: int) -> Report | None:
     start, dtype, control = time.monotonic(), DTYPES[request.dtype], groups[CONTROL]
     _agree(check(shards, places, number, config), control)
-    ids = token_ids(request, shards, config)
+    ids = token_ids(request, vocabulary_edges(shards), config)
     expected, problem = None, []
     if number == 0:
         request.say("running the original")
@@ -90,6 +90,7 @@ def read_config(request: Request):
     """transformers' configuration of the checkpoint: its own config.json, or --config's, or else the reference's."""
     from transformers import AutoConfig
 
+    hush()
     own = request.config or (request.checkpoint if (request.checkpoint / "config.json").is_file() else request.reference)
     try:
         return AutoConfig.from_pretrained(own, local_files_only=True)
@@ -97,19 +98,24 @@ def read_config(request: Request):
         raise FormatError(f"transformers cannot read the config.json of {own}: {str(error).strip().splitlines()[0]}") from None
 
 
-def token_ids(request: Request, shards: Shards, config) -> torch.Tensor:
-    """The ids to run, [sequences, positions], the same on every rank."""
+def token_ids(request: Request, edges: list[int], config) -> torch.Tensor:
+    """The ids to run, [sequences, positions], the same on every rank; built-in ones reach both sides of `edges`."""
     text = config.get_text_config()
-    if request.prompts:
-        rows = [tokenized(request.reference, prompt) for prompt in request.prompts]
-        shortest = min(row.shape[1] for row in rows)
-        if not shortest:
-            raise FormatError("a prompt of --prompt has no tokens")
-        return torch.cat([row[:, :shortest] for row in rows])
-    stage = [shards.tables[rank.number] for rank in shards.ranks if rank.pp == 0]
-    rows = [next((held.info.shape[0] for name in ("model.embed_tokens.weight", "lm_head.weight") if (held := table.get(name))), 0) for table in stage]
-    edges = [sum(rows[: i + 1]) for i in range(len(rows))]
-    return built_in(text.vocab_size, edges, text.max_position_embeddings)
+    if not request.prompts:
+        return built_in(text.vocab_size, edges, text.max_position_embeddings)
+    rows = [tokenized(request.reference, prompt) for prompt in request.prompts]
+    shortest = min(row.shape[1] for row in rows)
+    if not shortest:
+        raise FormatError("a prompt of --prompt has no tokens")
+    return torch.cat([row[:, :shortest] for row in rows])
+
+
+def vocabulary_edges(shards: Shards) -> list[int]:
+    """Where each rank's rows of the embedding end."""
+    names = "model.embed_tokens.weight", "lm_head.weight"
+    tables = [shards.tables[rank.number] for rank in shards.ranks if rank.pp == 0 and rank.ep in (0, rank.tp)]
+    rows = [next((table[name].info.shape[0] for name in names if name in table), 0) for table in tables]
+    return [sum(rows[: i + 1]) for i in range(len(rows))]
 
 
 @torch.no_grad()

@@ -1,0 +1,82 @@
+"""A verification as one HTML page that needs nothing else: verdict, figures, the error of every part, memory of every rank."""
+
+from html import escape
+from math import isfinite, log10
+
+from reshard.text import human
+from reshard.verify.report import Report
+
+_STYLE = """
+:root { color-scheme: light dark; --ok: #2a7f4f; --bad: #c0392b; --line: #8884; --bar: #4a78b5; }
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }
+h1 { font-size: 1.4rem; } h2 { font-size: 1.1rem; margin-top: 2rem; }
+.ok { color: var(--ok); } .bad { color: var(--bad); }
+table { border-collapse: collapse; width: 100%; } td, th { text-align: left; padding: .25rem .6rem; border-bottom: 1px solid var(--line); }
+td.n { text-align: right; font-variant-numeric: tabular-nums; } td.w { width: 45%; }
+.bar { display: block; height: .7rem; background: var(--bar); } .bar.bad { background: var(--bad); }
+.scale { position: relative; } .limit { position: absolute; top: 0; bottom: 0; border-left: 2px dashed var(--bad); }
+code { font-size: .9em; }
+"""
+
+
+def page(report: Report) -> str:
+    """The page's text."""
+    kind = "ok" if report.passed else "bad"
+    facts = [
+        ("checkpoint", f"<code>{escape(str(report.checkpoint))}</code>: {report.format} {report.mesh}"),
+        ("original", f"<code>{escape(str(report.reference))}</code>, run by transformers"),
+        ("model", f"{escape(report.architecture)}, {report.depth} layers"),
+        ("run", f"{report.nproc} process{'es' * (report.nproc > 1)} on {report.device} ({report.backend}), {report.dtype}, "
+                f"{report.ids[0]} × {report.ids[1]} tokens, {report.seconds:.1f} s, method {report.method}"),
+        ("tolerance", f"{report.shards.figures.tolerance:.3g} on logits of up to {report.shards.figures.max_abs_logit:.4g}"),
+    ]  # fmt: skip
+    body = [
+        f'<h1>reshard verify: <span class="{kind}">{escape(report.verdict())}</span></h1>',
+        _table([], [[f"<td>{name}</td>", f"<td>{value}</td>"] for name, value in facts]),
+        "<h2>Logits against the original's</h2>",
+        _table(["", "max |Δlogit|", "of max |logit|", "mean KL", "same top-1", ""], [_result_row(report, i) for i in range(1 + len(report.controls))]),
+    ]
+    if report.shards.points:
+        body += ["<h2>Error of every part, relative to its largest output</h2><p>Logarithmic; the dashed line is the tolerance.</p>", _errors(report)]
+    if report.ranks:
+        body += ["<h2>Memory of every rank</h2>", _memory(report)]
+    return f"<!doctype html><html lang=en><meta charset=utf-8><title>reshard verify</title><style>{_STYLE}</style><body>{''.join(body)}</body></html>\n"
+
+
+def _result_row(report: Report, index: int) -> list[str]:
+    result = [report.shards, *report.controls][index]
+    f = result.figures
+    good = f.passed == (index == 0)
+    word = ("equal" if f.passed else "different") if index == 0 else ("missed" if f.passed else "found")
+    name = ("planted: " if index else "") + result.name
+    numbers = [f"{f.max_abs_diff:.2g}", f"{f.relative:.2g}", f"{f.mean_kl:.2g}", f"{f.top1_agreement:.0%}"]
+    return [f"<td>{escape(name)}</td>", *(f'<td class="n">{number}</td>' for number in numbers), f'<td class="{"ok" if good else "bad"}">{word}</td>']
+
+
+def _errors(report: Report) -> str:
+    limit = report.shards.figures.tolerance / report.shards.figures.max_abs_logit
+    low, high = log10(limit) - 4, max(log10(limit) + 2, 0.5)
+
+    def at(value: float) -> float:
+        return 100.0 if not isfinite(value) else max(0.5, min(100, 100 * (log10(max(value, 1e-30)) - low) / (high - low)))
+
+    line = f'<span class="limit" style="left:{at(limit):.1f}%"></span>'
+    rows = []
+    for point in report.shards.points:
+        bar = f'<span class="bar{" bad" if point.apart else ""}" style="width:{at(point.relative):.1f}%"></span>'
+        rows.append([f"<td><code>{escape(point.path)}</code></td>", f'<td class="n">{point.relative:.1e}</td>', f'<td class="w"><div class="scale">{bar}{line}</div></td>'])
+    return _table(["output of", "error", ""], rows)
+
+
+def _memory(report: Report) -> str:
+    most = max(r.peak for r in report.ranks) or 1
+    rows = []
+    for rank in report.ranks:
+        bar = f'<span class="bar" style="width:{100 * rank.held / most:.1f}%"></span>'
+        rows.append([f"<td>rank {rank.rank}</td>", *(f'<td class="n">{human(size)}</td>' for size in (rank.stored, rank.held, rank.peak)), f'<td class="w">{bar}</td>'])
+    return _table(["", "stored", f"held in {report.dtype}", "peak of its process", "held, of the highest peak"], rows)
+
+
+def _table(head: list[str], rows: list[list[str]]) -> str:
+    top = "<tr>" + "".join(f"<th>{escape(cell)}</th>" for cell in head) + "</tr>" if head else ""
+    return f"<table>{top}{''.join('<tr>' + ''.join(row) + '</tr>' for row in rows)}</table>"

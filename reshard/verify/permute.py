@@ -1,0 +1,94 @@
+"""The proof without processes: merge the shards with their ranks permuted; the model must stay the same.
+
+A cut that falls on heads, groups and ffn columns leaves a model whose heads stand in another order, and computes the same
+logits. A cut that goes through them, or that two tensors of a layer make differently, does not. It says nothing of what
+is cut by vocabulary (kept in order here), of biases that are summed, of the order inside a rank, and of names.
+"""
+
+import time
+from dataclasses import replace
+
+import torch
+
+from reshard.api import load
+from reshard.block import Stored
+from reshard.checkpoint import Checkpoint, open_checkpoint
+from reshard.errors import FormatError
+from reshard.job import place
+from reshard.place import Rank
+from reshard.verify.figures import DTYPES, compare, relative_tolerance
+from reshard.verify.reference import load_state, reference_logits
+from reshard.verify.report import Report, Result
+from reshard.verify.request import Request
+from reshard.verify.run import read_config, token_ids
+
+
+def permuted_order(tp: int, replicated: int) -> list[int]:
+    """Tensor-parallel ranks in reverse; those that share one key/value head (`replicated` of them) keep together, in order."""
+    share = tp // replicated if tp > replicated and tp % replicated == 0 else 1
+    return [tp - share - t // share * share + t % share for t in range(tp)]
+
+
+def permuted(checkpoint: Checkpoint, left_out: str | None = None) -> Checkpoint:
+    """`checkpoint` with each rank's file taken for another's, layer tensors alone. `left_out` names a tensor that stays: a
+    defect. Raises FormatError where ranks hold unlike pieces."""
+    placement = place(checkpoint, checkpoint.format, checkpoint.mesh)
+    layout = checkpoint.layout
+    heads = [layout.sizes[axis] for axis in layout.descriptor.replicate]
+    order = permuted_order(checkpoint.mesh.tp, min(heads, default=checkpoint.mesh.tp))
+    at = {(rank.tp, rank.pp, rank.ep): rank for rank in placement.ranks}
+    other = {rank.number: at.get((order[rank.tp], rank.pp, rank.ep)) for rank in placement.ranks}
+    own = {(s.rank, s.name): s for s in checkpoint.stored}
+    out: list[Stored] = []
+    for s in checkpoint.stored:
+        tensor = layout.descriptor.tensors[s.entry.of[0]]
+        dealt = "expert" in tensor.index and checkpoint.mesh.ep > 1  # whole experts can't move without their router
+        if "layer" not in tensor.index or dealt or s.entry.only_rank0 or s.name == left_out:
+            out.append(s)
+            continue
+        rank: Rank | None = other[s.rank]
+        source = own.get((rank.number, s.name)) if rank else None
+        if source is None or source.shape != s.shape or len(source.blocks) != len(s.blocks):
+            raise FormatError(f"{s.name}: rank {s.rank} holds {list(s.shape)}, rank {rank.number if rank else '?'} "
+                              f"{list(source.shape) if source else 'no such tensor'}: ranks that hold unlike pieces can't be permuted",
+                              "use --method tp")  # fmt: skip
+        blocks = tuple((key, replace(block, offset=theirs.offset, strides=theirs.strides)) for (key, block), (_, theirs) in zip(s.blocks, source.blocks))
+        out.append(replace(s, blocks=blocks, file=source.file, start=source.start, dtype=source.dtype))
+    return replace(checkpoint, stored=out)
+
+
+def row_parallel(checkpoint: Checkpoint) -> str | None:
+    """A tensor of the middle layer whose input is cut: left in place, it no longer meets the outputs before it."""
+    tensors = checkpoint.layout.descriptor.tensors
+    for s in checkpoint.stored:
+        tensor = tensors[s.entry.of[0]]
+        if tensor.split and tensor.index == ("layer",) and tensor.split[0] not in tensor.dims[0] and s.blocks and s.blocks[0][0][1] == checkpoint.layout.layers // 2:
+            return s.name
+    return None
+
+
+@torch.no_grad()
+def verify_permuted(request: Request) -> Report:
+    """Run the proof in this process. Raises ReshardError where there is nothing to permute."""
+    start, dtype, device = time.monotonic(), DTYPES[request.dtype], torch.device(request.device)
+    checkpoint = open_checkpoint(request.checkpoint, format=request.format, config=request.config or (None if (request.checkpoint / "config.json").is_file() else request.reference))
+    if checkpoint.mesh.tp == 1:
+        raise FormatError(f"{request.checkpoint} is of one tensor-parallel rank: nothing to permute", "use --method tp")
+    left_out = row_parallel(checkpoint)
+    broken = permuted(checkpoint, left_out) if left_out else None
+    config = read_config(request)
+    ids = token_ids(request, [], config)
+    request.say("running the original")
+    reference, _ = reference_logits(request.reference, ids, dtype, device, request.low_memory)
+    results = []
+    relative = relative_tolerance(dtype, config.get_text_config().num_hidden_layers, config.get_text_config().hidden_size)
+    for name, source in (("shards, ranks permuted", permuted(checkpoint)), (f"{left_out} left in order", broken)):
+        if source is None:
+            continue
+        request.say(f"running {name}")
+        model = load_state(load(source, format="hf"), config, dtype, device)
+        logits = model(ids.to(device), use_cache=False).logits.float().cpu()
+        results.append(Result(name, compare(reference, logits, relative), []))
+        del model
+    return Report(request.checkpoint, request.reference, checkpoint.format, str(checkpoint.mesh), checkpoint.architecture, checkpoint.layout.layers,
+                  request.dtype, request.device, "none", 1, 1, tuple(ids.shape), "permute", results[0], results[1:], [], time.monotonic() - start)  # fmt: skip
