@@ -1,10 +1,12 @@
 """Start the processes of a verification, or be one of those that torchrun started."""
 
 import json
+import logging
 import os
 import tempfile
 from pathlib import Path
 
+from reshard import formats
 from reshard.errors import FormatError, ReshardError
 from reshard.verify.request import Request
 
@@ -25,13 +27,14 @@ def run_processes(request: Request, count: int):
 
     from torch.multiprocessing import ProcessExitedException, ProcessRaisedException, start_processes
 
+    logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)  # it tells of every rank that it ends
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # ranks of one machine need no name of it
     # one process imports torch and transformers, and the ranks are forked from it
     multiprocessing.set_forkserver_preload(["reshard.verify.run", *_modeling(request)])
     outbox, inbox = multiprocessing.get_context("forkserver").Pipe(duplex=False)
     outcome = None
     with tempfile.TemporaryDirectory(prefix="reshard-verify-") as folder:
-        ranks = start_processes(_process, (request, count, f"file://{folder}/rendezvous", inbox), count, join=False, start_method="forkserver")
+        ranks = start_processes(_process, (request, count, folder, inbox), count, join=False, start_method="forkserver")
         inbox.close()
         done = False
         try:
@@ -42,20 +45,29 @@ def run_processes(request: Request, count: int):
         except EOFError:
             pass
         except (ProcessRaisedException, ProcessExitedException) as error:
-            text = str(error).strip()
-            raise ReshardError(f"rank {error.error_index} stopped: {text.splitlines()[-1]}", "run with -v for all it said") from error
+            raise _first_stop(Path(folder), error) from error
     if isinstance(outcome, ReshardError):
         raise outcome
     return outcome
 
 
-def _process(number: int, request: Request, count: int, rendezvous: str, inbox) -> None:
+def _process(number: int, request: Request, count: int, folder: str, inbox) -> None:
     try:
-        report = _in_group(request, number, count, number, count, rendezvous)
+        report = _in_group(request, number, count, number, count, f"file://{folder}/rendezvous")
     except ReshardError as error:
         report = error
+    except Exception as error:
+        (Path(folder) / f"{number}.stopped").write_text(f"{type(error).__name__}: {error}")
+        raise
     if number == 0:
         inbox.send(report)
+
+
+def _first_stop(folder: Path, error: Exception) -> ReshardError:
+    """What stopped the rank that stopped first; the others only lost their connection to it."""
+    stopped = sorted(folder.glob("*.stopped"), key=lambda path: path.stat().st_mtime_ns)
+    rank, text = (stopped[0].stem, stopped[0].read_text()) if stopped else (error.error_index, str(error))
+    return ReshardError(f"rank {rank} stopped: {text.strip().splitlines()[-1]}", "run with -v for all it said")
 
 
 def _in_group(request: Request, number: int, world: int, local: int, locals_: int, rendezvous: str):
@@ -85,6 +97,9 @@ def _modeling(request: Request) -> list[str]:
 
 
 def check_reference(folder: Path) -> None:
+    """Raise FormatError unless `folder` is a Hugging Face checkpoint: transformers would take others for something else."""
+    kind = formats.recognise(folder).name
+    if kind != "hf":
+        raise FormatError(f"--reference {folder} is of format {kind}", "name the folder of the original Hugging Face checkpoint")
     if not (folder / "config.json").is_file():
-        raise FormatError(f"--reference {folder} has no config.json" if folder.is_dir() else f"--reference {folder} is not a folder",
-                          "name the folder of the original Hugging Face checkpoint")  # fmt: skip
+        raise FormatError(f"--reference {folder} has no config.json", "transformers makes the model by it; download it too")

@@ -1,5 +1,6 @@
 """transformers' own model of a config.json, without memory for its weights, and where its parts are."""
 
+import logging
 from dataclasses import dataclass
 
 import torch
@@ -49,11 +50,12 @@ class Model:
 
 
 def hush() -> None:
-    """No bars and no advice from transformers: the ranks would all give them."""
-    from transformers.utils import logging
+    """No bars and no advice from transformers and accelerate: the ranks would all give them."""
+    from transformers.utils import logging as transformers_logging
 
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    logging.getLogger("accelerate").setLevel(logging.ERROR)
 
 
 def empty_model(config) -> Model:

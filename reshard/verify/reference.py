@@ -13,7 +13,7 @@ from reshard.verify.trace import Trace
 #: every number computed one way, by transformers' plain code, on every device
 EAGER = {"attn_implementation": "eager", "experts_implementation": "eager", "local_files_only": True}
 #: bytes of weights that stay in memory with --low-memory; layers past them are read from disk as they are used
-_KEPT = 2 * 10**9
+_KEPT = 10**8
 
 
 def load_reference(folder: Path, dtype: torch.dtype, device: torch.device, low_memory: bool, offload: Path) -> nn.Module:

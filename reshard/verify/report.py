@@ -3,18 +3,20 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from reshard.text import human, table
+from reshard.text import human, some, table
 from reshard.verify.figures import Figures
 from reshard.verify.trace import Point
 
 
 @dataclass(frozen=True)
 class Result:
-    """One run held against the reference: the shards as they are, or with a defect. `points` follow the model's parts."""
+    """One run held against the reference: the shards as they are, or with a defect. `points` follow the model's parts;
+    `suspects` are the stored tensors of the first that is off."""
 
     name: str
     figures: Figures
     points: list[Point] = field(default_factory=list)
+    suspects: list[str] = field(default_factory=list)
 
     @property
     def parted(self) -> Point | None:
@@ -76,7 +78,7 @@ class Report:
             **self.shards.figures.to_json(), "passed": self.passed, "nproc": self.nproc, "device": self.device, "backend": self.backend,
             "control": weakest, "controls": controls, "method": self.method, "dtype": self.dtype, "format": self.format, "mesh": self.mesh,
             "architecture": self.architecture, "tokens": list(self.ids), "ranks_per_device": self.shared,
-            "first_apart": parted and parted.path, "seconds": round(self.seconds, 2),
+            "first_apart": parted and parted.path, "suspects": self.shards.suspects, "seconds": round(self.seconds, 2),
             "trace": [{"path": p.path, "relative": p.relative if p.relative < float("inf") else None, "apart": p.apart} for p in self.shards.points],
             "ranks": [{"rank": r.rank, "bytes_stored": r.stored, "bytes_held": r.held, "peak_bytes": r.peak} for r in self.ranks],
         }  # fmt: skip
@@ -107,8 +109,10 @@ class Report:
         """One line."""
         if not self.shards.figures.passed:
             parted = self.shards.parted
-            where = f"; the first output that is off is {parted.path}'s ({parted.relative:.2g})" if parted else "; hidden states agree, so the output layer is off"
-            return f"FAILED: these shards are not the original{where}"
+            if parted is None:
+                return "FAILED: these shards are not the original; hidden states agree, the output layer does not" if self.shards.points else "FAILED: these shards are not the original"
+            suspects = f": look at {some(self.shards.suspects)}" if self.shards.suspects else ""
+            return f"FAILED: these shards are not the original; the first output that is off is {parted.path}'s, by {parted.relative:.2g}{suspects}"
         if self.missed:
             return f"INCONCLUSIVE: logits agree, but so they do with a planted defect ({self.missed[0]}): this model hides it"
         found = {0: "", 1: ", and the planted defect was found"}.get(len(self.controls), f", and all {len(self.controls)} planted defects were found")

@@ -55,6 +55,8 @@ def _verify(request, shards: Shards, places: list[Seat], number: int, config, gr
             expected = reference_logits(request.reference, ids, dtype, device, request.low_memory)
         except ReshardError as error:
             problem = [error]
+        except Exception as error:  # the other ranks wait: they must hear of whatever stopped transformers
+            problem = [FormatError(f"transformers cannot run the reference {request.reference}: {type(error).__name__}: {error}")]
     _agree(problem, control)
     m = empty_model(config)
     s = Slices(shards, places, number, m, groups, device, dtype)
@@ -72,7 +74,7 @@ def _verify(request, shards: Shards, places: list[Seat], number: int, config, gr
     if expected is None:
         return None
     relative = relative_tolerance(dtype, m.config.num_hidden_layers, m.config.hidden_size)
-    results = [_judge(name, run, expected, relative) for name, run in zip(names, runs)]
+    results = [_judge(name, run, expected, relative, s) for name, run in zip(names, runs)]
     return Report(request.checkpoint, request.reference, shards.format, str(shards.mesh), (config.architectures or [type(m.module).__name__])[0],
                   m.config.num_hidden_layers, request.dtype, request.device, dist.get_backend(), len(places), to_a_device,
                   tuple(ids.shape), "tp", results[0], results[1:], memory, time.monotonic() - start)  # fmt: skip
@@ -92,10 +94,16 @@ def read_config(request: Request):
 
     hush()
     own = request.config or (request.checkpoint if (request.checkpoint / "config.json").is_file() else request.reference)
-    try:
-        return AutoConfig.from_pretrained(own, local_files_only=True)
-    except (OSError, ValueError) as error:
-        raise FormatError(f"transformers cannot read the config.json of {own}: {str(error).strip().splitlines()[0]}") from None
+    configs = []
+    for folder in (own, request.reference):
+        try:
+            configs.append(AutoConfig.from_pretrained(folder, local_files_only=True))
+        except (OSError, ValueError) as error:
+            raise FormatError(f"transformers cannot read the config.json of {folder}: {str(error).strip().splitlines()[0]}") from None
+    ours, theirs = (config.get_text_config().vocab_size for config in configs)
+    if ours != theirs:
+        raise FormatError(f"{own} has a vocabulary of {ours}, the reference {request.reference} one of {theirs}", "is --reference the same model?")
+    return configs[0]
 
 
 def token_ids(request: Request, edges: list[int], config) -> torch.Tensor:
@@ -132,15 +140,14 @@ def _forward(m: Model, s: Slices, ids: torch.Tensor, control, traced: bool = Tru
     return list(merged.values())
 
 
-def _judge(name: str, run: list[tuple[torch.Tensor | None, dict]], expected: tuple[torch.Tensor, dict], relative: float) -> Result:
+def _judge(name: str, run: list[tuple[torch.Tensor, dict]], expected: tuple[torch.Tensor, dict], relative: float, s: Slices) -> Result:
     reference, trace = expected
-    for logits, _ in run:
-        if logits.shape != reference.shape:
-            raise FormatError(f"the shards give logits of {logits.shape[-1]} entries, the reference of {reference.shape[-1]}", "is --reference the same model?")
     figures: list[Figures] = [compare(reference, logits, relative) for logits, _ in run]
     chosen = worst(figures)
     points = follow(trace, run[figures.index(chosen)][1], relative)
-    return Result(name, chosen, points)
+    off = next((point.path for point in points if point.apart), None)
+    suspects = {held.name: None for table in s.tables for name, held in table.items() if off and name.startswith(f"{off}.")}
+    return Result(name, chosen, points, list(suspects))
 
 
 def _gather(own, control) -> list:
