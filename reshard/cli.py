@@ -215,10 +215,11 @@ def diff(a, b, config, layout, as_json, quiet):
 @click.option("--report", type=click.Path(dir_okay=False), metavar="FILE", help="Write an HTML page too.")
 @click.option("--from", "from_", type=click.Choice(FORMATS), help="Format of CKPT, where its files don't tell.")
 @click.option("--config", type=click.Path(exists=True), help="config.json of the model, or its folder, where CKPT has none (default: HF's).")
+@click.option("--layout", type=click.Path(exists=True, dir_okay=False), help="A layout descriptor of your own, for --method permute; tp reads none.")
 @json_option
 @click.option("-q", "--quiet", is_flag=True, help="No progress.")
 @click.option("-v", "--verbose", is_flag=True, help="Tracebacks with errors.")
-def verify(ckpt, reference, nproc, device, dtype, method, prompts, low_memory, trace, report, from_, config, as_json, quiet, verbose):
+def verify(ckpt, reference, nproc, device, dtype, method, prompts, low_memory, trace, report, from_, config, layout, as_json, quiet, verbose):
     """Prove the shards in CKPT by running them as their engine would, and comparing logits with the original's.
 
     Defects are planted in the same run, and must be found. Exit code 3: the logits differ, or a planted defect did not show.
@@ -226,7 +227,7 @@ def verify(ckpt, reference, nproc, device, dtype, method, prompts, low_memory, t
     from reshard.verify import verify as run
 
     try:
-        found = run(ckpt, reference=reference, nproc=nproc, format=from_, config=config, device=device, dtype=dtype, method=method,
+        found = run(ckpt, reference=reference, nproc=nproc, format=from_, config=config, layout=layout, device=device, dtype=dtype, method=method,
                     prompts=prompts, low_memory=low_memory, told=not (quiet or as_json))  # fmt: skip
     except ReshardError:
         if os.environ.get("RANK", "0") != "0":  # of torchrun's ranks one tells

@@ -22,6 +22,7 @@ def verify(
     nproc: int | None = None,
     format: str | None = None,
     config: str | Path | None = None,
+    layout: str | Path | None = None,
     device: str | None = None,
     dtype: str = "fp32",
     method: str = "tp",
@@ -33,7 +34,7 @@ def verify(
 
     Method ``tp`` runs one process per rank, started here (`nproc` of them; a script that calls this guards its own start with
     ``if __name__ == "__main__"``), or by torchrun, under which the ranks other than 0 get None. ``permute`` runs one process:
-    shards merged with their ranks permuted must give the same logits. `device` is cpu or cuda (the default where there is one).
+    shards merged with their ranks permuted must give the same logits (`layout`: a descriptor of your own to merge them by). `device` is cpu or cuda (the default where there is one).
     Raises ReshardError for what can't be run at all; shards that give other logits are a false Report.
     """
     from reshard.verify.launch import check_reference, run_here, run_processes, under_torchrun
@@ -47,7 +48,7 @@ def verify(
         import torch
 
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    request = Request(Path(checkpoint), Path(reference), format, config and Path(config), device, dtype, tuple(prompts), low_memory, told)
+    request = Request(Path(checkpoint), Path(reference), format, config and Path(config), layout and Path(layout), device, dtype, tuple(prompts), low_memory, told)
     check_reference(request.reference)
     if method == "permute":
         from reshard.verify.permute import verify_permuted

@@ -48,11 +48,13 @@ def permuted(checkpoint: Checkpoint, left_out: str | None = None) -> Checkpoint:
             continue
         rank: Rank | None = other[s.rank]
         source = own.get((rank.number, s.name)) if rank else None
-        if source is None or source.shape != s.shape or len(source.blocks) != len(s.blocks):
+        if source is None or source.shape != s.shape:
             raise FormatError(f"{s.name}: rank {s.rank} holds {list(s.shape)}, rank {rank.number if rank else '?'} "
                               f"{list(source.shape) if source else 'no such tensor'}: ranks that hold unlike pieces can't be permuted",
                               "use --method tp")  # fmt: skip
-        blocks = tuple((key, replace(block, offset=theirs.offset, strides=theirs.strides)) for (key, block), (_, theirs) in zip(s.blocks, source.blocks))
+        blocks = s.blocks
+        if len(source.blocks) == len(blocks):  # as their file has them: torch files may be strided
+            blocks = tuple((key, replace(block, offset=theirs.offset, strides=theirs.strides)) for (key, block), (_, theirs) in zip(blocks, source.blocks))
         out.append(replace(s, blocks=blocks, file=source.file, start=source.start, dtype=source.dtype))
     return replace(checkpoint, stored=out)
 
@@ -71,7 +73,8 @@ def row_parallel(checkpoint: Checkpoint) -> str | None:
 def verify_permuted(request: Request) -> Report:
     """Run the proof in this process. Raises ReshardError where there is nothing to permute."""
     start, dtype, device = time.monotonic(), DTYPES[request.dtype], torch.device(request.device)
-    checkpoint = open_checkpoint(request.checkpoint, format=request.format, config=request.config or (None if (request.checkpoint / "config.json").is_file() else request.reference))
+    config_at = request.config or (None if (request.checkpoint / "config.json").is_file() else request.reference)
+    checkpoint = open_checkpoint(request.checkpoint, format=request.format, layout=request.layout, config=config_at)
     if checkpoint.mesh.tp == 1:
         raise FormatError(f"{request.checkpoint} is of one tensor-parallel rank: nothing to permute", "use --method tp")
     left_out = row_parallel(checkpoint)

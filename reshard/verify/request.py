@@ -8,12 +8,13 @@ from pathlib import Path
 @dataclass(frozen=True)
 class Request:
     """`format` forces what is otherwise recognised; `device` is cpu or cuda; `config` (a folder or file) stands in for the
-    checkpoint's own config.json; `prompts` are texts instead of the built-in ids; `told` shows steps on stderr."""
+    checkpoint's own config.json; `layout` is a descriptor file for method permute, the only one that reads any; `prompts` are texts instead of the built-in ids; `told` shows steps on stderr."""
 
     checkpoint: Path
     reference: Path
     format: str | None = None
     config: Path | None = None
+    layout: Path | None = None
     device: str = "cpu"
     dtype: str = "fp32"
     prompts: tuple[str, ...] = ()

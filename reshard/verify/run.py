@@ -58,6 +58,9 @@ def _verify(request, shards: Shards, places: list[Seat], number: int, config, gr
         except Exception as error:  # the other ranks wait: they must hear of whatever stopped transformers
             problem = [FormatError(f"transformers cannot run the reference {request.reference}: {type(error).__name__}: {error}")]
     _agree(problem, control)
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
     m = empty_model(config)
     s = Slices(shards, places, number, m, groups, device, dtype)
     linears = build(s, m)
@@ -121,8 +124,8 @@ def token_ids(request: Request, edges: list[int], config) -> torch.Tensor:
 def vocabulary_edges(shards: Shards) -> list[int]:
     """Where each rank's rows of the embedding end."""
     names = "model.embed_tokens.weight", "lm_head.weight"
-    tables = [shards.tables[rank.number] for rank in shards.ranks if rank.pp == 0 and rank.ep in (0, rank.tp)]
-    rows = [next((table[name].info.shape[0] for name in names if name in table), 0) for table in tables]
+    tables = {rank.tp: shards.tables[rank.number] for rank in shards.ranks if rank.pp == 0}
+    rows = [next((tables[t][name].info.shape[0] for name in names if name in tables[t]), 0) for t in sorted(tables)]
     return [sum(rows[: i + 1]) for i in range(len(rows))]
 
 
@@ -191,6 +194,6 @@ def _held(m: Model) -> int:
 
 
 def _peak(device: torch.device) -> int:
-    """The most memory that this process has held, on its device."""
+    """The most that this process has held on its device; on CPU with Python and torch, and on process 0 with the original."""
     return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 

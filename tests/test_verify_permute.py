@@ -1,0 +1,79 @@
+"""Rank permutation: merged with ranks permuted, every family's shards must compute what the original computes.
+
+It judges the descriptors' cuts with nothing of ours but the merge: transformers runs both models.
+"""
+
+from pathlib import Path
+
+import pytest
+import reshard
+from reshard.errors import FormatError
+
+SAMPLES = Path(__file__).parents[2] / "shared" / "samples"
+FAMILIES = ("llama", "llama-oddvocab", "llama-tied", "qwen2", "qwen3", "phi3", "gpt_neox", "gpt_oss", "qwen3_moe", "mixtral", "deepseek_v3")
+CASES = (("tp", 2), ("vllm", 8), ("sglang", 4), ("megatron", 8))
+
+
+def verify(folder: Path, reference: Path, **options):
+    from reshard.verify import verify as run
+
+    return run(folder, reference=reference, method="permute", device="cpu", **options)
+
+
+def test_ranks_that_share_a_key_head_stay_together():
+    from reshard.verify.permute import permuted_order
+
+    assert permuted_order(2, 4) == [1, 0]
+    assert permuted_order(4, 4) == [3, 2, 1, 0]
+    assert permuted_order(8, 4) == [6, 7, 4, 5, 2, 3, 0, 1]
+    assert permuted_order(3, 3) == [2, 1, 0]
+
+
+@pytest.mark.models
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_descriptor_cuts_on_heads_and_columns(family, tmp_path):
+    described = {format for format, _ in CASES} - ({"sglang", "megatron"} if family == "gpt_neox" else set())
+    for format, tp in CASES:
+        if format in described:
+            reshard.convert(SAMPLES / "hf" / family, tmp_path / format, format=format, tp=tp, fsync=False)
+            report = verify(tmp_path / format, SAMPLES / "hf" / family, format=format)
+            assert report.passed, (format, report.describe())
+            assert report.shards.figures.relative <= 1e-4
+            assert len(report.controls) == 1 and not report.controls[0].figures.passed
+
+
+@pytest.mark.models
+@pytest.mark.parametrize("name, family", [("llama-tp2", "llama"), ("phi3-tp2", "phi3"), ("llama-kv2-tp4", "llama-kv2")])
+def test_engines_own_files(name, family):
+    assert verify(SAMPLES / "vllm" / name, SAMPLES / "vllm/hf" / family).passed
+
+
+@pytest.mark.models
+@pytest.mark.parametrize(
+    "family, right, wrong",
+    [
+        ("phi3", 'of = ["q", "k", "v"]', 'of = ["q", "k", "v"], cut = "whole"'),  # a plain chunk of queries, keys, values
+        ("phi3", 'of = ["gate", "up"]', 'of = ["gate", "up"], cut = "whole"'),
+        ("gpt_oss", ', within = "ffn", dims = "hidden ffn" }', ', dims = "hidden ffn", dim = 1 }'),  # halves, not alternate rows
+        ("gpt_neox", ', within = "heads"', ""),
+    ],
+)
+def test_a_wrong_rule_is_found(family, right, wrong, tmp_path):
+    """Wrong in both directions: the way there and back is the identity, and diff sees nothing; the permuted model is another."""
+    text = (Path(__file__).parents[1] / "layouts" / f"{family}.toml").read_text()
+    assert right in text
+    layout, source = tmp_path / "wrong.toml", SAMPLES / "hf" / family
+    layout.write_text(text.replace(right, wrong))
+    reshard.convert(source, tmp_path / "out", format="tp", tp=2, layout=layout, fsync=False)
+    assert reshard.diff(source, tmp_path / "out", layout=layout)
+    assert not verify(tmp_path / "out", source, layout=layout).shards.figures.passed
+
+
+@pytest.mark.models
+def test_nothing_to_permute_is_said(tmp_path):
+    source = SAMPLES / "hf" / "llama"
+    with pytest.raises(FormatError, match="one tensor-parallel rank"):
+        verify(source, source)
+    reshard.convert(source, tmp_path / "tp3", format="tp", tp=3, fsync=False)
+    with pytest.raises(FormatError, match="ranks that hold unlike pieces"):
+        verify(tmp_path / "tp3", source)
