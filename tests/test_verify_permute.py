@@ -6,6 +6,7 @@ It judges the descriptors' cuts with nothing of ours but the merge: transformers
 from pathlib import Path
 
 import pytest
+
 import reshard
 from reshard.errors import FormatError
 

@@ -13,8 +13,8 @@ from reshard.verify.request import Request
 
 def run_here(request: Request):
     """Be the rank that torchrun's environment says. Returns the Report on rank 0, None on the others."""
-    world, local = int(os.environ["WORLD_SIZE"]), int(os.environ.get("LOCAL_RANK", 0))
-    return _in_group(request, int(os.environ["RANK"]), world, local, int(os.environ.get("LOCAL_WORLD_SIZE", world)), "env://")
+    world, local = int(os.environ["WORLD_SIZE"]), int(os.environ.get("LOCAL_RANK", "0"))
+    return _in_group(request, int(os.environ["RANK"]), world, local, int(os.environ.get("LOCAL_WORLD_SIZE", str(world))), "env://")
 
 
 def under_torchrun() -> bool:

@@ -22,14 +22,15 @@ code { font-size: .9em; }
 def page(report: Report) -> str:
     """The page's text."""
     kind = "ok" if report.passed else "bad"
+    sequences, positions = report.ids
+    where = f"{report.nproc} process{'es' * (report.nproc > 1)} on {report.device} ({report.backend})"
     facts = [
         ("checkpoint", f"<code>{escape(str(report.checkpoint))}</code>: {report.format} {report.mesh}"),
         ("original", f"<code>{escape(str(report.reference))}</code>, run by transformers"),
         ("model", f"{escape(report.architecture)}, {report.depth} layers"),
-        ("run", f"{report.nproc} process{'es' * (report.nproc > 1)} on {report.device} ({report.backend}), {report.dtype}, "
-                f"{report.ids[0]} × {report.ids[1]} tokens, {report.seconds:.1f} s, method {report.method}"),
+        ("run", f"{where}, {report.dtype}, {sequences} × {positions} tokens, {report.seconds:.1f} s, method {report.method}"),
         ("tolerance", f"{report.shards.figures.tolerance:.3g} on logits of up to {report.shards.figures.max_abs_logit:.4g}"),
-    ]  # fmt: skip
+    ]
     body = [
         f'<h1>reshard verify: <span class="{kind}">{escape(report.verdict())}</span></h1>',
         _table([], [[f"<td>{name}</td>", f"<td>{value}</td>"] for name, value in facts]),

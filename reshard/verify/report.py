@@ -89,15 +89,17 @@ class Report:
         where = f"{self.nproc} process{'es' * (self.nproc > 1)} on {self.device} ({self.backend})" if self.method == "tp" else f"one process on {self.device}"
         if self.shared > 1:
             where += f", up to {self.shared} ranks to a device"
+        f = self.shards.figures
+        head = "", "max |Δlogit|", "of max |logit|", "mean KL", "same top-1", ""
+        rows = [_row(result, control=i > 0) for i, result in enumerate([self.shards, *self.controls])]
+        least = f.tolerance / (f.max_abs_logit or 1)
         lines = [
             f"{self.checkpoint}  {self.format} {self.mesh}  {self.architecture}, {self.depth} layers",
             f"{self.reference}  the original, run by transformers",
             f"{where}, {self.dtype}, {sequences} × {positions} tokens, {self.seconds:.1f} s\n",
-            table([_row(result, control=i > 0) for i, result in enumerate([self.shards, *self.controls])],
-                  ("", "max |Δlogit|", "of max |logit|", "mean KL", "same top-1", "")),
-            f"\ntolerance {self.shards.figures.tolerance:.2g} ({self.shards.figures.tolerance / self.shards.figures.max_abs_logit:.2g} of the largest logit, "
-            f"{self.shards.figures.max_abs_logit:.4g}): rounding in {self.dtype} over {self.depth} layers",
-        ]  # fmt: skip
+            table(rows, head),
+            f"\ntolerance {f.tolerance:.2g} ({least:.2g} of the largest logit, {f.max_abs_logit:.4g}): rounding in {self.dtype} over {self.depth} layers",
+        ]
         if self.ranks:
             lines.append(f"per rank: {_span([r.stored for r in self.ranks])} stored, {_span([r.held for r in self.ranks])} held in {self.dtype}")
         if traced and self.shards.points:

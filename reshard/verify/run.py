@@ -55,7 +55,7 @@ def _verify(request, shards: Shards, places: list[Seat], number: int, config, gr
             expected = reference_logits(request.reference, ids, dtype, device, request.low_memory)
         except ReshardError as error:
             problem = [error]
-        except Exception as error:  # the other ranks wait: they must hear of whatever stopped transformers
+        except Exception as error:  # noqa: BLE001 the other ranks wait: they must hear of whatever stopped transformers
             problem = [FormatError(f"transformers cannot run the reference {request.reference}: {type(error).__name__}: {error}")]
     _agree(problem, control)
     if device.type == "cuda":
