@@ -16,7 +16,20 @@ from reshard.block import chunk
 from reshard.verify import experts as stacks
 from reshard.verify.attention import Heads, by_head, grouped, sections, side_by_side
 from reshard.verify.model import Model
-from reshard.verify.parallel import Experts, Fused, Joined, Linear, NoHeads, Part, Receive, RowLinear, Send, Skipped, VocabEmbedding, VocabHead
+from reshard.verify.parallel import (
+    Experts,
+    Fused,
+    Joined,
+    Linear,
+    NoHeads,
+    Part,
+    Receive,
+    RowLinear,
+    Send,
+    Skipped,
+    VocabEmbedding,
+    VocabHead,
+)
 from reshard.verify.slices import Slices
 
 #: projections whose output is cut over ranks, and those whose input is and whose outputs are summed; all others are whole
