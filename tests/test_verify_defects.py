@@ -59,6 +59,15 @@ def each(name: str, change: Callable[[torch.Tensor], torch.Tensor]) -> Callable[
     return apply
 
 
+def on(rank: int, name: str, change: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[States], None]:
+    """`change` tensor `name` in one file alone."""
+
+    def apply(states: States) -> None:
+        states[rank][name] = change(states[rank][name])
+
+    return apply
+
+
 def both(*changes: Callable[[States], None]) -> Callable[[States], None]:
     """Several of them: one defect that shows in several tensors."""
 
@@ -334,6 +343,18 @@ DEFECTS = [
     Defect("bf16's bits read as fp16", "llama", "tp", TP2, MLP, each(L + "mlp.up_proj.weight", read_as_float16)),
     Defect("one element set to zero", "llama", "vllm", TP2, MLP, set_to(L + "mlp.down_proj.weight", (3, 5), 0.0)),
     Defect("one NaN", "llama", "megatron", TP2, ATTENTION, set_to(M + "self_attention.linear_proj.weight", (3, 5), float("nan"))),
+    # copies: what several ranks hold alike, wrong on one of them
+    Defect("a norm stale on one rank", "llama", "tp", TP2, ATTENTION, on(1, L + "input_layernorm.weight", rolled)),
+    Defect("a router stale on one rank", "qwen3_moe", "vllm", TP2, MLP, on(1, L + "mlp.experts.gate.weight", rolled)),
+    Defect("a row-parallel bias lost on one rank", "llama-tied", "tp", TP2, MLP, on(1, A + "o_proj.bias", torch.zeros_like)),
+    Defect("a repeated key/value head stale on one rank", "llama", "vllm", TP8, ATTENTION,
+           on(3, A + "qkv_proj.weight", lambda x: torch.cat([x[:16], rolled(x[16:])]))),
+    Defect("attention stale in one expert-parallel copy of the dense model", "qwen3_moe", "megatron", EP2, ATTENTION,
+           on(1, M + "self_attention.linear_proj.weight", rolled)),
+    Defect("an expert stale in one of its copies", "mixtral", "megatron", {"tp": 4, "ep": 2, "etp": 1}, MLP,
+           on(2, M + "mlp.experts.linear_fc2.weight1", rolled)),
+    Defect("the last stage's copy of a tied embedding stale", "qwen2", "megatron", PP2, LOGITS,
+           both(on(1, "output_layer.weight", rolled), on(3, "output_layer.weight", rolled))),
     # shapes
     Defect("a projection cut along the wrong dimension", "llama", "tp", TP2, REFUSED, cut_by_columns),
     Defect("a projection transposed", "llama", "vllm", TP2, REFUSED, each(L + "mlp.down_proj.weight", lambda x: x.T.contiguous())),
@@ -444,7 +465,7 @@ def experts_and_router(states: States) -> None:
 
 @pytest.mark.parametrize("family, format, change", [
     ("llama-oddvocab", "megatron", whole("embedding.word_embeddings.weight", 0, lambda x: torch.cat([x[:259], torch.full_like(x[259:], 9.0)]))),
-    ("llama-oddvocab", "vllm", whole("lm_head.weight", 0, lambda x: torch.cat([x[:259], torch.full_like(x[259:], 9.0)]))),
+    ("llama-oddvocab", "vllm", whole("lm_head.weight", 0, lambda x: torch.cat([x[:259], torch.full_like(x[259:], float("nan"))]))),
     ("llama", "tp", between(*(A + f"{name}_proj.weight" for name in "qkvo"))),
     ("llama", "vllm", between(L + "mlp.gate_up_proj.weight", L + "mlp.down_proj.weight")),
     ("mixtral", "tp", experts_and_router),
