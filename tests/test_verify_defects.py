@@ -303,6 +303,8 @@ DEFECTS = [
     # whole layers, ranks, stages
     Defect("files of two ranks exchanged", "llama", "tp", TP2, "model.embed_tokens", lambda states: states.reverse()),
     Defect("rank 0's file for every rank", "llama", "vllm", TP2, "model.embed_tokens", everywhere(0)),
+    Defect("folders by expert rank and then tensor rank", "qwen3_moe", "megatron", {"tp": 2, "ep": 2}, "model.embed_tokens",
+           lambda states: states.insert(1, states.pop(2))),
     Defect("a stale layer: layer 0's tensors again", "llama", "tp", TP2, L + "input_layernorm", layer_of(0)),
     Defect("layers off by one", "llama", "rank-pt", TP2, "model.layers.0.input_layernorm", lambda states: [
         exchange(name, name.replace(L, "model.layers.0."))(states) for name in list(states[0]) if name.startswith(L)]),
