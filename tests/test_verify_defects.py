@@ -147,7 +147,6 @@ def set_to(name: str, at: tuple[int, ...], value: float) -> Callable[[States], N
     """One element of one rank's tensor."""
 
     def apply(states: States) -> None:
-        states[1][name] = states[1][name].clone()
         states[1][name][at] = value
 
     return apply
@@ -395,7 +394,7 @@ def write(file: Path, state: dict, rest) -> None:
 def rewrite(folder: Path, change: Callable[[States], None]) -> bool:
     """Change the stored tensors of all ranks; whether anything is another now."""
     found = [read(file) for file in files(folder)]
-    states = [dict(state) for state, _ in found]
+    states = [{name: tensor.clone() if torch.is_tensor(tensor) else tensor for name, tensor in state.items()} for state, _ in found]
     change(states)
     for file, state, (_, rest) in zip(files(folder), states, found, strict=True):
         write(file, state, rest)
@@ -433,7 +432,8 @@ def planted(defect: Defect):
     sound = good(defect.family, defect.format, tuple(defect.mesh.items()))
     with TemporaryDirectory(prefix="defect-") as folder:
         copytree(sound, folder, dirs_exist_ok=True)
-        assert rewrite(Path(folder), defect.change), "nothing was broken"
+        if not rewrite(Path(folder), defect.change):
+            raise ValueError(f"{defect.name}: nothing was broken")
         return verify(Path(folder), SAMPLES / defect.family)
 
 
@@ -458,6 +458,62 @@ def test_found(defect):
     parted = outcome.shards.parted
     assert (parted.path if parted else LOGITS) == defect.parts, [(point.path, point.relative) for point in outcome.shards.points]
     assert not outcome and "FAILED" in outcome.verdict() and (defect.parts in outcome.verdict() or "output layer" in outcome.verdict())
+
+
+def layer_too_many(states: States) -> None:
+    for state in states:
+        state.update({name.replace(L, "model.layers.2."): state[name].clone() for name in list(state) if name.startswith(L)})
+
+
+def experts_of_the_other_rank(states: States) -> None:
+    """Two ranks of two experts each: their names say the other's numbers."""
+    for state in states:
+        names = [name for name in state if ".experts." in name]
+        moved = {re.sub(r"experts\.(\d)", lambda found: f"experts.{(int(found[1]) + 2) % 4}", name): state.pop(name) for name in names}
+        state.update(moved)
+
+
+def one_matrix_of_an_expert(states: States) -> None:
+    del states[0][L + "block_sparse_moe.experts.3.w2.weight"]
+
+
+def uneven_gate(states: States) -> None:
+    name = L + "mlp.gate_proj.weight"
+    states[0][name], states[1][name] = torch.cat([state[name] for state in states]).split((70, 90))
+
+
+def one_embedding_row(states: States) -> None:
+    states[0]["model.embed_tokens.weight"][100] *= 2
+
+
+GAPS = [
+    Defect("experts named as the other rank's", "qwen3_moe", "tp", {"tp": 2, "ep": 2}, REFUSED, experts_of_the_other_rank),
+    Defect("a layer that the model has not", "llama", "tp", TP2, REFUSED, layer_too_many),
+    Defect("one matrix of one expert missing", "mixtral", "tp", TP2, REFUSED, one_matrix_of_an_expert),
+    Defect("gate and up of other sizes on a rank", "llama", "tp", TP2, REFUSED, uneven_gate),
+    Defect("an embedding row that no prompt reads", "llama", "tp", TP2, "model.embed_tokens", one_embedding_row),
+]  # fmt: skip
+
+
+@pytest.mark.xfail(strict=True, raises=AssertionError, reason="not found yet: see the name")
+@pytest.mark.parametrize("defect", GAPS, ids=lambda defect: re.sub(r"\W+", "-", defect.name))
+def test_gaps(defect):
+    """Move a row to DEFECTS when verify finds it."""
+    assert found(defect), planted(defect)
+
+
+@pytest.mark.xfail(strict=True, raises=AssertionError, reason="passes, or ends in an IndexError")
+@pytest.mark.parametrize("family, format, change", [
+    ("llama", "tp", {"tie_word_embeddings": True}),  # an engine that ties would not read the output layer that is there
+    ("llama", "tp", {"num_hidden_layers": 3}),  # the third is nowhere
+    ("llama", "megatron", {"vocab_size": 321}),  # ids that the original has not
+], ids=["tied", "layers", "vocabulary"])  # fmt: skip
+def test_gaps_of_the_configuration(family, format, change, tmp_path):
+    copytree(good(family, format, (("tp", 2),)), tmp_path / "out")
+    config = json.loads((tmp_path / "out/config.json").read_text())
+    (tmp_path / "out/config.json").write_text(json.dumps(config | change))
+    outcome = verify(tmp_path / "out", SAMPLES / family)
+    assert isinstance(outcome, reshard.ReshardError) or isinstance(outcome, Report) and not outcome.shards.figures.passed, outcome
 
 
 def experts_and_router(states: States) -> None:
