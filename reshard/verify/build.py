@@ -52,16 +52,20 @@ def build(s: Slices, m: Model) -> dict[str, Linear]:
     layers = defaultdict(list)
     for path in held:
         layers[int(path[len(m.layers) + 1 :].split(".")[0])].append(path)
+    everywhere = {number for rank in s.shards.ranks for number in s.shards.layers(rank)}
     linears: dict[str, Linear] = {}
     for number in range(depth):
+        if number not in everywhere:
+            s.problem(f"{m.layers}.{number}", f"is on no rank, config.json tells of {depth} layers")
         if number in layers:
             linears |= layer(s, m, f"{m.layers}.{number}", sorted(layers[number]))
         else:
             m.put(f"{m.layers}.{number}", Skipped())
     for name, tensor in (*m.module.named_parameters(), *m.module.named_buffers()):
         if id(tensor) in empty:
-            s.problem(name, "is missing")
-    beyond = {name for number in layers if number >= depth for path in layers[number] for name in s.modules[path].values()}  # multi-token prediction
+            s.problem(name.replace(".experts.inner.", ".experts."), "is missing")
+    predicted = range(depth, depth + (getattr(m.config, "num_nextn_predict_layers", None) or 0))  # layers for more tokens at once, which engines leave out
+    beyond = {name for number in predicted for path in layers.get(number, ()) for name in s.modules[path].values()}
     for name in s.table.keys() - s.used - beyond:
         s.problem(name, f"has no place in {type(m.module).__name__}")
     return linears
@@ -77,9 +81,12 @@ def ends(s: Slices, m: Model) -> None:
     def held(stage: int, wanted: tuple[str, ...]) -> str | None:
         return next((name for name in wanted if name in tables[stage]), None)
 
-    heads = {stage: name for stage in range(last + 1) if (name := held(stage, names if m.tied else names[:1]))}
+    # tied, the embedding is the output layer, whatever else a file holds; a stage without it, and vLLM, have it as the output layer's
+    heads = {stage: name for stage in range(last + 1) if (name := held(stage, names[::-1] if m.tied else names[:1]))}
     at = last if last in heads else min(heads, default=last)  # the stage that computes logits: of tied models perhaps the first
     hidden, vocab = m.config.hidden_size, m.config.vocab_size
+    if type(m.at(m.embedding)) is not nn.Embedding:
+        s.problem(f"{m.embedding}.weight", f"belongs to a {type(m.at(m.embedding)).__name__}, which does more than look up: verify can't cut it")
     embedding: nn.Module = Receive(s.seat.before, hidden, s.dtype)
     if own == 0:
         name = held(0, names[::-1] if m.tied else names[1:]) or names[1]
@@ -99,6 +106,8 @@ def ends(s: Slices, m: Model) -> None:
     elif own == last:
         head = Send(s.number + (at - last) * width)
     m.put(m.head, head)
+    if m.tied:
+        s.used.update(names)
     if own == last:
         _whole(s, m, m.norm, s.modules[m.norm])
     else:
@@ -137,6 +146,7 @@ def layer(s: Slices, m: Model, prefix: str, paths: list[str]) -> dict[str, Linea
             _whole(s, m, path, kinds, heads.get(path))
     for path, names in experts.items():
         _experts(s, m, path, names)
+    _same_width(s, prefix)
     for output, own in zip(outputs, heads.values()):
         owner = output.rpartition(".")[0]
         _localise(m.at(owner), own)
@@ -154,11 +164,7 @@ def _heads(s: Slices, m: Model, output: str) -> Heads:
     latent = hasattr(attention, "kv_b_proj")
     keys = queries if latent else getattr(m.config, "num_key_value_heads", None) or queries
 
-    def long(name: str, dim: int) -> int | None:
-        held = s.table.get(f"{owner}.{name}.weight")
-        return held.info.shape[dim] if held and len(held.info.shape) == 2 else None
-
-    columns, rows, fused = long(output.rpartition(".")[2], 1), long("k_proj", 0), long("qkv_proj", 0)
+    columns, rows, fused = s.width(f"{output}.weight", 1), s.width(f"{owner}.k_proj.weight", 0), s.width(f"{owner}.qkv_proj.weight", 0)
     own = queries // ranks if columns is None else columns // value
     if rows is not None:
         own_keys = rows // size
@@ -166,6 +172,11 @@ def _heads(s: Slices, m: Model, output: str) -> Heads:
         own_keys = (fused // size - own) // 2
     else:
         own_keys = own if keys == queries else max(keys // ranks, 1)
+    rows = s.width(f"{owner}.q_proj.weight", 0)
+    if rows is not None and columns is not None and not latent and rows != columns:
+        s.problem(f"{owner}.q_proj.weight", f"has {rows} rows, {output.rpartition('.')[2]} has {columns} columns on this rank")
+    elif own_keys and own % own_keys:
+        s.problem(f"{output}.weight", f"is of {own} query heads, with {own_keys} key/value heads on this rank")
     return Heads(queries, keys, size, s.group.index, ranks, own, own_keys)
 
 
@@ -236,6 +247,17 @@ def _fused(s: Slices, m: Model, owner: str, leaf: str, kinds: dict[str, str], he
     return fused
 
 
+def _same_width(s: Slices, prefix: str) -> None:
+    """Each rank's outputs of gate and up, and inputs of down, are the same columns: of as many each."""
+    for path in [path for path in s.modules if path.startswith(f"{prefix}.") and path.endswith((".down_proj", ".dense_4h_to_h")) and not _EXPERT.match(path)]:
+        owner, _, leaf = path.rpartition(".")
+        inputs = s.width(f"{path}.weight", 1)
+        for name, share in {"gate_proj": 1, "up_proj": 1, "gate_up_proj": 2, "dense_h_to_4h": 1}.items():
+            outputs = s.width(f"{owner}.{name}.weight", 0)
+            if None not in (inputs, outputs) and outputs != share * inputs:
+                s.problem(f"{owner}.{name}.weight", f"has {outputs} rows, {leaf} has {inputs} columns on this rank")
+
+
 def _read(s: Slices, kinds: dict[str, str], biased: bool) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """Weight and bias of a projection; a lack of either is a problem, a bias too many is one by being left over."""
     if "weight" not in kinds:
@@ -256,11 +278,24 @@ def _whole(s: Slices, m: Model, path: str, kinds: dict[str, str], heads: Heads |
         if place.get(kind) is None:
             continue
         expected = (heads.local_queries,) if heads and kind == "sinks" else tuple(place[kind].shape)
-        if s.fits(name, expected):
-            tensor = s.read(name)
-            place[kind] = nn.Parameter(tensor, requires_grad=False) if place is module._parameters else tensor
-        else:
-            s.used.add(name)
+        s.fits(name, expected)
+        tensor = s.read(name)
+        place[kind] = nn.Parameter(tensor, requires_grad=False) if place is module._parameters else tensor
+
+
+def _complete(s: Slices, path: str, names: dict[int, dict[str, str]], first: int, stop: int) -> bool:
+    """Whether the rank's experts are those that are dealt to it, each with all its matrices."""
+    local = s.shards.format == "megatron"  # whose experts are numbered within the rank
+    expected = list(range(stop - first) if local else range(first, stop))
+    if sorted(names) != expected:
+        s.problem(f"{path}.{min(names)}", f"and others are experts {sorted(names)} of this rank, it is dealt {expected}")
+    every = set().union(*names.values())
+    missing = [f"{path}.{expert}.{leaf}" for expert in sorted(names) for leaf in sorted(every - names[expert].keys())]
+    for name in missing:
+        s.problem(name, "is missing")
+    for own in names.values():
+        s.used.update(own.values())
+    return sorted(names) == expected and not missing
 
 
 def _experts(s: Slices, m: Model, path: str, names: dict[int, dict[str, str]]) -> None:
@@ -274,7 +309,7 @@ def _experts(s: Slices, m: Model, path: str, names: dict[int, dict[str, str]]) -
         as_module = s.shards.format not in _ENGINES or (s.shards.format == "sglang" and s.shards.mesh.ep == 1)
         made = stacks.stack_as_stored(names[-1], s.read, module, not as_module)
     else:
-        made = stacks.stack_one_by_one(names, s.read, module)
+        made = stacks.stack_one_by_one(names, s.read, module) if _complete(s, path, names, first, stop) else {}
     if s.shards.format not in _ENGINES and rank.etp and "down_proj_bias" in made:
         made["down_proj_bias"] = torch.zeros_like(made["down_proj_bias"])  # outputs are summed; engines store it so
     shown = next(iter(next(iter(names.values())).values()))

@@ -66,7 +66,7 @@ def controls(s: Slices, m: Model) -> list[Control]:
         return lambda linears: {path: s.group.exchanged for path in at(linears, leaf).values()}
 
     out = [Control(f"keys and values of layer {depth} exchanged" if not latent else f"rows of layer {depth}'s kv_b_proj shifted", shifted),
-           Control(f"rows of each head of layer {depth} in the other rotary order", paired)]  # fmt: skip
+           Control(f"rows of each stored head of layer {depth} in the other rotary order", paired)]  # fmt: skip
     for leaf in ("o_proj", "dense", "down_proj", "dense_4h_to_h"):
         columns = s.any_columns(f"{prefix}{'mlp' if leaf in ('down_proj', 'dense_4h_to_h') else 'self_attn' if leaf == 'o_proj' else 'attention'}.{leaf}.weight")
         if len(columns) > 1 and len(set(columns)) == 1:

@@ -74,12 +74,16 @@ _LAYER = re.compile(r"(?<=\.layers\.)\d+")
 FORMATS = tuple(_TABLES)
 
 
+def no_weight(name: str) -> bool:
+    return bool(_NO_WEIGHTS.search(name))
+
+
 def module_name(name: str, format: str, first_layer: int = 0) -> str | None:
     """The name that `name`, as `format` stores it, has in transformers' modules; None for what is no weight.
 
     `first_layer` is added to numbers of layers, for formats that count them within a pipeline stage.
     """
-    if _NO_WEIGHTS.search(name):
+    if no_weight(name):
         return None
     for pattern, replacement in _TABLES[format]:
         name = re.sub(pattern, replacement, name)

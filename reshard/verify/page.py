@@ -47,8 +47,8 @@ def page(report: Report) -> str:
 def _result_row(report: Report, index: int) -> list[str]:
     result = [report.shards, *report.controls][index]
     f = result.figures
-    good = f.passed == (index == 0)
-    word = ("equal" if f.passed else "different") if index == 0 else ("missed" if f.passed else "found")
+    good = result.passed if index == 0 else not f.passed
+    word = ("equal" if good else "different") if index == 0 else ("found" if good else "missed")
     name = ("planted: " if index else "") + result.name
     numbers = [f"{f.max_abs_diff:.2g}", f"{f.relative:.2g}", f"{f.mean_kl:.2g}", f"{f.top1_agreement:.0%}"]
     return [f"<td>{escape(name)}</td>", *(f'<td class="n">{number}</td>' for number in numbers), f'<td class="{"ok" if good else "bad"}">{word}</td>']

@@ -17,9 +17,11 @@ from reshard.errors import FormatError
 from reshard.job import place
 from reshard.place import Rank
 from reshard.verify.figures import DTYPES, compare, relative_tolerance
-from reshard.verify.reference import load_state, reference_logits
+from reshard.verify.model import parts_of
+from reshard.verify.reference import load_state, run_reference
 from reshard.verify.report import Report, Result
 from reshard.verify.request import Request
+from reshard.verify.routers import replay
 from reshard.verify.run import read_config, token_ids
 
 
@@ -82,7 +84,7 @@ def verify_permuted(request: Request) -> Report:
     config = read_config(request)
     ids = token_ids(request, [], config)
     request.say("running the original")
-    reference, _ = reference_logits(request.reference, ids, dtype, device, request.low_memory)
+    original = run_reference(request.reference, ids, dtype, device, request.low_memory)
     results = []
     relative = relative_tolerance(dtype, config.get_text_config().num_hidden_layers, config.get_text_config().hidden_size)
     for name, source in (("shards, ranks permuted", permuted(checkpoint)), (f"{left_out} left in order", broken)):
@@ -90,8 +92,9 @@ def verify_permuted(request: Request) -> Report:
             continue
         request.say(f"running {name}")
         model = load_state(load(source, format="hf"), config, dtype, device)
+        replay(parts_of(model), original.routed)
         logits = model(ids.to(device), use_cache=False).logits.float().cpu()
-        results.append(Result(name, compare(reference, logits, relative), []))
+        results.append(Result(name, compare(original.logits, logits, relative), []))
         del model
     return Report(request.checkpoint, request.reference, checkpoint.format, str(checkpoint.mesh), checkpoint.architecture, checkpoint.layout.layers,
                   request.dtype, request.device, "none", 1, 1, tuple(ids.shape), "permute", results[0], results[1:], [], time.monotonic() - start)  # fmt: skip

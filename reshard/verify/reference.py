@@ -1,6 +1,7 @@
 """The original's logits: transformers on the Hugging Face checkpoint."""
 
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -8,7 +9,8 @@ from torch import nn
 
 from reshard.errors import FormatError
 from reshard.verify.model import Model, empty_model, parts_of
-from reshard.verify.trace import Trace
+from reshard.verify.routers import recorded
+from reshard.verify.trace import Trace, every_row
 
 #: every number computed one way, by transformers' plain code, on every device
 EAGER = {"attn_implementation": "eager", "experts_implementation": "eager", "local_files_only": True}
@@ -39,12 +41,23 @@ def load_state(state: dict[str, torch.Tensor], config, dtype: torch.dtype, devic
     return kind.from_pretrained(None, config=config, state_dict=state, dtype=dtype, **EAGER).eval().to(device)
 
 
+@dataclass(frozen=True)
+class Original:
+    """What the original computed, on the CPU: logits [sequences, positions, vocabulary] in fp32, the output of every part
+    of the model, and what its routers saw."""
+
+    logits: torch.Tensor
+    outputs: dict[str, torch.Tensor]
+    routed: dict[str, torch.Tensor]
+
+
 @torch.no_grad()
-def reference_logits(folder: Path, ids: torch.Tensor, dtype: torch.dtype, device: torch.device, low_memory: bool = False) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """Logits [sequences, positions, vocabulary] in fp32 on the CPU, and what came out of every part of the model."""
+def run_reference(folder: Path, ids: torch.Tensor, dtype: torch.dtype, device: torch.device, low_memory: bool = False) -> Original:
+    """Run the original on `ids` [sequences, positions]."""
     with tempfile.TemporaryDirectory(prefix="reshard-verify-") as offload:
         model = load_reference(folder, dtype, device, low_memory, Path(offload))
         m: Model = parts_of(model)
-        with Trace(m) as outputs:
+        rows = every_row(m, device)
+        with Trace(m) as outputs, recorded(m) as routed:
             logits = model(ids.to(device), use_cache=False).logits
-    return logits.float().cpu(), outputs
+    return Original(logits.float().cpu(), {**rows, **outputs}, routed)

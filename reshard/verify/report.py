@@ -19,6 +19,11 @@ class Result:
     suspects: list[str] = field(default_factory=list)
 
     @property
+    def passed(self) -> bool:
+        """The logits agree, and so does what no prompt reaches."""
+        return self.figures.passed and not any(point.apart for point in self.points if point.decides)
+
+    @property
     def parted(self) -> Point | None:
         """The first part whose output is not the reference's."""
         return next((point for point in self.points if point.apart), None)
@@ -59,7 +64,7 @@ class Report:
     @property
     def passed(self) -> bool:
         """The shards agree with the original, and every planted defect was found."""
-        return self.shards.figures.passed and not self.missed
+        return self.shards.passed and not self.missed
 
     @property
     def missed(self) -> list[str]:
@@ -109,7 +114,7 @@ class Report:
 
     def verdict(self) -> str:
         """One line."""
-        if not self.shards.figures.passed:
+        if not self.shards.passed:
             parted = self.shards.parted
             if parted is None:
                 return "FAILED: these shards are not the original; hidden states agree, the output layer does not" if self.shards.points else "FAILED: these shards are not the original"
@@ -123,7 +128,7 @@ class Report:
 
 def _row(result: Result, control: bool) -> tuple:
     f = result.figures
-    verdict = ("MISSED" if f.passed else "found") if control else ("equal" if f.passed else "DIFFERENT")
+    verdict = ("MISSED" if f.passed else "found") if control else ("equal" if result.passed else "DIFFERENT")
     name = f"planted: {result.name}" if control else result.name
     return name, f"{f.max_abs_diff:.2g}", f"{f.relative:.2g}", f"{f.mean_kl:.2g}", f"{f.top1_agreement:.0%}", verdict
 

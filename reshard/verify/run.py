@@ -14,12 +14,13 @@ from reshard.verify.figures import DTYPES, Figures, compare, relative_tolerance,
 from reshard.verify.group import CONTROL, Seat, process_groups, seats
 from reshard.verify.model import Model, empty_model, hush
 from reshard.verify.prompts import built_in, tokenized
-from reshard.verify.reference import reference_logits
+from reshard.verify.reference import Original, run_reference
 from reshard.verify.report import RankMemory, Report, Result
 from reshard.verify.request import Request
+from reshard.verify.routers import replay
 from reshard.verify.shards import Shards, open_shards
 from reshard.verify.slices import Slices
-from reshard.verify.trace import Trace, follow
+from reshard.verify.trace import Trace, every_row, follow
 
 
 def verify_rank(request: Request, number: int, world: int, local: int, locals_: int) -> Report | None:
@@ -48,11 +49,12 @@ def _verify(request, shards: Shards, places: list[Seat], number: int, config, gr
     start, dtype, control = time.monotonic(), DTYPES[request.dtype], groups[CONTROL]
     _agree(check(shards, places, number, config), control)
     ids = token_ids(request, vocabulary_edges(shards), config)
-    expected, problem = None, []
+    expected: Original | None = None
+    problem: list = []
     if number == 0:
         request.say("running the original")
         try:
-            expected = reference_logits(request.reference, ids, dtype, device, request.low_memory)
+            expected = run_reference(request.reference, ids, dtype, device, request.low_memory)
         except ReshardError as error:
             problem = [error]
         except Exception as error:  # noqa: BLE001 the other ranks wait: they must hear of whatever stopped transformers
@@ -65,6 +67,9 @@ def _verify(request, shards: Shards, places: list[Seat], number: int, config, gr
     s = Slices(shards, places, number, m, groups, device, dtype)
     linears = build(s, m)
     m.module.to(device)
+    routed = [expected and expected.routed]
+    dist.broadcast_object_list(routed, src=0, group=control)
+    replay(m, routed[0])
     if number == 0:
         request.say(f"running the shards on {len(places)} process{'es' * (len(places) > 1)}")
     names, runs = ["shards"], [_forward(m, s, ids, control)]
@@ -132,8 +137,10 @@ def vocabulary_edges(shards: Shards) -> list[int]:
 @torch.no_grad()
 def _forward(m: Model, s: Slices, ids: torch.Tensor, control, traced: bool = True) -> list[tuple[torch.Tensor | None, dict]]:
     """Logits of every dense model in the last stage and its traces, one for each slice of a stage; on process 0 alone."""
+    rows = every_row(m, s.device) if traced else {}
     with Trace(m) as outputs:
         logits = m.module(ids.to(s.device), use_cache=False).logits
+    outputs |= rows
     leader = s.group.index == 0
     own = (s.seat.slice, logits.float().cpu() if leader and s.computes_logits else None, outputs if leader and traced else {})
     merged: dict[int, tuple[torch.Tensor | None, dict]] = {}
@@ -143,11 +150,10 @@ def _forward(m: Model, s: Slices, ids: torch.Tensor, control, traced: bool = Tru
     return list(merged.values())
 
 
-def _judge(name: str, run: list[tuple[torch.Tensor, dict]], expected: tuple[torch.Tensor, dict], relative: float, s: Slices) -> Result:
-    reference, trace = expected
-    figures: list[Figures] = [compare(reference, logits, relative) for logits, _ in run]
+def _judge(name: str, run: list[tuple[torch.Tensor, dict]], expected: Original, relative: float, s: Slices) -> Result:
+    figures: list[Figures] = [compare(expected.logits, logits, relative) for logits, _ in run]
     chosen = worst(figures)
-    points = follow(trace, run[figures.index(chosen)][1], relative)
+    points = follow(expected.outputs, run[figures.index(chosen)][1], relative, s.model.embedding)
     off = next((point.path for point in points if point.apart), None)
     suspects = {held.name: None for table in s.tables for name, held in table.items() if off and name.startswith(f"{off}.")}
     return Result(name, chosen, points, list(suspects))

@@ -13,8 +13,9 @@ from reshard.errors import FormatError
 from reshard.place import Mesh, Rank
 from reshard.stores import TensorInfo
 from reshard.stores.foreign import quote
-from reshard.verify.names import FORMATS, module_name
+from reshard.verify.names import FORMATS, module_name, no_weight
 
+_FLOATS = ("BF16", "F16", "F32", "F64")
 _LAYER = re.compile(r"\.layers\.(\d+)\.")
 
 
@@ -68,6 +69,10 @@ def open_shards(folder: Path, format: str | None = None) -> Shards:
     contents = kind.read(folder)
     if contents.boxes is not None:
         raise FormatError(f"{folder} holds pieces of whole tensors, not the ranks of an engine", "convert it first: reshard convert … --to tp --tp N")
+    quantised = next(((name, info) for table in contents.tensors for name, (_, info) in table.items() if info.dtype not in _FLOATS and not no_weight(name)), None)
+    if quantised:
+        name, info = quantised
+        raise FormatError(f"{folder}: {quote(name)} is {info.dtype}: verify does not compute with quantised weights")
     ranks = kind.rules.ranks(contents.mesh)
     stages = contents.stages
     tables = []

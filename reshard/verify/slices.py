@@ -17,7 +17,7 @@ class Slices:
 
     def __init__(self, shards: Shards, seats: list[Seat], number: int, model: Model, groups: dict[tuple[int, ...], object] | None,
                  device: torch.device, dtype: torch.dtype):  # fmt: skip
-        self.shards, self.seats, self.number, self.seat = shards, seats, number, seats[number]
+        self.shards, self.seats, self.number, self.seat, self.model = shards, seats, number, seats[number], model
         self.groups, self.device, self.dtype = groups, device if groups is not None else torch.device("meta"), dtype
         self.group = self._group(self.seat.tensor)
         self.stage = self._group(self.seat.stage)
@@ -49,6 +49,11 @@ class Slices:
         """Sizes of tensor `name` along `dim` on each rank of the tensor-parallel group."""
         found = [self.tables[self.seats[member].rank.number].get(name) for member in self.group.members]
         return [held.info.shape[dim] if held and len(held.info.shape) > dim else 0 for held in found]
+
+    def width(self, name: str, dim: int) -> int | None:
+        """Size of matrix `name` along `dim` on this rank; None where it holds none."""
+        held = self.table.get(name)
+        return held.info.shape[dim] if held and len(held.info.shape) == 2 else None
 
     def problem(self, name: str, text: str) -> None:
         held: Held | None = self.table.get(name)

@@ -17,15 +17,31 @@ class Point:
     path: str
     relative: float
     apart: bool
+    decides: bool = False  # part of the verdict; of what prompts reach, the logits tell
+
+
+@torch.no_grad()
+def every_row(m: Model, device: torch.device) -> dict[str, torch.Tensor]:
+    """Each row of the embedding as two numbers, so that rows which no prompt reads are compared too: [vocabulary, 2].
+
+    The numbers are products with fixed vectors: rows that differ have, but for chance, other products.
+    """
+    embedding, vocab, hidden = m.at(m.embedding), m.config.vocab_size, m.config.hidden_size
+    if isinstance(embedding, Receive):
+        return {}
+    places = torch.arange(hidden, dtype=torch.float64)
+    vectors = torch.stack([torch.cos(places), torch.cos(places * places + 1)], 1)
+    chunks = [embedding(ids.to(device)).cpu().double() @ vectors for ids in torch.arange(vocab).split(4096)]
+    return {m.embedding: torch.cat(chunks)}
 
 
 class Trace:
-    """Record the output of embedding, final norm and every layer with its direct parts, while ``with`` lasts."""
+    """Record the output of every layer with its direct parts, and of the final norm, while ``with`` lasts."""
 
     def __init__(self, m: Model):
         layers = [(f"{m.layers}.{i}", child) for i, child in m.at(m.layers).named_children()]
         parts = [(f"{path}.{name}", child) for path, layer in layers for name, child in layer.named_children()]
-        self._places = [(m.embedding, m.at(m.embedding)), *parts, *layers, (m.norm, m.at(m.norm))]
+        self._places = [*parts, *layers, (m.norm, m.at(m.norm))]
         self.outputs: dict[str, torch.Tensor] = {}
 
     def __enter__(self) -> dict[str, torch.Tensor]:
@@ -45,16 +61,15 @@ class Trace:
         return hook
 
 
-def follow(reference: dict[str, torch.Tensor], outputs: dict[str, torch.Tensor], tolerance: float) -> list[Point]:
-    """The points of both traces, in the reference's order of computation."""
+def follow(reference: dict[str, torch.Tensor], outputs: dict[str, torch.Tensor], tolerance: float, deciding: str) -> list[Point]:
+    """The points of both traces, in the reference's order of computation; `deciding` is the path of the embedding."""
     points = []
     for path, expected in reference.items():
         found = outputs.get(path)
         if found is None:
             continue
-        if found.shape != expected.shape:
-            points.append(Point(path, float("inf"), True))
-            continue
-        relative = (found - expected).abs().max().item() / (expected.abs().max().item() or 1.0)
-        points.append(Point(path, relative, not isfinite(relative) or relative > tolerance))
+        relative = float("inf")
+        if found.shape == expected.shape:
+            relative = (found - expected).abs().max().item() / (expected.abs().max().item() or 1.0)
+        points.append(Point(path, relative, not isfinite(relative) or relative > tolerance, path == deciding))
     return points
