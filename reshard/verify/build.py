@@ -12,12 +12,11 @@ from copy import copy
 import torch
 from torch import nn
 
-from reshard.block import chunk
-from reshard.verify import experts as stacks
 from reshard.verify.attention import Heads, by_head, grouped, sections, side_by_side
+from reshard.verify.experts import fill
 from reshard.verify.model import Model
+from reshard.verify.names import ENGINES
 from reshard.verify.parallel import (
-    Experts,
     Fused,
     Joined,
     Linear,
@@ -39,7 +38,6 @@ ROW = {"o_proj", "dense", "down_proj", "dense_4h_to_h"}
 #: one stored matrix, and the projections of transformers' that are in it
 FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj"), "qkv_a_proj": ("q_a_proj", "kv_a_proj_with_mqa")}
 _EXPERT = re.compile(r"(.*\.experts)\.(\d+)\.(\w+)")
-_ENGINES = ("vllm", "sglang")
 
 
 def build(s: Slices, m: Model) -> dict[str, Linear]:
@@ -145,7 +143,7 @@ def layer(s: Slices, m: Model, prefix: str, paths: list[str]) -> dict[str, Linea
         elif path in m.paths:
             _whole(s, m, path, kinds, heads.get(path))
     for path, names in experts.items():
-        _experts(s, m, path, names)
+        fill(s, m, path, names)
     _same_width(s, prefix)
     for output, own in zip(outputs, heads.values()):
         owner = output.rpartition(".")[0]
@@ -214,7 +212,7 @@ def _linear(s: Slices, m: Model, path: str, kinds: dict[str, str], heads: Heads 
     if leaf == "qkv_proj" and s.shards.format == "megatron":
         linear = Fused(weight, bias, grouped(heads, s.group))
         module = Joined(linear, side_by_side)
-    elif leaf == "query_key_value" and s.table[kinds["weight"]].name.startswith("gpt_neox.") and s.shards.format in _ENGINES:
+    elif leaf == "query_key_value" and s.table[kinds["weight"]].name.startswith("gpt_neox.") and s.shards.format in ENGINES:
         # vLLM's own model, until 0.31, takes queries, keys, values one after another; later releases run transformers' model
         linear = Fused(weight, bias, sections(*[heads.local_queries * heads.size] * 3))
         module = Joined(linear, by_head(heads.size))
@@ -281,46 +279,3 @@ def _whole(s: Slices, m: Model, path: str, kinds: dict[str, str], heads: Heads |
         s.fits(name, expected)
         tensor = s.read(name)
         place[kind] = nn.Parameter(tensor, requires_grad=False) if place is module._parameters else tensor
-
-
-def _complete(s: Slices, path: str, names: dict[int, dict[str, str]], first: int, stop: int) -> bool:
-    """Whether the rank's experts are those that are dealt to it, each with all its matrices."""
-    local = s.shards.format == "megatron"  # whose experts are numbered within the rank
-    expected = list(range(stop - first) if local else range(first, stop))
-    if sorted(names) != expected:
-        s.problem(f"{path}.{min(names)}", f"and others are experts {sorted(names)} of this rank, it is dealt {expected}")
-    every = set().union(*names.values())
-    missing = [f"{path}.{expert}.{leaf}" for expert in sorted(names) for leaf in sorted(every - names[expert].keys())]
-    for name in missing:
-        s.problem(name, "is missing")
-    for own in names.values():
-        s.used.update(own.values())
-    return sorted(names) == expected and not missing
-
-
-def _experts(s: Slices, m: Model, path: str, names: dict[int, dict[str, str]]) -> None:
-    """A layer's experts, of which the rank holds some, or slices."""
-    module, rank, hidden = m.at(path), s.seat.rank, m.config.hidden_size
-    first, stop = chunk(module.num_experts, s.shards.mesh.ep, rank.ep)
-    if -1 in names and "grouped_gate_up_proj" in names[-1]:
-        made = stacks.ungroup(names[-1], s.read, module, stop - first, hidden)
-    elif -1 in names:
-        # SGLang's kernel for GPT-OSS takes stacks with the input dimension first, unless experts are dealt out to ranks
-        as_module = s.shards.format not in _ENGINES or (s.shards.format == "sglang" and s.shards.mesh.ep == 1)
-        made = stacks.stack_as_stored(names[-1], s.read, module, not as_module)
-    else:
-        made = stacks.stack_one_by_one(names, s.read, module) if _complete(s, path, names, first, stop) else {}
-    if s.shards.format not in _ENGINES and rank.etp and "down_proj_bias" in made:
-        made["down_proj_bias"] = torch.zeros_like(made["down_proj_bias"])  # outputs are summed; engines store it so
-    shown = next(iter(next(iter(names.values())).values()))
-    for kind in [kind for kind, tensor in module._parameters.items() if tensor is not None]:
-        if kind not in made:
-            continue
-        own, full = made[kind], module._parameters[kind]
-        whole = [size for dim, size in enumerate(full.shape) if dim and size == hidden]
-        if own.dim() != full.dim() or len(own) != stop - first or any(size not in own.shape[1:] for size in whole):
-            s.problem(shown, f"and the others of its layer make {kind} of {list(own.shape)}, the engine takes {stop - first} experts of slices of {list(full.shape[1:])}")
-        module._parameters[kind] = nn.Parameter(own, requires_grad=False)
-    module.num_experts = stop - first
-    copies = sum((seat.rank.ep, seat.rank.etp) == (rank.ep, rank.etp) for seat in s.seats if seat.stage == s.seat.stage)
-    m.put(path, Experts(module, first, stop - first, copies, s.stage))

@@ -9,6 +9,12 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
+from reshard.block import chunk
+from reshard.verify.model import Model
+from reshard.verify.names import ENGINES
+from reshard.verify.parallel import Experts
+from reshard.verify.slices import Slices
+
 Read = Callable[[str], torch.Tensor]
 
 
@@ -58,3 +64,46 @@ def ungroup(stored: dict[str, str], read: Read, module: nn.Module, count: int, h
         gate_up = alternate(gate_up, 2)
     return {"gate_up_proj": gate_up if module.is_transposed else gate_up.transpose(1, 2),
             "down_proj": down if module.is_transposed else down.transpose(1, 2)}  # fmt: skip
+
+
+def _complete(s: Slices, path: str, names: dict[int, dict[str, str]], first: int, stop: int) -> bool:
+    """Whether the rank's experts are those that are dealt to it, each with all its matrices."""
+    local = s.shards.format == "megatron"  # whose experts are numbered within the rank
+    expected = list(range(stop - first) if local else range(first, stop))
+    if sorted(names) != expected:
+        s.problem(f"{path}.{min(names)}", f"and others are experts {sorted(names)} of this rank, it is dealt {expected}")
+    every = set().union(*names.values())
+    missing = [f"{path}.{expert}.{leaf}" for expert in sorted(names) for leaf in sorted(every - names[expert].keys())]
+    for name in missing:
+        s.problem(name, "is missing")
+    for own in names.values():
+        s.used.update(own.values())
+    return sorted(names) == expected and not missing
+
+
+def fill(s: Slices, m: Model, path: str, names: dict[int, dict[str, str]]) -> None:
+    """A layer's experts, of which the rank holds some, or slices."""
+    module, rank, hidden = m.at(path), s.seat.rank, m.config.hidden_size
+    first, stop = chunk(module.num_experts, s.shards.mesh.ep, rank.ep)
+    if -1 in names and "grouped_gate_up_proj" in names[-1]:
+        made = ungroup(names[-1], s.read, module, stop - first, hidden)
+    elif -1 in names:
+        # SGLang's kernel for GPT-OSS takes stacks with the input dimension first, unless experts are dealt out to ranks
+        as_module = s.shards.format not in ENGINES or (s.shards.format == "sglang" and s.shards.mesh.ep == 1)
+        made = stack_as_stored(names[-1], s.read, module, not as_module)
+    else:
+        made = stack_one_by_one(names, s.read, module) if _complete(s, path, names, first, stop) else {}
+    if s.shards.format not in ENGINES and rank.etp and "down_proj_bias" in made:
+        made["down_proj_bias"] = torch.zeros_like(made["down_proj_bias"])  # outputs are summed; engines store it so
+    shown = next(iter(next(iter(names.values())).values()))
+    for kind in [kind for kind, tensor in module._parameters.items() if tensor is not None]:
+        if kind not in made:
+            continue
+        own, full = made[kind], module._parameters[kind]
+        whole = [size for dim, size in enumerate(full.shape) if dim and size == hidden]
+        if own.dim() != full.dim() or len(own) != stop - first or any(size not in own.shape[1:] for size in whole):
+            s.problem(shown, f"and the others of its layer make {kind} of {list(own.shape)}, the engine takes {stop - first} experts of slices of {list(full.shape[1:])}")
+        module._parameters[kind] = nn.Parameter(own, requires_grad=False)
+    module.num_experts = stop - first
+    copies = sum((seat.rank.ep, seat.rank.etp) == (rank.ep, rank.etp) for seat in s.seats if seat.stage == s.seat.stage)
+    m.put(path, Experts(module, first, stop - first, copies, s.stage))

@@ -72,6 +72,7 @@ _NO_WEIGHTS = re.compile(r"\._(?:[qkv]|prob)_scale$|\.inv_freq$|\._extra_state$|
 _LAYER = re.compile(r"(?<=\.layers\.)\d+")
 
 FORMATS = tuple(_TABLES)
+ENGINES = ("vllm", "sglang")
 
 
 def no_weight(name: str) -> bool:
