@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# README's main job on real weights: SmolLM2-135M-Instruct through four layouts and back, compared at every step's end.
+# README's main job on real weights: SmolLM2-135M-Instruct through four layouts and back, compared at the end, and every set of shards run as its engine would.
 # 9 query heads and 3 key/value heads: `tp` TP2 cuts 3 heads over 2 ranks.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -16,6 +16,9 @@ set -x
 "$reshard" convert "$m/vllm-tp3" "$m/tp2" --to tp --tp 2 --overwrite
 "$reshard" convert "$m/tp2" "$m/smollm2-back" --to hf --overwrite
 "$reshard" diff "$m/smollm2" "$m/smollm2-back"
+for shards in megatron-tp3 vllm-tp3 tp2; do
+    "$reshard" verify "$m/$shards" --reference "$m/smollm2"
+done
 original=$("$python" scripts/smollm2.py ask "$m/smollm2")
 back=$("$python" scripts/smollm2.py ask "$m/smollm2-back")
 set +x
