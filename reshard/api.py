@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from reshard.checkpoint import Checkpoint, open_checkpoint
+from reshard.hub import is_remote
 from reshard.job import Job, join_to, one_rank, place, prepare
 from reshard.place import Mesh
 from reshard.tiles import BUFFER
@@ -13,17 +14,18 @@ from reshard.tiles import BUFFER
 open = open_checkpoint
 
 
-def _opened(source: Checkpoint | str | Path, layout=None, config=None) -> Checkpoint:
-    return source if isinstance(source, Checkpoint) else open_checkpoint(source, layout=layout, config=config)
+def _opened(source: Checkpoint | str | Path, options: dict) -> Checkpoint:
+    chosen = {name: options.pop(name) for name in ("layout", "config", "cache") if name in options}
+    return source if isinstance(source, Checkpoint) else open_checkpoint(source, **chosen)
 
 
 def plan(source: Checkpoint | str | Path, *, format: str, tp: int = 1, pp: int = 1, ep: int = 1, etp: int = 0, **options) -> Job:
     """What a conversion of `source` to `format` would read and write, to the byte. Reads headers, writes nothing.
 
-    `options`: `dtype` (bf16, fp16, fp32), `engine_version`, `max_file` (bytes), `rank` (that one alone), `jobs`, `buffer` (bytes), and `layout`, `config` for opening.
+    `options`: `dtype` (bf16, fp16, fp32), `engine_version`, `max_file` (bytes), `rank` (that one alone), `jobs`, `buffer` (bytes), and `layout`, `config`, `cache` for opening.
     Raises ReshardError with all problems at once.
     """
-    ckpt = _opened(source, options.pop("layout", None), options.pop("config", None))
+    ckpt = _opened(source, options)
     return prepare(ckpt, format=format, mesh=Mesh(tp, pp, ep, etp), **options)
 
 
@@ -38,7 +40,7 @@ def convert(
     etp: int = 0,
     overwrite: bool = False,
     fsync: bool = True,
-    jobs: int = 2,
+    jobs: int | None = None,
     buffer: int = BUFFER,
     progress: Callable[[int], None] = lambda size: None,
     **options,
@@ -74,9 +76,9 @@ def load(
     import numpy as np
     import torch
 
-    from reshard.execute import Source, run
+    from reshard.execute import run
 
-    ckpt = _opened(source, options.pop("layout", None), options.pop("config", None))
+    ckpt = _opened(source, options)
     if options:
         raise TypeError(f"load() got an unexpected option {next(iter(options))!r}")
     placement = place(ckpt, format, Mesh(tp, pp, ep, etp), engine_version)
@@ -91,8 +93,8 @@ def load(
         start = element * width[stored.name]
         raw[stored.name][start : start + len(data)] = np.frombuffer(data, np.uint8)
 
-    with closing(Source(ckpt.path)) as source_files:
-        run(todo, source_files, write)
+    with closing(ckpt.source()) as source_files:
+        run(todo, source_files, write, jobs=8 if ckpt.remote else 2)
     for name, constant in placement.constants(chosen):
         state[name] = torch.full(constant.shape, constant.value, dtype=kinds[constant.dtype])
     return {name: tensor.to(device) for name, tensor in state.items()}
@@ -154,7 +156,7 @@ def open_pair(a: Checkpoint | str | Path, b: Checkpoint | str | Path, *, layout=
     def opened(one: Checkpoint | str | Path, other: Checkpoint | str | Path) -> Checkpoint:
         if isinstance(one, Checkpoint):
             return one
-        if config or (Path(one) / "config.json").is_file() or not Path(one).is_dir():
+        if config or is_remote(one) or (Path(one) / "config.json").is_file() or not Path(one).is_dir():
             return open_checkpoint(one, layout=layout, config=config)
         return open_checkpoint(one, layout=layout, config=other.config_path if isinstance(other, Checkpoint) else other)
 

@@ -3,6 +3,7 @@
 What comes out is a list of stored tensors with dtypes, files and byte offsets: one side of a join. Headers only.
 """
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
@@ -12,7 +13,9 @@ from reshard import formats
 from reshard.block import Stored, restride
 from reshard.descriptors import architectures, builtin_descriptors, find_descriptor, load_descriptor
 from reshard.errors import FormatError, LayoutError, PlanError
+from reshard.execute import Source
 from reshard.formats.manifest import read_manifest
+from reshard.hub import is_remote
 from reshard.layout import Entry, Layout, Section
 from reshard.place import Mesh, Placement, slice_dim
 from reshard.stores import DTYPE_SIZE
@@ -31,6 +34,7 @@ class Checkpoint:
     dropped: list[str] = field(default_factory=list)
     engine_version: str | None = None
     config_path: Path | None = None
+    origin: Mapping[str, str] | None = None  # repo and revision on the Hub that it comes from, where that is known
     native: Mapping[str, str] = field(default_factory=dict)  # the model's dtype of tensors that this format's engine widened
 
     @property
@@ -49,19 +53,54 @@ class Checkpoint:
     def bytes(self) -> int:
         return sum(stored.size * DTYPE_SIZE[stored.dtype] for stored in self.stored)
 
+    @property
+    def remote(self) -> bool:
+        return not isinstance(self.path, Path)
+
+    @property
+    def name(self) -> str:
+        """What it is called where it must not be confused: links followed, a branch's commit said."""
+        return self.path.pinned if self.remote else os.path.realpath(self.path)
+
+    @property
+    def revision(self) -> str | None:
+        """The commit, of a checkpoint on the Hub."""
+        return self.path.revision if self.remote else None
+
+    def source(self, whole=(), jobs: int = 8) -> Source:
+        """Its bytes, to be read; of a remote one, `whole` are the batches of a run that fetches everything."""
+        if not self.remote:
+            return Source(self.path)
+        from reshard.hub.source import HubSource
+
+        return HubSource(self.path, whole, jobs)
+
+
+def folder_of(path: str | Path, cache: bool = False):
+    """`path` as a pathlib.Path, or as a HubPath if it names a place on the Hub."""
+    if not is_remote(path):
+        return Path(path)
+    from reshard.hub.folder import open_folder
+
+    return open_folder(str(path), cache)
+
 
 def open_checkpoint(
-    path: str | Path, *, format: str | None = None, layout: str | Path | None = None, config: str | Path | None = None
+    path: str | Path,
+    *,
+    format: str | None = None,
+    layout: str | Path | None = None,
+    config: str | Path | None = None,
+    cache: bool = False,
 ) -> Checkpoint:
     """Read the headers of the checkpoint in folder `path`, and match them with its layout.
 
     `format` forces what is otherwise recognised from the files; `layout` is a TOML file of the user's own; `config` is a
-    config.json, or the folder of one, for formats that have none. Raises FormatError, LayoutError or PlanError.
+    config.json, or the folder of one, for formats that have none. `path` may be hf://ORG/NAME[@REV][/SUBDIR]: ranges of its
+    files are read then, unless they are in the Hub's cache; `cache` puts them there first. Raises FormatError, LayoutError,
+    PlanError or HubError.
     """
-    if str(path).startswith("hf://"):
-        name = str(path)[5:].partition("@")[0]
-        raise FormatError(f"{path}: reshard does not read from the Hub yet", f"`hf download {name} --local-dir {Path(name).name}` fetches it")
-    folder = Path(path)
+    folder = folder_of(path, cache)
     kind = formats.get(format) if format else formats.recognise(folder)
     config_path = find_config(folder, config)
     settings = read_config(config_path)
@@ -77,14 +116,16 @@ def open_checkpoint(
     except LayoutError as error:
         raise LayoutError(f"{config_path}: {error}", error.hint) from None
     checkpoint = Checkpoint(folder, kind.name, contents.mesh, bound, [], engine_version=contents.engine_version, config_path=config_path)
-    checkpoint.native = (read_manifest(folder) or {}).get("dtypes", {})
+    manifest = read_manifest(folder) or {}
+    checkpoint.native = manifest.get("dtypes", {})
+    checkpoint.origin = {"repo": folder.repository.location.repo, "revision": folder.revision} if checkpoint.remote else manifest.get("source")
     _match(checkpoint, kind, contents)
     return checkpoint
 
 
 def find_config(folder: Path, config: str | Path | None) -> Path:
     if config is not None:
-        path = Path(config)
+        path = folder_of(config)
         path = path / "config.json" if path.is_dir() else path
         if not path.is_file():
             raise FormatError(f"--config: {path} does not exist")

@@ -11,7 +11,7 @@ import click
 
 from reshard import __version__
 from reshard.errors import ReshardError
-from reshard.text import human, table
+from reshard.text import count, human, table
 
 FORMATS = ["hf", "tp", "vllm", "sglang", "megatron", "rank-pt"]
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -31,6 +31,34 @@ class Size(click.ParamType):
             return int(float(number) * _UNITS[text[len(number):]])
         except (ValueError, KeyError):
             self.fail(f"{value!r} is not a size; write it like 128MB", param, ctx)
+
+
+class Place(click.ParamType):
+    """A folder, or hf://ORG/NAME[@REV][/SUBDIR]; a malformed one is wrong usage."""
+
+    name = "location"
+
+    def __init__(self, target: bool = False):
+        self._target = target
+
+    def convert(self, value, param, ctx):
+        from reshard.hub import is_remote
+
+        if is_remote(value):
+            from reshard.hub.location import parse, parse_target
+
+            try:
+                return str((parse_target if self._target else parse)(value))
+            except ReshardError as error:
+                usage = click.BadParameter(str(error), ctx, param)
+                usage.hint = error.hint
+                raise usage from None
+        return value
+
+    def shell_complete(self, ctx, param, incomplete):
+        from click.shell_completion import CompletionItem
+
+        return [CompletionItem(incomplete, type="dir")]
 
 
 def mesh_options(command):
@@ -53,6 +81,8 @@ def target_options(command):
     return click.option("--to", "to", type=click.Choice(FORMATS), required=True, help="Format of the result.")(command)
 
 
+rank_option = click.option("--rank", type=click.IntRange(0), help="Only what this rank needs.")
+cache_option = click.option("--cache", is_flag=True, help="Download SRC's files into the Hub's cache first, for others too, and read them there.")
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 
 
@@ -62,10 +92,10 @@ def cli():
     """Move a model's weights from the shape they are in to the shape they must be in."""
 
 
-def _open(path: str, from_=None, layout=None, config=None):
+def _open(path: str, from_=None, layout=None, config=None, cache=False):
     from reshard.checkpoint import open_checkpoint
 
-    return open_checkpoint(path, format=from_, layout=layout, config=config)
+    return open_checkpoint(path, format=from_, layout=layout, config=config, cache=cache)
 
 
 def _plan(source, to, tp, pp, ep, etp, dtype, engine_version, **options):
@@ -74,25 +104,40 @@ def _plan(source, to, tp, pp, ep, etp, dtype, engine_version, **options):
     return plan(source, format=to, tp=tp, pp=pp, ep=ep, etp=etp, dtype=dtype, engine_version=engine_version, **options)
 
 
+def run_options(command):
+    """What ``convert`` and ``pull`` share besides source and target."""
+    for option in (
+        click.option("-v", "--verbose", is_flag=True, help="Tracebacks with errors."),
+        click.option("-q", "--quiet", is_flag=True, help="No progress, no summary."),
+        json_option,
+        click.option("--overwrite", is_flag=True, help="Replace what the destination holds."),
+        click.option("--no-fsync", is_flag=True, help="Don't wait until the files are durable."),
+        click.option("--buffer", type=Size(), default="128MB", show_default=True, help="Memory for buffers, in all."),
+        click.option("-j", "--jobs", type=click.IntRange(1, 256), help="Threads; default 2, and 8 where SRC is on the Hub."),
+        click.option("-n", "--dry-run", is_flag=True, help="Plan only; write nothing."),
+        cache_option,
+        rank_option,
+    ):
+        command = option(command)
+    return command
+
+
 @cli.command()
-@click.argument("src")
-@click.argument("dst")
+@click.argument("src", type=Place())
+@click.argument("dst", type=Place(target=True))
 @target_options
 @source_options
-@click.option("-n", "--dry-run", is_flag=True, help="Plan only; write nothing.")
-@click.option("-j", "--jobs", type=click.IntRange(1, 256), default=2, show_default=True, help="Threads.")
-@click.option("--buffer", type=Size(), default="128MB", show_default=True, help="Memory for buffers, in all.")
-@click.option("--no-fsync", is_flag=True, help="Don't wait until the files are durable.")
-@click.option("--overwrite", is_flag=True, help="Replace what DST holds.")
-@json_option
-@click.option("-q", "--quiet", is_flag=True, help="No progress, no summary.")
-@click.option("-v", "--verbose", is_flag=True, help="Tracebacks with errors.")
-def convert(src, dst, to, tp, pp, ep, etp, dtype, engine_version, from_, layout, config, dry_run, jobs, buffer, no_fsync, overwrite, as_json, quiet, verbose):
-    """Convert the checkpoint in SRC into folder DST, in another format or on another mesh."""
+@run_options
+def convert(src, dst, from_, layout, config, cache, **options):
+    """Convert the checkpoint in SRC into DST, in another format or on another mesh. Both may be hf://ORG/NAME[@REV][/SUBDIR]."""
+    run_conversion(_open(src, from_, layout, config, cache), dst, **options)
+
+
+def run_conversion(source, dst, *, to, tp, pp, ep, etp, dtype, engine_version, rank, dry_run, jobs, buffer, no_fsync, overwrite, as_json, quiet, verbose):
+    """What is left of ``convert`` and ``pull`` once the source is open."""
     from reshard.transaction import convert as run
 
-    source = _open(src, from_, layout, config)
-    job = _plan(source, to, tp, pp, ep, etp, dtype, engine_version, jobs=jobs, buffer=buffer)
+    job = _plan(source, to, tp, pp, ep, etp, dtype, engine_version, rank=rank, jobs=jobs, buffer=buffer)
     if dry_run:
         click.echo(json.dumps({"ok": True, **job.to_json(dst)})) if as_json else click.echo(job.describe(dst))
         return
@@ -100,19 +145,22 @@ def convert(src, dst, to, tp, pp, ep, etp, dtype, engine_version, from_, layout,
         report = run(job, dst, overwrite=overwrite, fsync=not no_fsync, jobs=jobs, buffer=buffer, progress=tell)
     if as_json:
         done = {"bytes_read": report.bytes_read, "bytes_written": report.bytes_written, "seconds": round(report.seconds, 3)}
+        if source.remote:
+            done |= {"bytes_received": report.bytes_received, "checked_files": report.checked_files}
         click.echo(json.dumps({"ok": True, **job.to_json(dst), **done, "resumed_files": report.resumed_files}))
     elif not quiet:
         rate = human(report.bytes_written / max(report.seconds, 1e-9))
         files = len(report.files)
         went_on = f"went on from {report.resumed_files} of {files} files; " if report.resumed_files else ""
-        click.echo(f"{went_on}wrote {files - report.resumed_files} file{'s' * (files - report.resumed_files != 1)}, {human(report.bytes_written)} in {report.seconds:.1f}s ({rate}/s): {dst}, {job.format} {job.mesh}")
+        came = f"; {human(report.bytes_received)} came from {source.revision[:12]}, sha256 of {count(report.checked_files, 'file')} checked" if source.remote else ""
+        click.echo(f"{went_on}wrote {count(files - report.resumed_files, 'file')}, {human(report.bytes_written)} in {report.seconds:.1f}s ({rate}/s): {dst}, {job.format} {job.mesh}{came}")
 
 
 @cli.command()
-@click.argument("src")
+@click.argument("src", type=Place())
 @target_options
 @source_options
-@click.option("--rank", type=click.IntRange(0), help="Only what this rank needs.")
+@rank_option
 @click.option("--bandwidth", type=Size(), help="Bytes per second, such as 25GB/s: adds the time it takes.")
 @json_option
 def plan(src, to, tp, pp, ep, etp, dtype, engine_version, from_, layout, config, rank, bandwidth, as_json):
@@ -128,7 +176,7 @@ def plan(src, to, tp, pp, ep, etp, dtype, engine_version, from_, layout, config,
 
 
 @cli.command()
-@click.argument("path")
+@click.argument("path", type=Place())
 @source_options
 @click.option("--tensors", is_flag=True, help="List every tensor.")
 @json_option
@@ -169,8 +217,8 @@ def split_dim(descriptor, entry, tp: int) -> int | None:
 
 
 @cli.command()
-@click.argument("a")
-@click.argument("b")
+@click.argument("a", type=Place())
+@click.argument("b", type=Place())
 @click.option("--config", type=click.Path(exists=True), help="config.json of the model, or its folder, where neither A nor B has one.")
 @click.option("--layout", type=click.Path(exists=True, dir_okay=False), help="A layout descriptor of your own, for both.")
 @json_option
@@ -347,9 +395,11 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit(code if isinstance(code, int) else 0)
     except click.UsageError as error:
         if as_json:
-            _fail_json("UsageError", error.format_message(), None)
+            _fail_json("UsageError", error.format_message(), getattr(error, "hint", None))
         else:
             error.show()
+            if getattr(error, "hint", None):
+                click.echo(f"\nhint: {error.hint}", err=True)
         sys.exit(2)
     except (ReshardError, OSError) as error:
         if "-v" in args or "--verbose" in args:

@@ -39,3 +39,7 @@ class PlanError(ReshardError):
 
 class DestinationError(ReshardError):
     """The destination cannot be written: not empty, locked by another run, another run's leftovers, no space."""
+
+
+class HubError(ReshardError):
+    """The Hub, or the way to it, refused or failed. What was done so far is kept: the same command goes on from there."""

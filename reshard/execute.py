@@ -10,7 +10,7 @@ import os
 import threading
 from collections import defaultdict, deque
 from collections.abc import Callable
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from itertools import product
 from math import prod
@@ -29,6 +29,10 @@ _PIECE = 1 << 20  # bytes: of a run, at a time; they stay in a core's own cache
 class Source:
     """A checkpoint's files. `bytes_read` counts what tiles took from them."""
 
+    remote = False  # True where bytes must be fetched, batch by batch, before tiles can have them
+    checked = 0  # files whose checksum was compared with one that is known
+    in_memory = False  # True where mapping costs nothing
+
     def __init__(self, folder: Path):
         self.folder = folder
         self.bytes_read = 0
@@ -37,12 +41,14 @@ class Source:
 
     def read(self, stored: Stored, start: int, into: memoryview) -> None:
         """Fill `into` with a stored tensor's bytes, from element `start` on."""
-        at = stored.start + start * DTYPE_SIZE[stored.dtype]
-        handle = self._open(stored.file)
+        self._read_at(stored.file, stored.start + start * DTYPE_SIZE[stored.dtype], into, stored.name)
+
+    def _read_at(self, file: str, at: int, into: memoryview, name: str = "a tensor") -> None:
+        handle = self._open(file)
         while len(into):
             n = os.preadv(handle, [into], at)
             if n == 0:
-                raise FormatError(f"{stored.file} ends inside {stored.name}: it became shorter while it was read")
+                raise FormatError(f"{file} ends inside {name}: it became shorter while it was read")
             into, at = into[n:], at + n
 
     def map(self, stored: Stored, start: int, stop: int) -> memoryview:
@@ -60,6 +66,9 @@ class Source:
         with self._lock:
             self.bytes_read += size
 
+    def stop(self) -> None:
+        """Give up whatever waits; the run has failed or was interrupted."""
+
     def close(self) -> None:
         for handle in self._files.values():
             os.close(handle)
@@ -69,8 +78,11 @@ class Source:
         if file not in self._files:
             with self._lock:
                 if file not in self._files:
-                    self._files[file] = os.open(self.folder / file, os.O_RDONLY)
+                    self._files[file] = os.open(self._place(file), os.O_RDONLY)
         return self._files[file]
+
+    def _place(self, file: str) -> Path:
+        return self.folder / file
 
 
 class Workspace:
@@ -188,39 +200,96 @@ def run(
     progress: Callable[[int], None] = lambda size: None,
 ) -> None:
     """Run all of `plan` on `jobs` threads within `buffer` bytes of buffers. `progress` is told source bytes as they go."""
+    if source.remote:
+        from reshard.fetch import batches
+
+        run_batches(list(enumerate(batches(plan))), source, write, jobs=jobs, buffer=buffer, progress=progress)
+        return
     limit = tile_limit(plan, jobs, buffer)
     share = max(limit, plan.bytes_read // 256)  # no worker is left with much when the others are done
     groups = deque(part for group in ordered(plan) for part in split(group, share))
     lock = threading.Lock()
+
+    def move(group: Tile, space: Workspace, stop: threading.Event) -> None:
+        for tile in split(group, limit):
+            read = run_tile(tile, source, write, space)
+            with lock:
+                progress(read)
+            if stop.is_set():
+                return
+
+    # half of the workers begin at either end: they seldom want to write to the same file
+    in_threads(jobs, lambda number: groups.pop() if number % 2 else groups.popleft(), move)
+
+
+def run_batches(
+    numbered: list[tuple[int, "Batch"]],
+    source: Source,
+    write: Callable[[Stored, int, memoryview], None],
+    *,
+    jobs: int,
+    buffer: int = BUFFER,
+    progress: Callable[[int], None] = lambda size: None,
+    moved: Callable[[int], None] = lambda number: None,
+) -> None:
+    """Fetch and move batches of a remote source, in order. `progress` is told bytes as they arrive, `moved` each batch that is written."""
+    from reshard.fetch import BATCH, workers
+
+    queue = deque(numbered)
+    lock = threading.Lock()
+    rooms = threading.local()
+
+    def tell(size: int) -> None:
+        with lock:
+            progress(size)
+
+    def move(item: tuple[int, "Batch"], space: Workspace, stop: threading.Event) -> None:
+        number, batch = item
+        if not hasattr(rooms, "room"):
+            rooms.room = Workspace()
+            rooms.room.take(BATCH)  # so that it has this size, and not twice
+        rooms.room.reset()
+        held = source.hold(batch.ranges[0], rooms.room, tell)
+        for tile in batch.tiles:
+            run_tile(tile, held, write, space)
+        if not stop.is_set():
+            moved(number)
+
+    in_threads(workers(jobs, buffer), lambda number: queue.popleft(), move, source.stop)
+
+
+def in_threads(
+    jobs: int,
+    take: Callable[[int], object],
+    work: Callable[[object, Workspace, threading.Event], None],
+    stopped: Callable[[], None] = lambda: None,
+) -> None:
+    """`work` on whatever `take(worker)` gives, on `jobs` threads, until it raises IndexError; the first failure ends all, after `stopped()`."""
     stop = threading.Event()
+    failures: list[BaseException] = []  # the first is the cause; others may be of its making
 
     def worker(number: int) -> None:
-        """Half of the workers begin at either end: they seldom want to write to the same file."""
         space = Workspace()
         while not stop.is_set():
             try:
-                group = groups.pop() if number % 2 else groups.popleft()
+                item = take(number)
             except IndexError:
                 return
             try:
-                for tile in split(group, limit):
-                    read = run_tile(tile, source, write, space)
-                    with lock:
-                        progress(read)
-                    if stop.is_set():
-                        return
-            except BaseException:
+                work(item, space, stop)
+            except BaseException as error:
+                failures.append(error)
                 stop.set()
-                raise
+                stopped()
+                return
 
     with ThreadPoolExecutor(jobs) as pool:
         futures = [pool.submit(worker, i) for i in range(jobs)]
         try:
-            done, _ = wait(futures, return_when=FIRST_EXCEPTION)
+            wait(futures)
         except BaseException:
             stop.set()
+            stopped()
             raise
-        for future in done:
-            future.result()
-
-
+    if failures:
+        raise failures[0]

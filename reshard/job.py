@@ -10,6 +10,8 @@ from pathlib import Path
 from reshard import formats
 from reshard.checkpoint import Checkpoint, read_config
 from reshard.errors import PlanError
+from reshard.fetch import GAP, Batch, batches, workers
+from reshard.fetch import peak as peak_of_fetching
 from reshard.formats import Folder, Target
 from reshard.formats.manifest import NAME as MANIFEST
 from reshard.formats.manifest import manifest_bytes
@@ -38,10 +40,11 @@ class Job:
     engine_version: str | None
     dtype: str | None
     peak_buffer_bytes: int
+    batches: list[Batch] | None = None  # of a remote source: what is fetched together
 
     @property
     def bytes_read(self) -> int:
-        return self.plan.bytes_read
+        return self.plan.bytes_read if self.batches is None else sum(batch.size for batch in self.batches)
 
     @property
     def bytes_written(self) -> int:
@@ -72,7 +75,7 @@ class Job:
             f"→ {path or '(nothing is written)'}  {self.format} {self.mesh}\n",
             table(rows, ("rank", "reads", "writes", "holds")),
             f"\n{len(plan.destinations)} tensors in {len(self.folder.files)} file{'s' * (len(self.folder.files) != 1)}, {human(self.peak_buffer_bytes)} of buffers at most",
-            f"reads {human(self.bytes_read)}, {_above(self.bytes_read, plan.least_bytes_read, 'replicas are compared')}",
+            f"reads {human(self.bytes_read)}, {_above(self.bytes_read, plan.least_bytes_read, self._why_more())}",
             f"writes {human(self.bytes_written)}, {_above(self.bytes_written, plan.bytes_held, 'headers')}",
         ]
         lines += [f"{word}: {some(names)}" for word, names in (("dropped", self.dropped), ("padded", plan.padded)) if names]
@@ -80,11 +83,15 @@ class Job:
 
     __str__ = describe
 
+    def _why_more(self) -> str:
+        return "replicas are compared" if self.bytes_read == self.plan.bytes_read else f"what lies between, up to {human(GAP)} at a time, costs less than another request"
+
     def to_json(self, path: str | None = None) -> dict:
         """The keys that `convert` and `plan` share (CLI.md)."""
         source = self.source
         return {
-            "source": {"path": str(source.path), "format": source.format, "architecture": source.architecture, "mesh": mesh_json(source.mesh)},
+            "source": {"path": str(source.path), "format": source.format, "architecture": source.architecture, "mesh": mesh_json(source.mesh)}
+            | ({"revision": source.revision} if source.remote else {}),
             "destination": {"path": path, "format": self.format, "architecture": source.architecture, "mesh": mesh_json(self.mesh)},
             "tensors": len(self.plan.destinations),
             "bytes_read": self.bytes_read,
@@ -116,7 +123,7 @@ def prepare(
     engine_version: str | None = None,
     max_file: int | None = None,
     rank: int | None = None,
-    jobs: int = 2,
+    jobs: int | None = None,
     buffer: int = BUFFER,
 ) -> Job:
     """Plan the conversion of `source`, for all ranks or for `rank` alone (replicas in the source are then not compared).
@@ -124,6 +131,7 @@ def prepare(
     Raises PlanError with every problem found; nothing is written.
     """
     kind = formats.get(format)
+    jobs = jobs or default_jobs(source)
     if format == "hf" and (mesh.tp, mesh.pp, mesh.ep) != (1, 1, 1):
         raise PlanError([f"format hf is whole: it has no {mesh}"], "leave --tp, --pp and --ep out, or use --to tp")
     placement = place(source, format, mesh, engine_version)
@@ -136,14 +144,21 @@ def prepare(
     assert used == {id(s) for s in plan.destinations}, "a format left tensors out of its files"
     sizes = {file.path: file.image.size for file in folder.files}
     native = native_dtypes(source, plan)
-    folder.small[MANIFEST] = manifest_bytes(format, placement.mesh, source.layout.name, engine_version, sizes, native)
+    folder.small[MANIFEST] = manifest_bytes(format, placement.mesh, source.layout.name, engine_version, sizes, native, source.origin)
     if dtype:
         config = dict(read_config(source.config_path))
         key = "dtype" if "dtype" in config or "torch_dtype" not in config else "torch_dtype"
         config[key] = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}[dtype]
         folder.small["config.json"] = (json.dumps(config, indent=2) + "\n").encode()
     companions = {name: path for name, path in companion_files(source).items() if name not in folder.small}
-    return Job(source, format, placement.mesh, plan, folder, companions, engine_version, dtype, peak_buffer(plan, jobs, buffer))
+    fetched = batches(plan) if source.remote else None
+    peak = peak_buffer(plan, jobs, buffer) if fetched is None else peak_of_fetching(workers(jobs, buffer))
+    return Job(source, format, placement.mesh, plan, folder, companions, engine_version, dtype, peak, fetched)
+
+
+def default_jobs(source: Checkpoint) -> int:
+    """Threads: of a remote source's, most are waiting."""
+    return 8 if source.remote else 2
 
 
 def place(source: Checkpoint, format: str, mesh: Mesh, engine_version: str | None = None) -> Placement:
@@ -200,7 +215,8 @@ def split_hint(placement: Placement) -> str:
 def companion_files(source: Checkpoint) -> dict[str, Path]:
     """config.json, tokenizer and their like: name in the destination → file at the source."""
     folder = source.config_path.parent if source.config_path else source.path
-    found = {path.name: path for pattern in COMPANIONS for path in sorted(folder.glob(pattern)) if path.is_file()}
+    patterns = [pattern for pattern in COMPANIONS if not (source.remote and pattern == "*.py")]  # code that nobody here asked for
+    found = {path.name: path for pattern in patterns for path in sorted(folder.glob(pattern), key=str) if path.is_file()}
     if source.config_path:
         found["config.json"] = source.config_path
     return dict(sorted(found.items()))

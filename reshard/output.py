@@ -2,7 +2,7 @@
 
 import os
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
@@ -21,10 +21,10 @@ class Output:
     """Each file knows how many of its bytes are still to come, and is closed when none are.
 
     `durable`, if given, is told the path of each file once it is complete and on the disk; threads of its own wait for
-    the disk, so that those that write go on.
+    the disk, so that those that write go on. `there` are the bytes of tensors that an earlier run left in files.
     """
 
-    def __init__(self, folder: Path, files: Iterable[OutFile], durable: Callable[[str], None] | None):
+    def __init__(self, folder: Path, files: Iterable[OutFile], durable: Callable[[str], None] | None, there: Mapping[str, int] = {}):
         self.bytes_written = 0
         self._folder, self._durable = folder, durable
         self._todo = {file.path: file for file in files}
@@ -32,7 +32,8 @@ class Output:
             id(stored): (file.path, file.image.tensors[name].offset, DTYPE_SIZE[stored.dtype])
             for file in self._todo.values() for name, stored in file.tensors.items()
         }  # fmt: skip
-        self._left = {path: file.image.size for path, file in self._todo.items()}
+        self._there = there
+        self._left = {path: file.image.size - there.get(path, 0) for path, file in self._todo.items()}
         self._dirty = dict.fromkeys(self._todo, 0)
         self._turn = {path: threading.Lock() for path in self._todo}
         self._handles: dict[str, int] = {}
@@ -55,6 +56,19 @@ class Output:
         for wait in self._waits:
             wait.result()
 
+    def sync(self, then: Callable[[], None]) -> None:
+        """Have all that is written so far on the disk, then call `then`; the waiting is done elsewhere."""
+        def work(handles: list[int]) -> None:
+            for handle in handles:
+                os.fsync(handle)
+                os.close(handle)
+            then()
+
+        if self._disk:
+            with self._lock:
+                handles = [os.dup(handle) for handle in self._handles.values()]
+            self._wait(work, handles)
+
     def close(self) -> None:
         if self._disk:
             self._disk.shutdown(cancel_futures=True)
@@ -69,7 +83,7 @@ class Output:
             assert self._left[path], f"{path} is complete: nothing may be written to it any more"
             target = self._folder / path
             target.parent.mkdir(parents=True, exist_ok=True)
-            handle = os.open(target, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644)
+            handle = os.open(target, os.O_RDWR | os.O_CREAT | (0 if self._there.get(path) else os.O_TRUNC), 0o644)
             self._handles[path] = handle
             os.ftruncate(handle, file.image.size)
         for offset, content in file.image.segments:

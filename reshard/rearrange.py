@@ -82,7 +82,7 @@ def _windows(tile: Tile, source: Source, space: Workspace) -> tuple[Windows, int
     for at, (stored, low, high, used) in spans.items():
         width = DTYPE_SIZE[stored.dtype]
         total += used * width
-        if used == high - low:
+        if used == high - low and not source.in_memory:
             buffer = space.take((high - low) * width)
             source.read(stored, low, buffer)
             words = np.frombuffer(buffer, _word(width))

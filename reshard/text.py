@@ -10,6 +10,11 @@ def human(size: float) -> str:
     raise AssertionError
 
 
+def count(number: int, word: str) -> str:
+    """1 file, 2 files."""
+    return f"{number} {word}{'s' * (number != 1)}"
+
+
 def table(rows: list[tuple], head: tuple[str, ...]) -> str:
     """Rows in columns; numbers to the right."""
     cells = [tuple(map(str, row)) for row in [head, *rows]]

@@ -27,12 +27,12 @@ def tiles(plan: Plan, limit: int = _TILE) -> Iterator[Tile]:
         yield from split(group, limit)
 
 
-def ordered(plan: Plan) -> list[Tile]:
-    """What must be moved together, whole, in order of where it lies in the sources."""
-    return sorted(_groups(plan), key=lambda group: min((c.src.file, c.src.start + c.move.src_offset) for c in group.copies))
+def ordered(plan: Plan, sides: tuple[str, ...] = ("src", "dst")) -> list[Tile]:
+    """What must be moved together, whole, in order of where it lies in the sources. `sides` whose interleaving counts."""
+    return sorted(_groups(plan, sides), key=lambda group: min((c.src.file, c.src.start + c.move.src_offset) for c in group.copies))
 
 
-def _groups(plan: Plan) -> list[Tile]:
+def _groups(plan: Plan, sides: tuple[str, ...] = ("src", "dst")) -> list[Tile]:
     """Copies gathered by tensor; tensors that some file interleaves along their leading axis stay together."""
     leader: dict[tuple, tuple] = {}
 
@@ -45,7 +45,7 @@ def _groups(plan: Plan) -> list[Tile]:
     for copy in plan.copies:
         by_key[copy.key].append(copy)
     for copies in by_key.values():
-        for stored in {id(s): s for c in copies for s in (c.src, c.dst)}.values():
+        for stored in {id(s): s for c in copies for s in (getattr(c, side) for side in sides)}.values():
             if getattr(stored.entry, "within", None) and len(stored.blocks) > 1:
                 mates = [key for key, block in stored.blocks if key[1:] == copies[0].key[1:]]
                 if len({block.strides[0] for key, block in stored.blocks if key in mates}) == 1:
@@ -74,7 +74,7 @@ def split(tile: Tile, limit: int) -> Iterator[Tile]:
     shared = {box[0] for box in tile.boxes.values() if box}
     if len(tile.boxes) > 1 and (len(shared) > 1 or next(iter(shared))[1] - next(iter(shared))[0] < 2):
         for key, box in tile.boxes.items():
-            yield from split(_within(tile, {key: box}), limit)
+            yield from split(cut(tile, {key: box}), limit)
         return
     box = next(iter(tile.boxes.values()))
     axis = next((a for a, (start, stop) in enumerate(box) if stop - start > 1), None)
@@ -85,8 +85,8 @@ def split(tile: Tile, limit: int) -> Iterator[Tile]:
     pieces = min(max(2, -(-size // limit)), stop - start)
     step = -(-(stop - start) // pieces)
     for low in range(start, stop, step):
-        cut = (low, min(low + step, stop))
-        yield from split(_within(tile, {k: b[:axis] + (cut,) + b[axis + 1 :] for k, b in tile.boxes.items()}), limit)
+        part = (low, min(low + step, stop))
+        yield from split(cut(tile, {k: b[:axis] + (part,) + b[axis + 1 :] for k, b in tile.boxes.items()}), limit)
 
 
 def source_bytes(tile: Tile) -> int:
@@ -96,7 +96,8 @@ def source_bytes(tile: Tile) -> int:
     return sum(wanted.values())
 
 
-def _within(tile: Tile, boxes: dict[tuple, Box]) -> Tile:
+def cut(tile: Tile, boxes: dict[tuple, Box]) -> Tile:
+    """What of `tile` lies in `boxes`."""
     return Tile(boxes, _clip(tile.copies, boxes), _clip(tile.checks, boxes))
 
 

@@ -143,8 +143,9 @@ def test_diff(model, run):
 
 @pytest.mark.parametrize("command, code, message, hint", [
     ("convert nowhere out --to hf", 1, "nowhere does not exist", None),
-    ("convert org/name out --to hf", 1, "org/name does not exist", "hf download org/name"),
-    ("convert hf://org/name@main out --to hf", 1, "does not read from the Hub yet", "hf download org/name"),
+    ("convert org/name out --to hf", 1, "org/name does not exist", "did you mean hf://org/name?"),
+    ("convert hf://gpt2 out --to hf", 2, "hf://gpt2", "write hf://ORG/gpt2"),
+    ("inspect hf://datasets/org/name", 2, "is a dataset, not a model", None),
     ("convert model out --to vllm --tp 2", 1, "cannot split axis kv (3) of q evenly over 2 ranks", "tp sizes that fit this model here: 1, 3"),
     ("convert model out --to hf --tp 2", 1, "format hf is whole: it has no tp2", "--to tp"),
     ("convert model out --to megatron --pp 3", 1, "cannot split 4 layers over pp=3", "use a pp that divides 4"),

@@ -108,7 +108,7 @@ def recognise(folder: Path) -> Format:
     if not folder.is_dir():
         hint = None
         if not folder.exists() and not folder.is_absolute() and len(folder.parts) == 2:
-            hint = f"a model on the Hub? `hf download {folder} --local-dir {folder.name}` fetches it"
+            hint = f"did you mean hf://{folder}?"
         raise FormatError(f"{folder} is not a folder" if folder.exists() else f"{folder} does not exist", hint)
     manifest = read_manifest(folder)
     if manifest:

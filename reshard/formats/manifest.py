@@ -4,6 +4,7 @@ vLLM loads a folder made for a larger tp without a word and produces garbage; th
 """
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 from reshard.errors import FormatError
@@ -58,6 +59,9 @@ def _problem(manifest: object) -> str | None:
             return f"its {key} is {quote(manifest.get(key))}, expected text"
     if not isinstance(files, dict) or not all(type(size) is int and len(name.encode()) <= 255 for name, size in files.items()):
         return f"its files are {quote(files)}, expected names and sizes"
+    source = manifest.get("source", {})
+    if not isinstance(source, dict) or not all(isinstance(source.get(key, ""), str) for key in ("repo", "revision")):
+        return f"its source is {quote(source)}, expected a repository and a revision"
     if not isinstance(dtypes, dict) or not all(isinstance(word, str) and word in DTYPE_SIZE for word in dtypes.values()):
         return f"its dtypes are {quote(dtypes)}, expected names and dtypes"
     return None
@@ -68,7 +72,8 @@ def mesh_of(manifest: dict) -> Mesh:
     return Mesh(mesh["tp"], mesh["pp"], mesh["ep"], mesh.get("etp", 0))
 
 
-def manifest_bytes(format: str, mesh: Mesh, layout: str, engine_version: str | None, files: dict[str, int], dtypes: dict[str, str]) -> bytes:
+def manifest_bytes(format: str, mesh: Mesh, layout: str, engine_version: str | None, files: dict[str, int], dtypes: dict[str, str],
+                   source: Mapping[str, str] | None = None) -> bytes:  # fmt: skip
     from reshard import __version__
 
     sizes = {"tp": mesh.tp, "pp": mesh.pp, "ep": mesh.ep} | ({"etp": mesh.etp} if mesh.etp else {})
@@ -77,4 +82,6 @@ def manifest_bytes(format: str, mesh: Mesh, layout: str, engine_version: str | N
         table["engine_version"] = engine_version
     if dtypes:
         table["dtypes"] = dtypes
+    if source:
+        table["source"] = dict(source)
     return (json.dumps({**table, "files": files}, indent=1) + "\n").encode()

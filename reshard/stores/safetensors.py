@@ -20,8 +20,8 @@ _ORDER = ("BOOL", "U8", "I8", "F8_E5M2", "F8_E4M3", "F8_E8M0", "I16", "U16", "F1
 
 def read(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
     """Tensors and metadata of a file, from its header. Raises FormatError for anything the format forbids."""
-    size = Path(path).stat().st_size
-    with open(path, "rb") as file:
+    size = path.stat().st_size
+    with path.open("rb") as file:
         prefix = file.read(8)
         if len(prefix) < 8:
             raise FormatError(f"{path} has {size} bytes, too few for a safetensors file", "the file is truncated; copy it again")

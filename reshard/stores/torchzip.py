@@ -31,7 +31,7 @@ def read(path: Path, start: int = 0, length: int | None = None) -> object:
     `start` and `length` say where in the file the zip lies; default is all of it. Reads the zip's directory, the pickle
     and one header per storage, no tensor. Raises FormatError for anything broken, foreign or unsafe.
     """
-    with open(path, "rb", buffering=0) as file:
+    with path.open("rb", buffering=0) as file:
         size = file.seek(0, io.SEEK_END)
         end = size if length is None else start + length
         if not 0 <= start <= end <= size:
