@@ -137,8 +137,9 @@ def find_config(folder: Path, config: str | Path | None) -> Path:
 
 
 def read_config(path: Path) -> Mapping[str, object]:
+    raw = path.read_bytes()
     try:
-        settings = parse(path.read_bytes())
+        settings = parse(raw)
     except ValueError as error:
         raise FormatError(f"{path} is not JSON: {error}", "download it again") from None
     if not isinstance(settings, dict):

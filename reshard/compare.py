@@ -1,5 +1,7 @@
 """diff: the join of two checkpoints, with comparing in the place of copying. One bounded pass over both."""
 
+import threading
+from collections import deque
 from collections.abc import Callable
 from contextlib import closing
 
@@ -8,12 +10,13 @@ import numpy as np
 from reshard.api import Difference, DiffReport
 from reshard.block import Box, Key, Stored, end
 from reshard.checkpoint import Checkpoint
-from reshard.execute import Source
+from reshard.execute import Source, Workspace, in_threads
+from reshard.fetch import Batch, batches, of_pair, workers
 from reshard.join import Copy, Plan, holders, label, move_between
 from reshard.place import Mesh, Placement
 from reshard.rearrange import cast, mapped, strided
 from reshard.stores import DTYPE_SIZE
-from reshard.tiles import tiles
+from reshard.tiles import BUFFER, Tile, tiles
 
 _INTEGERS = ("BOOL", "U8", "I8", "U16", "I16", "U32", "I32", "U64", "I64")
 
@@ -45,8 +48,10 @@ def compare(a: Checkpoint, b: Checkpoint, progress: Callable[[int], None] = lamb
     found: dict[Key, Difference] = {}
     for key, sizes in unequal.items():
         found[key] = Difference(f"{names.get(key, label(key))} (sizes {sizes})")
-    with closing(Source(a.path)) as left, closing(Source(b.path)) as right:
-        for copy in (copy for tile in tiles(plan) for copy in tile.copies):
+    lock = threading.Lock()
+
+    def look(tile: Tile, left: Source, right: Source) -> None:
+        for copy in tile.copies:
             move = copy.move
             mine = _view(left, copy.src, move.box, move.src_offset, move.src_strides)
             other = _view(right, copy.dst, move.box, move.dst_offset, move.dst_strides)
@@ -54,11 +59,36 @@ def compare(a: Checkpoint, b: Checkpoint, progress: Callable[[int], None] = lamb
                 same = np.array_equal(cast(mine, copy.src.dtype, "F32"), cast(other, copy.dst.dtype, "F32"))
             else:
                 same = copy.src.dtype == copy.dst.dtype and np.array_equal(mine, other)
-            if not same:
-                _differ(found, names.get(copy.key, label(copy.key)), copy, mine, other)
-            progress(move.size * (DTYPE_SIZE[copy.src.dtype] + DTYPE_SIZE[copy.dst.dtype]))
+            with lock:
+                if not same:
+                    _differ(found, names.get(copy.key, label(copy.key)), copy, mine, other)
+                progress(move.size * (DTYPE_SIZE[copy.src.dtype] + DTYPE_SIZE[copy.dst.dtype]))
+
+    with closing(a.source()) as left, closing(b.source()) as right:
+        if left.remote or right.remote:
+            _look_from_afar(plan, left, right, look)
+        else:
+            for tile in tiles(plan):
+                look(tile, left, right)
     report.differing = [found[key] for key in sorted(found, key=str)]
     return report
+
+
+def _look_from_afar(plan: Plan, left: Source, right: Source, look: Callable[[Tile, Source, Source], None]) -> None:
+    """`look` at every tile of `plan`, on threads, each batch of them fetched together."""
+    queue = deque(batches(plan, of_pair))
+
+    def work(batch: Batch, space: Workspace, stop: threading.Event) -> None:
+        space.reset()
+        mine, other = (side.hold(ranges, space, lambda size: None) for side, ranges in zip((left, right), batch.ranges))
+        for tile in batch.tiles:
+            look(tile, mine, other)
+
+    def stopped() -> None:
+        left.stop()
+        right.stop()
+
+    in_threads(workers(8, BUFFER), lambda number: queue.popleft(), work, stopped)
 
 
 def _view(source: Source, stored: Stored, box: Box, offset: int, strides: tuple[int, ...]) -> np.ndarray:

@@ -15,12 +15,16 @@ from dataclasses import dataclass
 from itertools import product
 from math import prod
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from reshard.block import Box, Stored, volume
 from reshard.errors import FormatError
 from reshard.join import Copy, Plan, union_volume
 from reshard.stores import DTYPE_SIZE
 from reshard.tiles import BUFFER, Tile, ordered, split, tile_limit
+
+if TYPE_CHECKING:
+    from reshard.fetch import Batch
 
 _RUN = 64 << 10  # bytes: contiguous runs of at least this much are passed on as they are
 _PIECE = 1 << 20  # bytes: of a run, at a time; they stay in a core's own cache
@@ -65,6 +69,10 @@ class Source:
     def count(self, size: int) -> None:
         with self._lock:
             self.bytes_read += size
+
+    def hold(self, ranges: list, room: "Workspace", tell: Callable[[int], None]) -> "Source":
+        """What a batch's tiles read from; `ranges` of a remote source are fetched into `room` first."""
+        return self
 
     def stop(self) -> None:
         """Give up whatever waits; the run has failed or was interrupted."""
@@ -277,7 +285,7 @@ def in_threads(
                 return
             try:
                 work(item, space, stop)
-            except BaseException as error:
+            except BaseException as error:  # noqa: BLE001  raised again, below
                 failures.append(error)
                 stop.set()
                 stopped()

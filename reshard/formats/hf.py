@@ -73,8 +73,9 @@ def _index(path: Path) -> dict[str, list[str]]:
     size = path.stat().st_size
     if size > LIMIT:
         raise FormatError(f"{path} has {size} bytes, more than the {LIMIT} of any index")
+    raw = path.read_bytes()
     try:
-        table = parse(path.read_bytes())
+        table = parse(raw)
     except ValueError as error:
         raise FormatError(f"{path} is not JSON: {error}", "download it again") from None
     weight_map = table.get("weight_map") if isinstance(table, dict) else None

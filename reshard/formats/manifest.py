@@ -21,8 +21,9 @@ def read_manifest(folder: Path) -> dict | None:
     path = folder / NAME
     if not path.is_file():
         return None
+    raw = path.read_bytes()
     try:
-        manifest = parse(path.read_bytes())
+        manifest = parse(raw)
         problem = _problem(manifest)
     except ValueError as error:
         problem = str(error)

@@ -14,6 +14,7 @@ from huggingface_hub import constants, errors, get_token
 from huggingface_hub.utils import parse_ratelimit_headers
 
 from reshard.errors import HubError
+from reshard.hub.client import endpoint
 from reshard.hub.location import Location
 from reshard.stores.foreign import quote
 
@@ -85,7 +86,7 @@ def told(location: Location, what: str = ""):
 
 def explain(error: BaseException, location: Location, what: str = "") -> HubError:
     """What happened, and what to do. The most special classes first: GatedRepoError is a RepositoryNotFoundError."""
-    url = f"{constants.ENDPOINT}/{location.repo}"
+    url = f"{endpoint()}/{location.repo}"
     where = f"{location}: {what}" if what else str(location)
     said = safe(getattr(error, "server_message", None) or error)
     status = error.response.status_code if isinstance(error, errors.HfHubHTTPError) else 0
@@ -102,11 +103,11 @@ def explain(error: BaseException, location: Location, what: str = "") -> HubErro
     if isinstance(error, errors.LocalEntryNotFoundError | errors.OfflineModeIsEnabled | errors.RevisionResolutionError | errors.CachedRepoTreeNotFoundError):
         if constants.HF_HUB_OFFLINE:
             return HubError(f"{where} is not (wholly) in the Hub's cache, {constants.HF_HUB_CACHE}, and HF_HUB_OFFLINE is set", "unset HF_HUB_OFFLINE")
-        return HubError(f"{where}: {constants.ENDPOINT} can't be reached, and the Hub's cache does not hold it", "check the network, and HF_ENDPOINT if you set it")
+        return HubError(f"{where}: {endpoint()} can't be reached, and the Hub's cache does not hold it", "check the network, and HF_ENDPOINT if you set it")
     if isinstance(error, errors.EntryNotFoundError):
         return HubError(f"{where} is not there", f"see {url}/tree/{location.branch}")
     if isinstance(error, errors.FileMetadataError):
-        return HubError(f"{where}: {constants.ENDPOINT} does not answer as the Hub does: {said}", "check HF_ENDPOINT")
+        return HubError(f"{where}: {endpoint()} does not answer as the Hub does: {said}", "check HF_ENDPOINT")
     if isinstance(error, errors.XetDownloadError):
         return HubError(f"{where}: {said}", "try again with HF_HUB_DISABLE_XET=1")
     if status == 412:
@@ -119,4 +120,4 @@ def explain(error: BaseException, location: Location, what: str = "") -> HubErro
     if status:
         request = f" (request {safe(error.request_id)})" if error.request_id else ""
         return HubError(f"{where}: the Hub answered {status}: {said}{request}", "try again later; what was done is kept" if status >= 500 else None)
-    return HubError(f"{where}: {constants.ENDPOINT} can't be reached: {said or type(error).__name__}", "check the network, and HF_ENDPOINT if you set it")
+    return HubError(f"{where}: {endpoint()} can't be reached: {said or type(error).__name__}", "check the network, and HF_ENDPOINT if you set it")

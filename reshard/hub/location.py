@@ -32,11 +32,13 @@ class Location:
 
 def parse(text: str) -> Location:
     """Raises HubError for anything but a model's repository."""
-    from huggingface_hub import constants, parse_hf_uri
+    from huggingface_hub import parse_hf_uri
     from huggingface_hub.errors import HfUriError
 
+    from reshard.hub.client import endpoint
+
     try:
-        uri = parse_hf_uri(text, endpoint=constants.ENDPOINT)
+        uri = parse_hf_uri(text, endpoint=endpoint())
     except HfUriError as error:
         body = text.removeprefix("hf://")
         hint = "write hf://ORG/NAME, with @REVISION and /SUBDIR if need be"

@@ -12,13 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from huggingface_hub import HfApi, constants, get_hf_file_metadata, get_session, hf_hub_url, try_to_load_from_cache
+from huggingface_hub import constants, get_hf_file_metadata, get_session, hf_hub_url, try_to_load_from_cache
 from huggingface_hub import errors as hub_errors
 from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import build_hf_headers, hf_raise_for_status
 
 from reshard import __version__
 from reshard.errors import FormatError, HubError
+from reshard.hub.client import hub_api
 from reshard.hub.failures import PASSING, TRIES, passing, patiently, pause, safe, told, wait_for
 from reshard.hub.location import Location
 from reshard.stores.foreign import LIMIT
@@ -26,11 +27,6 @@ from reshard.stores.foreign import LIMIT
 HEAD = 100_001  # bytes fetched from the start of a weight file: nearly every header is shorter
 _SMALL = 16 << 20  # bytes: a file that is not LFS is smaller, and served by the Hub itself: taken whole, with one request
 _IN_FLIGHT = 8
-
-
-def hub_api() -> HfApi:
-    """The one client; its endpoint and token are those of the environment (HF_ENDPOINT, HF_TOKEN, `hf auth login`)."""
-    return HfApi(endpoint=constants.ENDPOINT, library_name="reshard", library_version=__version__)
 
 
 @dataclass(frozen=True, slots=True)
