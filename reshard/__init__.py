@@ -7,14 +7,14 @@
     same   = reshard.diff("Qwen3-8B", "out")
 """
 
-from reshard.errors import DestinationError, FormatError, LayoutError, PlanError, ReshardError
+from reshard.errors import DestinationError, FormatError, HubError, LayoutError, PlanError, ReshardError
 
 __version__ = "0.1.0"
-__all__ = ["DestinationError", "FormatError", "LayoutError", "PlanError", "ReshardError", "convert", "diff", "load", "open", "plan"]
+__all__ = ["DestinationError", "FormatError", "HubError", "LayoutError", "PlanError", "ReshardError", "convert", "diff", "load", "open", "plan", "pull", "push"]
 
 
 def __getattr__(name: str):
-    if name in ("open", "plan", "convert", "load", "diff"):
+    if name in ("open", "plan", "convert", "load", "diff", "pull", "push"):
         from reshard import api
 
         return getattr(api, name)

@@ -48,9 +48,17 @@ def convert(
     """Convert `source` into the folder `destination`; `progress` is told bytes read as they are read. Returns a Report.
 
     Options as for ``plan``. The destination appears whole or not at all, and an interrupted call continues when repeated.
+    It may be hf://ORG/NAME[@BRANCH][/SUBDIR]: then `public`, `create_pr`, `base_model` and `scratch` are options too, and
+    what comes back is ``hub.push.Pushed``.
     """
     from reshard.transaction import convert as run
 
+    if is_remote(destination):
+        from reshard.hub.push import convert_and_push
+
+        chosen = {name: options.pop(name) for name in ("public", "create_pr", "base_model", "scratch") if name in options}
+        job = plan(source, format=format, tp=tp, pp=pp, ep=ep, etp=etp, jobs=jobs, buffer=buffer, **options)
+        return convert_and_push(job, str(destination), overwrite=overwrite, jobs=jobs, buffer=buffer, progress=progress, **chosen)
     job = plan(source, format=format, tp=tp, pp=pp, ep=ep, etp=etp, jobs=jobs, buffer=buffer, **options)
     return run(job, destination, overwrite=overwrite, fsync=fsync, jobs=jobs, buffer=buffer, progress=progress)
 
@@ -161,3 +169,17 @@ def open_pair(a: Checkpoint | str | Path, b: Checkpoint | str | Path, *, layout=
         return open_checkpoint(one, layout=layout, config=other.config_path if isinstance(other, Checkpoint) else other)
 
     return opened(a, b), opened(b, a)
+
+
+def pull(source: str, destination: str | Path, **options):
+    """Fetch hf://ORG/NAME[@REV][/SUBDIR] into a folder, its files as they are; ``convert`` takes such a source too. See ``hub.pull``."""
+    from reshard.hub.pull import pull as run
+
+    return run(source, destination, **options)
+
+
+def push(folder: str | Path, destination: str, **options):
+    """Publish the checkpoint in `folder` as hf://ORG/NAME[@BRANCH][/SUBDIR], in one commit. See ``hub.push``."""
+    from reshard.hub.push import push as run
+
+    return run(folder, destination, **options)

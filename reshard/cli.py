@@ -5,6 +5,7 @@ import json
 import os
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import click
@@ -74,11 +75,11 @@ def source_options(command):
     return click.option("--from", "from_", type=click.Choice(FORMATS), help="Format of SRC, where its files don't tell.")(command)
 
 
-def target_options(command):
+def target_options(command, required=True):
     command = click.option("--engine-version", metavar="V", help="Release of vLLM or SGLang that will read the files; the newest known by default.")(command)
     command = click.option("--dtype", type=click.Choice(["bf16", "fp16", "fp32"]), help="Store floating-point tensors as this.")(command)
     command = mesh_options(command)
-    return click.option("--to", "to", type=click.Choice(FORMATS), required=True, help="Format of the result.")(command)
+    return click.option("--to", "to", type=click.Choice(FORMATS), required=required, help="Format of the result.")(command)
 
 
 rank_option = click.option("--rank", type=click.IntRange(0), help="Only what this rank needs.")
@@ -122,22 +123,43 @@ def run_options(command):
     return command
 
 
+def push_options(command):
+    command = click.option("--base-model", metavar="ORG/NAME", help="For the model card, where the files don't tell.")(command)
+    command = click.option("--create-pr", is_flag=True, help="Open a pull request instead of committing to the branch.")(command)
+    return click.option("--public/--private", default=False, help="A new repository is private, and a public one is refused, unless --public.")(command)
+
+
 @cli.command()
 @click.argument("src", type=Place())
 @click.argument("dst", type=Place(target=True))
 @target_options
 @source_options
 @run_options
-def convert(src, dst, from_, layout, config, cache, **options):
-    """Convert the checkpoint in SRC into DST, in another format or on another mesh. Both may be hf://ORG/NAME[@REV][/SUBDIR]."""
-    run_conversion(_open(src, from_, layout, config, cache), dst, **options)
+@push_options
+def convert(src, dst, from_, layout, config, cache, public, create_pr, base_model, **options):
+    """Convert the checkpoint in SRC into DST, in another format or on another mesh. Both may be hf://ORG/NAME[@REV][/SUBDIR].
+
+    To the Hub, files are written and sent one by one, with disk for one of them, and appear there in one commit."""
+    from reshard.hub import is_remote
+
+    push = {"public": public, "create_pr": create_pr, "base_model": base_model}
+    if any(push.values()) and not is_remote(dst):
+        raise click.UsageError("--public, --create-pr and --base-model go with a destination on the Hub (hf://ORG/NAME)")
+    run_conversion(_open(src, from_, layout, config, cache), dst, push if is_remote(dst) else None, **options)
 
 
-def run_conversion(source, dst, *, to, tp, pp, ep, etp, dtype, engine_version, rank, dry_run, jobs, buffer, no_fsync, overwrite, as_json, quiet, verbose):
-    """What is left of ``convert`` and ``pull`` once the source is open."""
+def run_conversion(source, dst, push=None, *, to, tp, pp, ep, etp, dtype, engine_version, rank, dry_run, jobs, buffer, no_fsync, overwrite, as_json, quiet, verbose):
+    """What is left of ``convert`` and ``pull`` once the source is open; `push` are options for a destination on the Hub."""
     from reshard.transaction import convert as run
 
     job = _plan(source, to, tp, pp, ep, etp, dtype, engine_version, rank=rank, jobs=jobs, buffer=buffer)
+    if push is not None and not dry_run:
+        from reshard.hub.push import convert_and_push
+
+        with progress_bar(job.bytes_read, quiet or as_json) as tell:
+            done = convert_and_push(job, dst, overwrite=overwrite, jobs=jobs, buffer=buffer, progress=tell, **push)
+        say_pushed(done, {**job.to_json(dst), "bytes_written": job.bytes_written}, as_json, quiet)
+        return
     if dry_run:
         click.echo(json.dumps({"ok": True, **job.to_json(dst)})) if as_json else click.echo(job.describe(dst))
         return
@@ -154,6 +176,81 @@ def run_conversion(source, dst, *, to, tp, pp, ep, etp, dtype, engine_version, r
         went_on = f"went on from {report.resumed_files} of {files} files; " if report.resumed_files else ""
         came = f"; {human(report.bytes_received)} came from {source.revision[:12]}, sha256 of {count(report.checked_files, 'file')} checked" if source.remote else ""
         click.echo(f"{went_on}wrote {count(files - report.resumed_files, 'file')}, {human(report.bytes_written)} in {report.seconds:.1f}s ({rate}/s): {dst}, {job.format} {job.mesh}{came}")
+
+
+@cli.command()
+@click.argument("src", type=Place())
+@click.argument("dst", metavar="DIR")
+@partial(target_options, required=False)
+@source_options
+@run_options
+def pull(src, dst, from_, layout, config, cache, **options):
+    """Fetch the model SRC, hf://ORG/NAME[@REV][/SUBDIR], into DIR: its files as they are, or with --to, converted on the way."""
+    from reshard.hub import is_remote
+
+    if not is_remote(src):
+        raise click.BadParameter(f"{src} is not on the Hub; write hf://ORG/NAME", param_hint="SRC")
+    if is_remote(dst):
+        raise click.BadParameter(f"{dst} is no folder", param_hint="DIR")
+    if options["to"]:
+        run_conversion(_open(src, from_, layout, config, cache), dst, **options)
+        return
+    given = [name for name in ("tp", "pp", "ep") if options[name] != 1] + [name for name in ("dtype", "engine_version", "rank") if options[name] is not None]
+    if given:
+        raise click.UsageError(f"--{given[0].replace('_', '-')} needs --to: without it, files are fetched as they are")
+    from reshard.hub.folder import open_folder
+    from reshard.hub.pull import pull as run
+    from reshard.hub.pull import wanted
+
+    folder = open_folder(src, cache)
+    files = wanted(folder)
+    result = {"source": {"path": src, "revision": folder.revision}, "destination": {"path": dst},
+              "files": [{"path": name, "bytes": size} for name, size in sorted(files.items())]}  # fmt: skip
+    if options["dry_run"]:
+        rows = [(name, human(size)) for name, size in sorted(files.items())]
+        click.echo(json.dumps({"ok": True, **result})) if options["as_json"] else click.echo(table(rows, ("file", "size")))
+        return
+    silent = options["quiet"] or options["as_json"]
+    with progress_bar(sum(files.values()), silent) as tell:
+        done = run(folder, dst, overwrite=options["overwrite"], progress=tell)
+    if options["as_json"]:
+        click.echo(json.dumps({"ok": True, **result, "seconds": round(done.seconds, 3)}))
+    elif not silent:
+        click.echo(f"fetched {count(len(done.files), 'file')}, {human(done.bytes)} in {done.seconds:.1f}s, checksums compared: {dst}, {src} at {done.revision[:12]}")
+
+
+@cli.command()
+@click.argument("folder", metavar="DIR", type=click.Path(exists=True, file_okay=False))
+@click.argument("dst", type=Place(target=True))
+@source_options
+@push_options
+@click.option("--overwrite", is_flag=True, help="Remove other weights that the repository holds, in the same commit.")
+@json_option
+@click.option("-q", "--quiet", is_flag=True, help="No progress, no summary.")
+@click.option("-v", "--verbose", is_flag=True, help="Tracebacks with errors.")
+def push(folder, dst, from_, layout, config, public, create_pr, base_model, overwrite, as_json, quiet, verbose):
+    """Publish the checkpoint in DIR as hf://ORG/NAME[@BRANCH][/SUBDIR], with a model card, in one commit."""
+    from reshard.hub import is_remote
+    from reshard.hub.push import push as run
+
+    if not is_remote(dst):
+        raise click.BadParameter(f"{dst} is not on the Hub; write hf://ORG/NAME", param_hint="DST")
+    with progress_bar(sum(path.stat().st_size for path in Path(folder).rglob("*") if path.is_file()), quiet or as_json) as tell:
+        done = run(folder, dst, public=public, create_pr=create_pr, overwrite=overwrite, base_model=base_model, progress=tell,
+                   format=from_, layout=layout, config=config)  # fmt: skip
+    say_pushed(done, {"source": {"path": folder}, "destination": {"path": dst}}, as_json, quiet)
+
+
+def say_pushed(done, result: dict, as_json: bool, quiet: bool) -> None:
+    if as_json:
+        result["destination"] |= {"revision": done.commit, "url": done.url}
+        click.echo(json.dumps({"ok": True, **result, "committed": done.committed, "new_files": done.new, "bytes_new": done.bytes_new,
+                               "pull_request": done.pull_request, "seconds": round(done.seconds, 3)}))  # fmt: skip
+    elif not quiet and not done.committed:
+        click.echo(f"nothing to do: {done.location} holds these {count(len(done.files), 'file')} already, at {done.commit[:12]}")
+    elif not quiet:
+        where = done.pull_request or done.url
+        click.echo(f"pushed {len(done.new)} of {count(len(done.files), 'file')}, {human(done.bytes_new)} in {done.seconds:.1f}s: {done.location} at {done.commit[:12]}, {where}")
 
 
 @cli.command()

@@ -216,7 +216,7 @@ def companion_files(source: Checkpoint) -> dict[str, Path]:
     """config.json, tokenizer and their like: name in the destination → file at the source."""
     folder = source.config_path.parent if source.config_path else source.path
     patterns = [pattern for pattern in COMPANIONS if not (source.remote and pattern == "*.py")]  # code that nobody here asked for
-    found = {path.name: path for pattern in patterns for path in sorted(folder.glob(pattern), key=str) if path.is_file()}
+    found = {path.name: path for pattern in patterns for path in sorted(folder.glob(pattern)) if path.is_file()}
     if source.config_path:
         found["config.json"] = source.config_path
     return dict(sorted(found.items()))

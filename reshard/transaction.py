@@ -19,6 +19,7 @@ from reshard.checkpoint import Checkpoint
 from reshard.errors import DestinationError, HubError, ReshardError
 from reshard.execute import Source, run, run_batches
 from reshard.fetch import BATCH, GAP
+from reshard.formats import OutFile
 from reshard.job import Job, default_jobs
 from reshard.join import Plan
 from reshard.journal import NAME as JOURNAL
@@ -100,7 +101,7 @@ def _output(job: Job, partial: Path, done: Done, journal: Journal, fsync: bool) 
 def _move(job: Job, done: Done, source: Source, output: Output, journal: Journal, *, jobs: int, buffer: int, progress: Callable[[int], None]) -> None:
     """Read and write what is not done yet."""
     if job.batches is None:
-        todo = _unfinished(job, done.files)
+        todo = only(job.plan, [file for file in job.folder.files if file.path not in done.files]) if done.files else job.plan
         progress(job.bytes_read - todo.bytes_read)
         run(todo, source, output.write, jobs=jobs, buffer=buffer, progress=progress)
         return
@@ -222,13 +223,12 @@ def _check_space(job: Job, partial: Path, done: Done) -> None:
         raise DestinationError(f"{partial.parent} has {free:,} bytes free, the conversion writes {need:,}", "free some space, or write to another disk")
 
 
-def _unfinished(job: Job, done: set[str]) -> Plan:
-    if not done:
-        return job.plan
-    finished = {id(s) for file in job.folder.files if file.path in done for s in file.tensors.values()}
-    left = [copy for copy in job.plan.copies if id(copy.dst) not in finished]
+def only(plan: Plan, files: list[OutFile]) -> Plan:
+    """What of `plan` fills `files`."""
+    wanted = {id(s) for file in files for s in file.tensors.values()}
+    left = [copy for copy in plan.copies if id(copy.dst) in wanted]
     keys = {copy.key for copy in left}
-    return Plan([s for s in job.plan.destinations if id(s) not in finished], left, [c for c in job.plan.checks if c.key in keys])
+    return Plan([s for s in plan.destinations if id(s) in wanted], left, [c for c in plan.checks if c.key in keys])
 
 
 def _copy_small(content: bytes, path: Path, fsync: bool) -> None:

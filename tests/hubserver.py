@@ -336,7 +336,7 @@ class _Handler(BaseHTTPRequestHandler):
             raise _Answer(200, {"errors": [], "warnings": []})
         if path == "/api/whoami-v2":
             raise _Answer(200, {"name": user, "type": "user", "orgs": []}) if user else _error(401, "Unauthorized")
-        if found := re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/(revision|tree|preupload|commit|xet-read-token|xet-write-token|auth-check)(?:/(.+))?)?", raw):
+        if found := re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/(revision|tree|preupload|commit|xet-read-token|xet-write-token|auth-check|branch)(?:/(.+))?)?", raw):
             name, verb, rest = unquote(found[1]), found[2] or "info", found[3] or ""
             repo = self._repo(name, user)
             revision, _, inside = rest.partition("/")
@@ -397,6 +397,12 @@ class _Handler(BaseHTTPRequestHandler):
     def _auth_check(self, name, repo, revision, inside, query, user) -> None:
         if revision == "write" and user != "ada":
             raise _error(403, "no right to write here")
+        raise _Answer(200, {})
+
+    def _branch(self, name, repo, revision, inside, query, user) -> None:
+        if user != "ada":
+            raise _error(403, "no right to write here")
+        repo.refs[revision] = json.loads(self.body or b"{}").get("startingPoint") or repo.refs["main"]
         raise _Answer(200, {})
 
     def _preupload(self, name, repo, revision, inside, query, user) -> None:

@@ -29,6 +29,9 @@ class HubPath:
     def __truediv__(self, name: str) -> "HubPath":
         return HubPath(self.repository, f"{self.path}/{name}" if self.path else str(name))
 
+    def __lt__(self, other: "HubPath") -> bool:
+        return self.path < other.path
+
     @property
     def name(self) -> str:
         return self.path.rpartition("/")[2]

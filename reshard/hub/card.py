@@ -1,0 +1,46 @@
+"""The model card of a pushed checkpoint: where the weights come from, which format and mesh they are in, how to load them."""
+
+import json
+
+from reshard.checkpoint import Checkpoint
+
+MARK = "<!-- written by reshard -->"
+
+_LOAD = {
+    "hf": "from transformers import AutoModelForCausalLM\n\nmodel = AutoModelForCausalLM.from_pretrained({repo})",
+    "vllm": "vllm serve {folder} --load-format sharded_state --tensor-parallel-size {tp}",
+    "sglang": "python -m sglang.launch_server --model-path {folder} --load-format sharded_state --tp {tp}",
+    "megatron": "--load {folder} --ckpt-format torch --use-checkpoint-args --tensor-model-parallel-size {tp} --pipeline-model-parallel-size {pp}",
+    "tp": 'import reshard\n\nstate = reshard.load("hf://{id}", format="tp", tp={tp}, rank=0)',
+    "rank-pt": 'import torch\n\nstate = torch.load("{folder}/rank_00.pt", weights_only=True, mmap=True)',
+}
+_PYTHON = ("hf", "tp", "rank-pt")
+
+
+def card(repo: str, folder: str, format: str, mesh, engine_version: str | None, source: Checkpoint, base_model: str | None = None) -> bytes:
+    """README.md for `repo`/`folder`. `source` tells architecture and origin; `base_model` says the origin's name where files don't."""
+    origin = source.origin or {}
+    base = base_model or origin.get("repo")
+    local = repo.rpartition("/")[2] + (f"/{folder}" if folder else "")
+    head = {"library_name": "transformers" if format == "hf" else "reshard", "tags": ["reshard", format]}
+    if base:
+        head = {"base_model": base, **head}
+    lines = ["---", *(f"{key}: {json.dumps(value)}" for key, value in head.items()), "---", MARK, "", f"# {local}", ""]
+    lines += [f"{source.architecture} in the format `{format}` on the mesh `{mesh}`, written by reshard.", ""]
+    rows = [("format", format), ("mesh", f"tp {mesh.tp}, pp {mesh.pp}, ep {mesh.ep}"), ("architecture", source.architecture)]
+    if engine_version:
+        rows.append(("engine release", engine_version))
+    if base:
+        rows.append(("base model", f"[{base}](https://huggingface.co/{base})"))
+    if origin.get("revision"):
+        rows.append(("source revision", f"`{origin['revision']}`"))
+    lines += ["| | |", "| --- | --- |", *(f"| {key} | {value} |" for key, value in rows), ""]
+    where = f'"{repo}"' + (f', subfolder="{folder}"' if folder else "")
+    load = _LOAD[format].format(repo=where, id=f"{repo}/{folder}".rstrip("/"), folder=local, tp=mesh.tp, pp=mesh.pp)
+    lines += ["Load it:", ""]
+    if format not in ("hf", "tp"):  # the others read folders only
+        lines += ["```", f"hf download {repo} --local-dir {repo.rpartition('/')[2]}", "```", ""]
+    lines += ["```python" if format in _PYTHON else "```", load, "```", ""]
+    lines += ["Into another format or mesh, straight from here:", "", "```"]
+    lines += [f"reshard convert hf://{repo}{'/' + folder if folder else ''} DIR --to hf", "```", ""]
+    return "\n".join(lines).encode()
