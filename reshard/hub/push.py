@@ -247,9 +247,9 @@ def _commit(target: Target, adds: list[CommitOperationAdd], small: dict[str, byt
     adds = adds + [CommitOperationAdd(target.path(name), content) for name, content in sorted(small.items()) if not _unchanged(target, name, content)]
     gone = [CommitOperationDelete(target.path(name)) for name in _others(target, set(names))]
     commit, pull = target.head, None
+    if target.branch_is_new:
+        patiently(lambda: api.create_branch(location.repo, branch=location.branch, revision=target.head, exist_ok=True))
     if adds or gone:
-        if target.branch_is_new:
-            patiently(lambda: api.create_branch(location.repo, branch=location.branch, exist_ok=True))
         with _quiet():
             info = patiently(lambda: api.create_commit(location.repo, [*adds, *gone], commit_message="Upload weights with reshard", revision=location.branch,
                                                        parent_commit=target.head, create_pr=target.create_pr))  # fmt: skip
