@@ -219,6 +219,7 @@ class _Handler(BaseHTTPRequestHandler):
     host: str
     protocol_version = "HTTP/1.1"
     timeout = 30
+    disable_nagle_algorithm = True
 
     def log_message(self, *args):
         """The hub's own log is the log."""
@@ -242,6 +243,12 @@ class _Handler(BaseHTTPRequestHandler):
         self.body = self._read_body()
         self.entry.received = len(self.body)
         try:
+            self._route()
+        except (BrokenPipeError, ConnectionResetError):  # the client was killed
+            self.close_connection = True
+
+    def _route(self) -> None:
+        try:
             if self.fault and self.fault.status:
                 raise _Answer(self.fault.status, {"error": "fault"}, self.fault.headers)
             parts = urlsplit(self.path)
@@ -249,8 +256,6 @@ class _Handler(BaseHTTPRequestHandler):
             raise _Answer(404, {"error": "no such route"})
         except _Answer as answer:
             self._send(answer)
-        except (BrokenPipeError, ConnectionResetError):
-            self.close_connection = True
         except Exception as error:  # noqa: BLE001  5xx but 501 would be tried again for half a minute
             self._send(_Answer(501, {"error": repr(error)}))
 

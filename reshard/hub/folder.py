@@ -60,8 +60,8 @@ class HubPath:
     def exists(self) -> bool:
         return self.is_file() or self.is_dir()
 
-    def is_absolute(self) -> bool:
-        return True
+    def relative_to(self, folder: "HubPath") -> PurePosixPath:
+        return PurePosixPath(self.path).relative_to(folder.path)
 
     def iterdir(self) -> Iterator["HubPath"]:
         start = len(self.path) + 1 if self.path else 0

@@ -59,11 +59,12 @@ def pull(source: str, destination: str | Path, *, overwrite: bool = False, cache
         if got != size:
             raise HubError(f"{name} has {got} bytes after the download, the Hub lists {size}", "run the same command again")
     with told(repository.location):
-        differing = [m for m in repository.api.verify_repo_checksums(repository.location.repo, local_dir=partial, revision=repository.commit).mismatches]
+        differing = repository.api.verify_repo_checksums(repository.location.repo, local_dir=partial, revision=repository.commit).mismatches
     if differing:
         for each in differing:
-            (partial / each.path).unlink()
-        raise HubError(f"{repository.location}: {differing[0].path} has the checksum {differing[0].actual}, the Hub lists {differing[0].expected} ({len(differing)} such)",
+            (partial / each["path"]).unlink()
+        first = differing[0]
+        raise HubError(f"{repository.location}: {first['path']} has the checksum {first['actual']}, the Hub lists {first['expected']} ({len(differing)} such)",
                        "run the same command again: it fetches those again")  # fmt: skip
     shutil.rmtree(partial / ".cache", ignore_errors=True)
     if destination.exists():
