@@ -39,8 +39,8 @@ class Place(click.ParamType):
 
     name = "location"
 
-    def __init__(self, target: bool = False):
-        self._target = target
+    def __init__(self, target: bool = False, exists: bool = False):
+        self._target, self._exists = target, exists
 
     def convert(self, value, param, ctx):
         from reshard.hub import is_remote
@@ -54,7 +54,7 @@ class Place(click.ParamType):
                 usage = click.BadParameter(str(error), ctx, param)
                 usage.hint = error.hint
                 raise usage from None
-        return value
+        return click.Path(exists=True).convert(value, param, ctx) if self._exists else value
 
     def shell_complete(self, ctx, param, incomplete):
         from click.shell_completion import CompletionItem
@@ -70,7 +70,7 @@ def mesh_options(command):
 
 
 def source_options(command):
-    command = click.option("--config", type=click.Path(exists=True), help="config.json of the model, or its folder, where the checkpoint has none.")(command)
+    command = click.option("--config", type=Place(exists=True), help="config.json of the model, or its folder, where the checkpoint has none.")(command)
     command = click.option("--layout", type=click.Path(exists=True, dir_okay=False), help="A layout descriptor of your own.")(command)
     return click.option("--from", "from_", type=click.Choice(FORMATS), help="Format of SRC, where its files don't tell.")(command)
 
@@ -283,7 +283,7 @@ def inspect(path, from_, layout, config, tensors, as_json):
 
     ckpt = _open(path, from_, layout, config)
     result = {"ok": True, "path": str(path), "format": ckpt.format, "architecture": ckpt.architecture,
-              "mesh": mesh_json(ckpt.mesh), "bytes": ckpt.bytes}  # fmt: skip
+              "mesh": mesh_json(ckpt.mesh), "bytes": ckpt.bytes} | ({"revision": ckpt.revision} if ckpt.remote else {})  # fmt: skip
     rows = _tensor_rows(ckpt)
     if as_json:
         result["tensors"] = [dict(zip(("name", "shape", "dtype", "split_dim", "fused", "ranks"), row)) for row in rows] if tensors else len(rows)
@@ -316,7 +316,7 @@ def split_dim(descriptor, entry, tp: int) -> int | None:
 @cli.command()
 @click.argument("a", type=Place())
 @click.argument("b", type=Place())
-@click.option("--config", type=click.Path(exists=True), help="config.json of the model, or its folder, where neither A nor B has one.")
+@click.option("--config", type=Place(exists=True), help="config.json of the model, or its folder, where neither A nor B has one.")
 @click.option("--layout", type=click.Path(exists=True, dir_okay=False), help="A layout descriptor of your own, for both.")
 @json_option
 @click.option("-q", "--quiet", is_flag=True)

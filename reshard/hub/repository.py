@@ -22,7 +22,7 @@ from reshard.errors import FormatError, HubError
 from reshard.hub.client import hub_api
 from reshard.hub.failures import PASSING, TRIES, passing, patiently, pause, safe, told, wait_for
 from reshard.hub.location import Location
-from reshard.stores.foreign import LIMIT
+from reshard.stores.foreign import LIMIT, quote
 
 HEAD = 100_001  # bytes fetched from the start of a weight file: nearly every header is shorter
 _SMALL = 16 << 20  # bytes: a file that is not LFS is smaller, and served by the Hub itself: taken whole, with one request
@@ -69,7 +69,7 @@ class Repository:
         if self.location.is_commit:
             return revision
         try:
-            return patiently(lambda: self.api.model_info(repo, revision=revision)).sha
+            return patiently(lambda: self.api.model_info(repo, revision=revision, timeout=constants.HF_HUB_ETAG_TIMEOUT)).sha
         except (hub_errors.HTTPError, OSError) as error:
             if not (passing(error) or isinstance(error, hub_errors.OfflineModeIsEnabled)):
                 raise
@@ -85,7 +85,10 @@ class Repository:
             if isinstance(error, hub_errors.HfHubHTTPError) and error.response.status_code < 500:
                 raise
             return self._cached(error)
-        files = (item for item in tree if isinstance(item, RepoFile))
+        files = [item for item in tree if isinstance(item, RepoFile)]
+        outside = next((f.path for f in files if f.path.startswith("/") or ".." in f.path.split("/") or "\\" in f.path), None)
+        if outside is not None:
+            raise FormatError(f"{self.location}: file name {quote(repr(outside))} leads out of the folder")
         return {f.path: Entry(f.size, f.lfs.sha256 if f.lfs else None, None if f.lfs else f.blob_id) for f in files}
 
     def _cached(self, error: BaseException) -> dict[str, Entry]:

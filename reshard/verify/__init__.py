@@ -10,6 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from reshard.errors import FormatError, ReshardError
+from reshard.hub import is_remote
 from reshard.verify.request import Request
 
 METHODS = ("tp", "permute")
@@ -48,6 +49,9 @@ def verify(
         import torch
 
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    for place in (checkpoint, reference):
+        if is_remote(place):
+            raise FormatError(f"{place} is on the Hub; verify runs folders on this disk", f"`reshard pull {place} DIR`, then verify DIR")
     request = Request(Path(checkpoint), Path(reference), format, config and Path(config), layout and Path(layout), device, dtype, tuple(prompts), low_memory, told)
     check_reference(request.reference)
     if method == "permute":
