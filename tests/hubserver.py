@@ -77,10 +77,11 @@ class Repo:
 
 class Hub:
     def __init__(self, folder: Path, xet: bool = False, rate: float = 0):
-        self.folder, self.xet, self.rate = Path(folder), xet, rate  # rate: bytes per second of every answer with content; 0 no limit
+        self.folder, self.xet, self.rate = Path(folder), xet, rate  # rate: bytes of content per second, in all; 0 no limit
         self.repos: dict[str, Repo] = {}
         self.log: list[Request] = []
         self.faults: list[Fault] = []
+        self._free = 0.0  # when the line is free again
         self.links = 0  # raised by expire(): older links are refused
         self._lock = threading.Lock()
         self._numbers = itertools.count()
@@ -106,6 +107,14 @@ class Hub:
 
     def expire(self) -> None:
         self.links += 1
+
+    def throttle(self, size: int) -> None:
+        """Wait until `size` bytes have gone through a line of `rate`."""
+        if self.rate:
+            with self._lock:
+                self._free = max(self._free, time.monotonic()) + size / self.rate
+                wait = self._free - time.monotonic()
+            time.sleep(max(0.0, wait))
 
     def clear(self) -> None:
         self.log.clear()
@@ -300,16 +309,14 @@ class _Handler(BaseHTTPRequestHandler):
         with open(answer.file, "rb") as file:
             file.seek(start)
             left = stop - start if not fault or fault.cut is None else min(fault.cut, stop - start)
+            if fault and fault.corrupt and left:
+                self.wfile.write(bytes([file.read(1)[0] ^ 1]))
+                start, left, self.entry.sent = start + 1, left - 1, 1
             while left:
-                block = file.read(min(left, 1 << 16))
-                if fault and fault.corrupt:
-                    block = bytes([block[0] ^ 1]) + block[1:]
-                    fault = None
-                self.wfile.write(block)
-                self.entry.sent += len(block)
-                left -= len(block)
-                if self.hub.rate:
-                    time.sleep(len(block) / self.hub.rate)
+                sent = self.connection.sendfile(file, start, min(left, 1 << (16 if self.hub.rate else 20)))
+                self.entry.sent += sent
+                start, left = start + sent, left - sent
+                self.hub.throttle(sent)
         if self.fault and self.fault.cut is not None:
             self.wfile.flush()
             self.close_connection = True

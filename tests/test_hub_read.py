@@ -21,7 +21,7 @@ from reshard import cli
 from reshard.demo import make_model
 from reshard.transaction import convert
 
-SLOW = 10_000_000  # bytes per second, so that a process can be killed on its way
+SLOW = 30_000_000  # bytes per second, so that a process can be killed on its way
 
 
 # bytes and requests
