@@ -230,6 +230,12 @@ class _Handler(BaseHTTPRequestHandler):
     timeout = 30
     disable_nagle_algorithm = True
 
+    def handle(self):
+        try:
+            super().handle()
+        except ConnectionResetError:  # the client was killed
+            pass
+
     def log_message(self, *args):
         """The hub's own log is the log."""
 
@@ -249,9 +255,9 @@ class _Handler(BaseHTTPRequestHandler):
                 self.fault = None
             elif self.fault:
                 self.fault.times -= 1
-        self.body = self._read_body()
-        self.entry.received = len(self.body)
         try:
+            self.body = self._read_body()
+            self.entry.received = len(self.body)
             self._route()
         except (BrokenPipeError, ConnectionResetError):  # the client was killed
             self.close_connection = True
@@ -276,7 +282,14 @@ class _Handler(BaseHTTPRequestHandler):
                 self.rfile.readline()
             self.rfile.readline()
             return out
-        return self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        out, left = [], int(self.headers.get("Content-Length", 0))
+        while left and (block := self.rfile.read(min(left, 1 << 16))):
+            out.append(block)
+            left -= len(block)
+            self.hub.throttle(len(block))
+        if left:
+            raise ConnectionResetError  # the client was killed
+        return b"".join(out)
 
     def _send(self, answer: _Answer) -> None:
         fault, status, headers = self.fault, answer.status, dict(answer.headers)

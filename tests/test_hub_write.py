@@ -3,9 +3,13 @@
 # ruff: noqa: F811  pytest hands fixtures over by name
 
 import json
+import os
+import subprocess
+import sys
+import time
 
 import pytest
-from hubcases import command, files_of, hub, large, model, no_token_elsewhere, weights  # noqa: F401  fixtures among them
+from hubcases import command, environment, files_of, hub, large, model, no_token_elsewhere, weights  # noqa: F401  fixtures among them
 from hubserver import Fault
 from huggingface_hub import HfApi
 
@@ -89,6 +93,27 @@ def test_failed_push_leaves_the_branch_and_goes_on_with_what_is_missing(hub, mod
     done = reshard.convert(large, "hf://ada/name", format="tp", tp=3)
     assert done.committed and (uploads(hub, mode) - sent if mode == "xet" else uploads(hub, mode)) < 0.01 * whole
     assert reshard.diff("hf://ada/name", large)
+
+
+def test_push_killed_in_the_middle_sends_only_what_is_missing(hub, large, tmp_path):
+    reshard.convert(large, tmp_path / "tp", format="tp", tp=3)
+    shards = sorted(path.stat().st_size for path in (tmp_path / "tp").glob("*.safetensors"))
+    hub.rate = 30_000_000
+    args = [sys.executable, "-m", "reshard", "push", "tp", "hf://ada/name"]
+    process = subprocess.Popen(args, cwd=tmp_path, env={**os.environ, **environment(hub, tmp_path), "HF_HUB_DISABLE_XET": "1"}, stdout=subprocess.PIPE)
+    while len(hub.requests(host="cdn", method="PUT")) < 2:  # the second file is on its way
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.kill()
+    process.communicate()
+    hub.rate = 0
+    assert set(hub.files("ada/name")) == {".gitattributes"}
+    hub.clear()
+    done = command(hub, tmp_path, *args[3:], HF_HUB_DISABLE_XET="1")
+    assert done.returncode == 0 and "pushed 6 of 6 files" in done.stdout, done.stderr
+    puts = hub.requests(host="cdn", method="PUT")
+    assert len(puts) == 2 and sum(r.received for r in puts) <= 2 * shards[-1] and commits(hub, "ada/name") == 1
+    assert reshard.diff(large, "hf://ada/name")
 
 
 def test_card_says_where_it_comes_from(hub, mode, model):
