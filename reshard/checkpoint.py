@@ -4,22 +4,26 @@ What comes out is a list of stored tensors with dtypes, files and byte offsets: 
 """
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from reshard import formats
 from reshard.block import Stored, restride
 from reshard.descriptors import architectures, builtin_descriptors, find_descriptor, load_descriptor
 from reshard.errors import FormatError, LayoutError, PlanError
-from reshard.execute import Source
 from reshard.formats.manifest import read_manifest
 from reshard.hub import is_remote
 from reshard.layout import Entry, Layout, Section
 from reshard.place import Mesh, Placement, slice_dim
 from reshard.stores import DTYPE_SIZE
 from reshard.stores.foreign import parse, quote
+
+if TYPE_CHECKING:
+    from reshard.execute import Source
+    from reshard.fetch import Batch
 
 
 @dataclass
@@ -67,8 +71,10 @@ class Checkpoint:
         """The commit, of a checkpoint on the Hub."""
         return self.path.revision if self.remote else None
 
-    def source(self, whole=(), jobs: int = 8) -> Source:
+    def source(self, whole: Iterable["Batch"] = (), jobs: int = 8) -> "Source":
         """Its bytes, to be read; of a remote one, `whole` are the batches of a run that fetches everything."""
+        from reshard.execute import Source
+
         if not self.remote:
             return Source(self.path)
         from reshard.hub.source import HubSource

@@ -75,13 +75,19 @@ def told(location: Location, what: str = ""):
         raise
     except (errors.HTTPError, OSError, errors.EntryNotFoundError, errors.RevisionResolutionError, errors.CachedRepoTreeNotFoundError,
             errors.HFValidationError, errors.XetDownloadError, errors.SafetensorsParsingError) as error:  # fmt: skip
+        if type(error).__module__ == "hf_xet":  # OSErrors, of its own
+            raise _of_xet(error, location) from None
         if isinstance(error, OSError) and not isinstance(error, errors.HTTPError | ConnectionError | TimeoutError | errors.EntryNotFoundError | errors.FileMetadataError):
             raise  # a disk's, not the Hub's
         raise explain(error, location, what) from None
     except RuntimeError as error:  # hf_xet has no class of its own for these
-        if type(error).__module__.startswith("hf_xet") or "xet" in str(error).lower() or "cas" in str(error).lower():
-            raise HubError(f"{location}: {safe(error)}", "try again with HF_HUB_DISABLE_XET=1") from None
+        if re.search(r"xet|\bcas\b|reconstruct", f"{type(error)} {error}", re.IGNORECASE):
+            raise _of_xet(error, location) from None
         raise
+
+
+def _of_xet(error: BaseException, location: Location) -> HubError:
+    return HubError(f"{location}: {safe(error)}", "try again with HF_HUB_DISABLE_XET=1")
 
 
 def explain(error: BaseException, location: Location, what: str = "") -> HubError:

@@ -210,14 +210,14 @@ class Repository:
         """Chunks of bytes [start, stop), no more than were asked for."""
         size = self.entries[path].size
         headers = {"Range": f"bytes={start}-{stop - 1}", "Accept-Encoding": "identity"}
-        if _host(url) == _host(self.api.endpoint):  # a small file that the Hub itself serves
+        if self._is_hub(url):  # a small file that the Hub itself serves
             headers |= build_hf_headers(token=self.api.token, library_name="reshard", library_version=__version__)
         with get_session().stream("GET", url, headers=headers, timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT) as response:
             status = response.status_code
             if status in PASSING:
                 raise _Busy(status, response.headers)
             if status in (401, 403):
-                if _host(url) == _host(self.api.endpoint):
+                if self._is_hub(url):
                     response.read()
                     hf_raise_for_status(response)
                 raise _Expired(status)
@@ -267,8 +267,17 @@ class Repository:
             if self._places.get(path) == url:
                 del self._places[path]
 
+    def _is_hub(self, url: str) -> bool:
+        """Whether `url` is of the Hub's own origin, the only one that may see the token."""
+        here, hub = urlsplit(url), urlsplit(self.api.endpoint)
+        return (here.scheme, here.netloc) == (hub.scheme, hub.netloc)
+
     def stop(self) -> None:
+        """Have all reads given up; ``start`` allows them again."""
         self._stopped.set()
+
+    def start(self) -> None:
+        self._stopped.clear()
 
     def _sleep(self, seconds: float) -> None:
         self._stopped.wait(seconds)

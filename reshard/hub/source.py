@@ -24,6 +24,7 @@ class HubSource(Source):
     def __init__(self, folder: HubPath, whole: Iterable[Batch] = (), jobs: int = 8):
         super().__init__(folder)
         self._repository = folder.repository
+        self._repository.start()
         self._cached: dict[str, Path | None] = {}
         self._checks: dict[str, Checksum] = {}
         for file, ranges in by_file(whole).items():
