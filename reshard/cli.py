@@ -174,7 +174,8 @@ def run_conversion(source, dst, push=None, *, to, tp, pp, ep, etp, dtype, engine
         rate = human(report.bytes_written / max(report.seconds, 1e-9))
         files = len(report.files)
         went_on = f"went on from {report.resumed_files} of {files} files; " if report.resumed_files else ""
-        came = f"; {human(report.bytes_received)} came from {source.revision[:12]}, sha256 of {count(report.checked_files, 'file')} checked" if source.remote else ""
+        came = f"; {human(report.bytes_received)} came from {source.revision[:12]}" if source.remote else ""
+        came += f", sha256 of {count(report.checked_files, 'file')} checked" if report.checked_files else ""
         click.echo(f"{went_on}wrote {count(files - report.resumed_files, 'file')}, {human(report.bytes_written)} in {report.seconds:.1f}s ({rate}/s): {dst}, {job.format} {job.mesh}{came}")
 
 

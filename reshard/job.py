@@ -144,7 +144,7 @@ def prepare(
     assert used == {id(s) for s in plan.destinations}, "a format left tensors out of its files"
     sizes = {file.path: file.image.size for file in folder.files}
     native = native_dtypes(source, plan)
-    folder.small[MANIFEST] = manifest_bytes(format, placement.mesh, source.layout.name, engine_version, sizes, native, source.origin)
+    folder.small[MANIFEST] = manifest_bytes(format, placement.mesh, source.layout.name, engine_version, sizes, native, source.origin, rank)
     if dtype:
         config = dict(read_config(source.config_path))
         key = "dtype" if "dtype" in config or "torch_dtype" not in config else "torch_dtype"

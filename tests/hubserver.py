@@ -84,6 +84,7 @@ class Hub:
         self._free = 0.0  # when the line is free again
         self.links = 0  # raised by expire(): older links are refused
         self._lock = threading.Lock()
+        self._one_at_a_time = threading.Lock()
         self._numbers = itertools.count()
         (self.folder / "blobs").mkdir(parents=True)
         self._servers = [ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": self, "host": host})) for host in ("hub", "cdn")]
@@ -167,8 +168,9 @@ class Hub:
         return {path: self.content(file).read_bytes() for path, file in repo.commits[repo.refs[branch]].items()}
 
     def content(self, file: File) -> Path:
-        if not self.blob(file.oid).exists():
-            self._from_xet(file)
+        with self._one_at_a_time:
+            if not self.blob(file.oid).exists():
+                self._from_xet(file)
         return self.blob(file.oid)
 
     # Xet
@@ -207,7 +209,8 @@ class Hub:
 
         session = hf_xet.XetSession()
         with session.new_file_download_group(endpoint=self.cas(write=False), token="x", token_expiry_unix_secs=int(time.time()) + 86400) as group:
-            group.start_download_file(hf_xet.XetFileInfo(file.xet, file.size), str(self.blob(file.oid)))
+            group.start_download_file(hf_xet.XetFileInfo(file.xet, file.size), f"{self.blob(file.oid)}.part")
+        Path(f"{self.blob(file.oid)}.part").rename(self.blob(file.oid))
 
 
 def _hex(raw: bytes) -> str:

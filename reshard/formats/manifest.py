@@ -31,6 +31,8 @@ def read_manifest(folder: Path) -> dict | None:
         raise FormatError(f"{path} is not a manifest that reshard wrote: {problem}", "delete it to have the folder recognised by its files")
     from reshard.formats import safe_join
 
+    if "rank" in manifest:
+        raise FormatError(f"{folder} holds rank {manifest['rank']} alone, of {mesh_of(manifest)}", "gather all ranks' files in one folder, without these reshard.json")
     files = {name: safe_join(folder, name) for name in manifest["files"]}
     missing = [name for name, file in files.items() if not file.is_file()]
     if missing:
@@ -60,6 +62,8 @@ def _problem(manifest: object) -> str | None:
             return f"its {key} is {quote(manifest.get(key))}, expected text"
     if not isinstance(files, dict) or not all(type(size) is int and len(name.encode()) <= 255 for name, size in files.items()):
         return f"its files are {quote(files)}, expected names and sizes"
+    if type(manifest.get("rank", 0)) is not int:
+        return f"its rank is {quote(manifest['rank'])}, expected a number"
     source = manifest.get("source", {})
     if not isinstance(source, dict) or not all(isinstance(source.get(key, ""), str) for key in ("repo", "revision")):
         return f"its source is {quote(source)}, expected a repository and a revision"
@@ -74,7 +78,7 @@ def mesh_of(manifest: dict) -> Mesh:
 
 
 def manifest_bytes(format: str, mesh: Mesh, layout: str, engine_version: str | None, files: dict[str, int], dtypes: dict[str, str],
-                   source: Mapping[str, str] | None = None) -> bytes:  # fmt: skip
+                   source: Mapping[str, str] | None = None, rank: int | None = None) -> bytes:  # fmt: skip
     from reshard import __version__
 
     sizes = {"tp": mesh.tp, "pp": mesh.pp, "ep": mesh.ep} | ({"etp": mesh.etp} if mesh.etp else {})
@@ -85,4 +89,6 @@ def manifest_bytes(format: str, mesh: Mesh, layout: str, engine_version: str | N
         table["dtypes"] = dtypes
     if source:
         table["source"] = dict(source)
+    if rank is not None:
+        table["rank"] = rank
     return (json.dumps({**table, "files": files}, indent=1) + "\n").encode()
