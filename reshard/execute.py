@@ -240,19 +240,39 @@ def run_batches(
     progress: Callable[[int], None] = lambda size: None,
     moved: Callable[[int], None] = lambda number: None,
 ) -> None:
-    """Fetch and move batches of a remote source, in order. `progress` is told bytes as they arrive, `moved` each batch that is written."""
-    from reshard.fetch import BATCH, workers
+    """Fetch and move batches of a remote source, in order. `progress` is told bytes as they arrive, `moved` each batch that is written.
 
+    No worker runs further ahead of the slowest than ``fetch.AHEAD`` allows: a checksum need not hold more than that for it.
+    """
+    from reshard.fetch import AHEAD, BATCH, workers
+
+    jobs = workers(jobs, buffer)
     queue = deque(numbered)
-    lock = threading.Lock()
+    lock, turn = threading.Lock(), threading.Condition()
+    in_flight: set[int] = set()
     rooms = threading.local()
 
     def tell(size: int) -> None:
         with lock:
             progress(size)
 
+    def take(worker: int) -> tuple[int, "Batch"]:
+        with turn:
+            while queue and in_flight and queue[0][0] - min(in_flight) > AHEAD * jobs:
+                turn.wait()
+            item = queue.popleft()
+            in_flight.add(item[0])
+            return item
+
     def move(item: tuple[int, "Batch"], space: Workspace, stop: threading.Event) -> None:
-        number, batch = item
+        try:
+            fetch_and_move(*item, space, stop)
+        finally:
+            with turn:
+                in_flight.discard(item[0])
+                turn.notify_all()
+
+    def fetch_and_move(number: int, batch: "Batch", space: Workspace, stop: threading.Event) -> None:
         if not hasattr(rooms, "room"):
             rooms.room = Workspace()
             rooms.room.take(BATCH)  # so that it has this size, and not twice
@@ -263,7 +283,7 @@ def run_batches(
         if not stop.is_set():
             moved(number)
 
-    in_threads(workers(jobs, buffer), lambda number: queue.popleft(), move, source.stop)
+    in_threads(jobs, take, move, source.stop)
 
 
 def in_threads(

@@ -16,6 +16,7 @@ from reshard.tiles import Tile, cut, ordered, tile_limit
 
 GAP = 256 << 10  # bytes
 BATCH = 4 << 20  # bytes
+AHEAD = 2  # batches for each worker: how far the fastest may be ahead of the slowest
 
 Reading = tuple[Stored, int, tuple[int, ...], tuple[int, ...]]  # elements of a stored tensor: offset, shape, strides
 
@@ -160,8 +161,8 @@ def by_file(all_batches: Iterable[Batch]) -> dict[str, list[Range]]:
 
 
 def peak(jobs: int) -> int:
-    """The most bytes of buffers for `jobs` workers: what came, that put in order, twice more for a cast, and for checksums."""
-    return 5 * jobs * BATCH
+    """The most bytes of buffers for `jobs` workers: what came, that put in order and cast, and what waits for its turn in a checksum."""
+    return (3 + AHEAD) * jobs * BATCH
 
 
 def workers(jobs: int, buffer: int) -> int:

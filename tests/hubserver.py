@@ -55,6 +55,7 @@ class Fault:
     cut: int | None = None  # send so many bytes of the body, then close
     ignore_range: bool = False  # 200 and all of it
     corrupt: bool = False  # flip a bit
+    delay: float = 0  # seconds, before the answer
     skip: int = 0  # let so many fitting requests pass first
 
 
@@ -267,6 +268,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _route(self) -> None:
         try:
+            time.sleep(self.fault.delay if self.fault else 0)
             if self.fault and self.fault.status:
                 raise _Answer(self.fault.status, {"error": "fault"}, self.fault.headers)
             parts = urlsplit(self.path)

@@ -162,6 +162,14 @@ def test_answers_that_are_not_the_range(hub, large, tmp_path, fault, message):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("skip", [0, 4, 9])
+def test_files_are_checked_though_one_range_is_slow(hub, large, tmp_path, skip):
+    hub.add_folder("org/name", large)
+    job = reshard.plan("hf://org/name", format="tp", tp=2)
+    hub.fault(Fault(delay=1.5, skip=skip))
+    assert convert(job, tmp_path / "out", jobs=2).checked_files == 2
+
+
 def test_flipped_bit_is_found_by_the_hubs_sha256(hub, large, tmp_path):
     hub.add_folder("org/name", large)
     job = reshard.plan("hf://org/name", format="tp", tp=2)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from reshard.block import Stored
 from reshard.execute import Source, Workspace
-from reshard.fetch import BATCH, Batch, Range, by_file
+from reshard.fetch import AHEAD, BATCH, Batch, Range, by_file
 from reshard.hub.checksum import Checksum
 from reshard.hub.folder import HubPath
 from reshard.stores import DTYPE_SIZE
@@ -31,7 +31,7 @@ class HubSource(Source):
             path, entry = self._path(file), self._repository.entries[self._path(file)]
             covered = ranges[0].start <= len(self._repository.kept(path)) and len(ranges) == 1 and ranges[0].stop == entry.size
             if entry.sha256 and covered and not self._in_cache(file):
-                self._checks[file] = Checksum(entry.size, jobs * BATCH)
+                self._checks[file] = Checksum(entry.size, (AHEAD * jobs + 1) * BATCH)
                 kept = self._repository.kept(path)
                 self._offer(file, 0, memoryview(kept))
 
