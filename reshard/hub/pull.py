@@ -84,12 +84,12 @@ def _existing(path: Path) -> Path:
 
 
 def _bar(tell: Callable[[int], None]):
-    """A tqdm that shows nothing and passes on the bytes."""
+    """A tqdm that shows nothing and passes on the bytes that come over the network (there is another bar, of bytes written)."""
     from huggingface_hub.utils import tqdm
 
     class Told(tqdm):
         def __init__(self, *args, **options):
-            self._bytes = options.get("unit") == "B"
+            self._bytes = options.get("unit") == "B" and str(options.get("desc")).startswith("Downloading")
             super().__init__(*args, **{**options, "disable": True})
 
         def update(self, n=1):
