@@ -296,6 +296,15 @@ def test_members_read_gated_and_private(hub, model):
     assert reshard.diff("hf://org/gated", "hf://org/private")
 
 
+@pytest.mark.parametrize("name", ["../config.json", "/etc/model.safetensors", "a/../../b"])
+def test_names_that_lead_out_of_the_folder(hub, model, name):
+    hub.add_folder("org/name", model)
+    hub.add("org/name", {name: b"{}"})
+    for act in (reshard.open, lambda place: reshard.pull(place, "out")):
+        with pytest.raises(reshard.FormatError, match="leads out of the folder"):
+            act("hf://org/name")
+
+
 def test_rate_limit_that_stays(hub, model, monkeypatch):
     monkeypatch.setattr("reshard.hub.failures.TRIES", 2)
     hub.add_folder("org/name", model)
