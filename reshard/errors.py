@@ -39,3 +39,11 @@ class PlanError(ReshardError):
 
 class DestinationError(ReshardError):
     """The destination cannot be written: not empty, locked by another run, another run's leftovers, no space."""
+
+
+class SyncError(ReshardError):
+    """A weight sync was refused before its first byte, or failed. ``state`` of the Sync says what the engine holds now."""
+
+
+class PeerLost(SyncError):
+    """A process died or did not answer within the time-out."""
