@@ -23,11 +23,13 @@ class Fp8:
 
 @dataclass(frozen=True, slots=True)
 class Blocks:
-    """A box of a weight as rows × columns, which begins on a block boundary of `edge`."""
+    """A box of a weight as rows × columns, which begins on a block boundary of `edge`: at (`row`, `column`) of the whole."""
 
     rows: int
     columns: int
     edge: int
+    row: int = 0
+    column: int = 0
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -85,5 +87,6 @@ def block_grid(layout: Layout, name: str, box: Box, fp8: Fp8) -> Blocks:
             where = "rows or columns that are no one range" if span is None else f"{span[0]}:{span[1]} of {total}"
             raise PlanError([f"{name}: {where} cut through FP8 blocks of {fp8.edge}: no sender holds the largest value of such a block"],
                             "choose meshes whose cuts fall on multiples of the block")  # fmt: skip
-        ends.append(span[1] - span[0])
-    return Blocks(ends[0], ends[1], fp8.edge)
+        ends.append(span)
+    (row, last_row), (column, last_column) = ends
+    return Blocks(last_row - row, last_column - column, fp8.edge, row, column)

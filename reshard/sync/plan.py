@@ -10,6 +10,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 from reshard.block import Block, Box, Key, Stored, volume
 from reshard.errors import PlanError
@@ -18,6 +19,9 @@ from reshard.stores import DTYPE_SIZE
 from reshard.sync.fp8_blocks import Blocks, block_grid
 from reshard.sync.pieces import Pattern, Piece, halved, pieces
 from reshard.sync.side import Side, restricted
+
+if TYPE_CHECKING:
+    from reshard.sync.cost import Cost
 
 #: a tensor of the model on one engine side: (number of the side, the tensor)
 Place = tuple[int, Key]
@@ -174,7 +178,6 @@ class SyncPlan:
     def transfers(self, process: int) -> Iterator[Transfer]:
         """All that `process` sends, takes, or copies to itself."""
         for place, pair in self._match.items():
-            side, key = place
             for number, i in pair.taken.get(process, ()):
                 yield self._transfer(place, pair, number, self._from(place, pair, number, process), process, i)
             for number, taker, i in pair.sent.get(process, ()):

@@ -61,9 +61,9 @@ class Sharding:
 class Side:
     """Stored tensors, with dtypes, and the processes that hold them.
 
-    `members[i]` is what one place of the mesh holds; each process in `ranks[i]` holds a copy of it. `other_names` lists for
-    the entries of the layout the names that the same tensor has elsewhere (a tied head is found under either). `constants`
-    are names that the engine holds beside the weights, `ignored` name patterns that are no weights.
+    `members[i]` is what one place of the mesh holds; each process in `ranks[i]` holds a copy of it. `other_names` lists,
+    for what holds several names' tensors, the others (a tied head is found under either). `constants`
+    are names that are no part of the sync (an engine's constants, tensors not selected), `ignored` name patterns that are no weights.
     """
 
     layout: Layout
@@ -76,6 +76,7 @@ class Side:
     ignored: tuple[str, ...] = ()
     title: str = ""
     fp8: Fp8 | None = None
+    partly: frozenset[str] = frozenset()  # names of tensors of which a part is not selected
 
     @property
     def processes(self) -> list[int]:
@@ -132,7 +133,7 @@ class Side:
         holders = [tuple(p for p, n in zip(processes, numbers) if n == number) for number in range(len(placement.ranks))]
         constants = frozenset(name for rank in placement.ranks for name, _ in placement.constants(rank))
         replicas = f" × {len(processes) // len(holders)}" if len(processes) > len(holders) else ""
-        return cls(layout, format, tuple(map(tuple, stored)), tuple(holders), {}, _other_names(section), constants, _ignored(layout, section), f"{format} {mesh}{replicas}", quantised)
+        return cls(layout, format, tuple(map(tuple, stored)), tuple(holders), {}, _other_names(section, {s.name for member in stored for s in member}), constants, _ignored(layout, section), f"{format} {mesh}{replicas}", quantised)
 
     @classmethod
     def sharded(cls, layout: Layout, shardings: Mapping[str, Sharding], *, dtype: str = "bf16", dtypes: Mapping[str, str] = {}, variants: Sequence[str] = ()) -> "Side":
@@ -147,10 +148,11 @@ class Side:
         placement = Placement(layout, _spelled(section, section, variants), formats.get("hf").rules, Mesh())
         processes = sorted({process for sharding in shardings.values() for process, _ in sharding.members()})
         held: dict[int, list[Stored]] = {process: [] for process in processes}
-        others, problems, used = _other_names(section), [], set()
+        every = list(placement.stored())
+        others, problems, used = _other_names(section, {s.name for s in every}), [], set()
         cache: dict = {}
-        for whole in placement.stored():
-            name = next((n for n in (whole.name, *_formatted(others, whole)) if n in shardings), None)
+        for whole in every:
+            name = next((n for n in (whole.name, *others.get(whole.entry.of, ())) if n in shardings), None)
             if name is None:
                 problems.append(f"{whole.name} has no sharding")
                 continue
@@ -245,16 +247,13 @@ def _dtype(layout: Layout, s: Stored, dtype: str, dtypes: Mapping[str, str]) -> 
     return given or s.entry.dtype or own.pop()
 
 
-def _other_names(section: Section) -> dict[tuple[str, ...], tuple[str, ...]]:
-    """Per set of tensors, all names that the section has for them, conditions aside: tied weights have several."""
+def _other_names(section: Section, placed: set[str]) -> dict[tuple[str, ...], tuple[str, ...]]:
+    """Per set of tensors, the names beside those placed that the section has for them, conditions aside (tied weights)."""
     names: dict[tuple[str, ...], list[str]] = {}
     for entry in section.entries:
-        names.setdefault(entry.of, []).append(entry.name)
-    return {of: tuple(own) for of, own in names.items() if len(own) > 1}
-
-
-def _formatted(others: Mapping[tuple[str, ...], tuple[str, ...]], s: Stored) -> list[str]:
-    return [name for name in others.get(s.entry.of, ()) if name != s.name and "{" not in name]
+        if "{" not in entry.name and entry.name not in placed:
+            names.setdefault(entry.of, []).append(entry.name)
+    return {of: tuple(own) for of, own in names.items()}
 
 
 def _is_alias(name: str, others: Mapping[tuple[str, ...], tuple[str, ...]]) -> bool:
@@ -331,8 +330,11 @@ def replace_dim(shape: tuple[int, ...], dim: int, size: int) -> tuple[int, ...]:
 
 def restricted(side: Side, select: Callable[[tuple], bool]) -> Side:
     """`side` with the tensors that `select(key)` chooses; `key` is the layout's name, then layer and expert numbers."""
-    members = []
+    members, left, partly = [], set(side.constants), set()
     for member in side.members:
         kept = [replace(s, blocks=tuple(own)) for s in member for own in [[b for b in s.blocks if select(b[0])]] if own]
+        left |= {s.name for s in member} - {s.name for s in kept}
+        whole = {s.name: len(s.blocks) for s in member}
+        partly |= {s.name for s in kept if len(s.blocks) < whole[s.name]}
         members.append(tuple(kept))
-    return replace(side, members=tuple(members))
+    return replace(side, members=tuple(members), constants=frozenset(left), partly=frozenset(partly))
