@@ -22,7 +22,8 @@ _CHUNK = 1 << 20  # elements widened to 64 bits at a time
 
 def numbers(axis: int, start: int, stop: int, device: torch.device) -> torch.Tensor:
     """One odd 64-bit number per index of an axis (splitmix64)."""
-    x = torch.arange(start, stop, dtype=torch.int64, device=device) * -7046029254386353131 + (axis + 1) * -7723592293110705685
+    seed = (axis + 1) * 0x94D049BB133111EB % 2**63
+    x = torch.arange(start, stop, dtype=torch.int64, device=device) * -7046029254386353131 + seed
     for shift, factor in ((30, -4658895280553007687), (27, -7723592293110705685)):
         x = (x ^ ((x >> shift) & ((1 << (64 - shift)) - 1))) * factor
     return (x ^ ((x >> 31) & ((1 << 33) - 1))) | 1
