@@ -96,11 +96,11 @@ class World:
         return out
 
     def call(self, function, *args) -> list:
-        """As ``run``; raises the first error."""
+        """As ``run``; raises the error of a rank, of one that did not just wait for another."""
         out = self.run(function, *args)
-        for answer in out:
-            if isinstance(answer, Failure):
-                raise AssertionError(answer.text)
+        failures = sorted((a for a in out if isinstance(a, Failure)), key=lambda failure: failure.kind == "PeerLost")
+        if failures:
+            raise AssertionError(failures[0].text)
         return out
 
     def close(self) -> None:
