@@ -52,12 +52,12 @@ def loopback(plan, sources: dict[int, dict], targets: dict[int, dict]) -> dict[i
         for process, (_, staging, _) in made.items():
             if number < len(staging.rounds):
                 staging.rounds[number].pack.run()
-                for peer, data in staging.rounds[number].sends:
-                    mail.setdefault((process, peer), []).append(data.clone())
+                for parcel in staging.rounds[number].sends:
+                    mail.setdefault((process, parcel.peer), []).append(parcel.bytes.clone())
         for process, (_, staging, _) in made.items():
             if number < len(staging.rounds):
-                for peer, data in staging.rounds[number].takes:
-                    data.copy_(mail[peer, process].pop(0))
+                for parcel in staging.rounds[number].takes:
+                    parcel.bytes.copy_(mail[parcel.peer, process].pop(0))
                 staging.rounds[number].unpack.run()
     assert not any(mail.values()), "messages that nobody took"
     for _, _, into in made.values():

@@ -54,10 +54,11 @@ class Copy:
 
 @dataclass(slots=True)
 class Message:
-    """What `sender` gives `taker` in one piece: `copies` one after another, each at its byte offset."""
+    """What `sender` gives `taker` in one piece: `copies` one after another, each at its byte offset. `tag` counts those of the pair."""
 
     sender: int
     taker: int
+    tag: int
     round: int
     copies: list[tuple[Copy, int]]
     bytes: int
@@ -227,7 +228,7 @@ def _messages(sender: int, taker: int, copies: list[Copy], limit: int) -> list[M
             for copy in shared:
                 placed.append((copy, at))
                 at += copy.bytes
-            out.append(Message(sender, taker, number, placed, at, False))
+            out.append(Message(sender, taker, len(out), number, placed, at, False))
             shared = []
 
     for copy in copies:
@@ -239,7 +240,7 @@ def _messages(sender: int, taker: int, copies: list[Copy], limit: int) -> list[M
                 number, filled = number + 1, 0
             filled += size
             if size >= DIRECT and (part.sent_as_it_lies or part.taken_as_it_lies):
-                out.append(Message(sender, taker, number, [(part, 0)], size, True))
+                out.append(Message(sender, taker, len(out), number, [(part, 0)], size, True))
             else:
                 shared.append(part)
     close()

@@ -16,13 +16,23 @@ FLIGHTS = 2
 _ALIGN = 64
 
 
+@dataclass(slots=True)
+class Parcel:
+    """The bytes of one message at this end; `straight`: they are a tensor's own, and wait for no buffer."""
+
+    peer: int
+    bytes: torch.Tensor
+    tag: int
+    straight: bool
+
+
 @dataclass
 class Round:
     """One round at this process: what to run before it is sent, the bytes each way, and what to run when they are here."""
 
     pack: "Copies"
-    sends: list[tuple[int, torch.Tensor]] = field(default_factory=list)
-    takes: list[tuple[int, torch.Tensor]] = field(default_factory=list)
+    sends: list[Parcel] = field(default_factory=list)
+    takes: list[Parcel] = field(default_factory=list)
     unpack: "Copies" = field(default_factory=lambda: Copies())
 
 
@@ -115,7 +125,7 @@ class Staging:
                 buffer = out_buffers[m.round % FLIGHTS][out_at[id(m)] : out_at[id(m)] + m.bytes]
                 for copy, at in m.copies:
                     _pack(here.pack, copy, buffer, at, source)
-            here.sends.append((m.taker, buffer))
+            here.sends.append(Parcel(m.taker, buffer, m.tag, id(m) in straight_out))
         for m in takes:
             here = self.rounds[m.round]
             buffer = straight_in.get(id(m))
@@ -123,7 +133,7 @@ class Staging:
                 buffer = in_buffers[m.round % FLIGHTS][in_at[id(m)] : in_at[id(m)] + m.bytes]
                 for copy, at in m.copies:
                     _unpack(here.unpack, copy, buffer, at, into)
-            here.takes.append((m.sender, buffer))
+            here.takes.append(Parcel(m.sender, buffer, m.tag, id(m) in straight_in))
 
     def _buffers(self, messages: list[Message], without: dict[int, torch.Tensor], device: torch.device):
         """Buffers that hold the staged messages of any one round, one for each flight; and where each message lies in them."""

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from reshard.block import row_major
 from reshard.errors import PeerLost, SyncError
 from reshard.sync.messages import Copy
-from reshard.sync.staging import FLIGHTS, Staging
+from reshard.sync.staging import FLIGHTS, Parcel, Staging
 from reshard.sync.tensors import Bound, lying
 
 
@@ -73,27 +73,33 @@ class Wire:
         return [bytes(r.contiguous().view(torch.uint8).tolist())[:n] if n else b"" for r, n in zip(rows, lengths)]
 
     def run(self, staging: Staging) -> None:
-        """All rounds of `staging`: round r is packed while round r - 1 travels, and r - 1 unpacked while r travels."""
+        """All rounds of `staging`: round r is packed while round r - 1 travels, and r - 1 unpacked while r travels. With gloo,
+        what needs no buffer at this end is posted at once; NCCL wants each round as one group, posted alike at both ends."""
+        straight = []
+        if self.gloo:
+            straight = self._post([p for here in staging.rounds for p in here.takes if p.straight], [p for here in staging.rounds for p in here.sends if p.straight])
         flying: list[tuple] = []
         for here in staging.rounds:
             here.pack.run()
-            flying.append((here, self._post(here)))
+            flying.append((here, self._post(*([p for p in parcels if not (self.gloo and p.straight)] for parcels in (here.takes, here.sends)))))
             if len(flying) == FLIGHTS:
                 self._land(*flying.pop(0))
         for here, works in flying:
             self._land(here, works)
+        for work, peer in straight:
+            self.wait(work, f"exchanging weights with rank {peer}")
         self.drain("sending")
 
-    def _post(self, here) -> list:
-        self.bytes_sent += sum(b.numel() for _, b in here.sends)
-        self.bytes_taken += sum(b.numel() for _, b in here.takes)
+    def _post(self, takes: list[Parcel], sends: list[Parcel]) -> list:
+        self.bytes_sent += sum(p.bytes.numel() for p in sends)
+        self.bytes_taken += sum(p.bytes.numel() for p in takes)
         try:
-            if not self.gloo:
-                ops = [dist.P2POp(dist.irecv, b, self._global(peer), self.group) for peer, b in here.takes]
-                ops += [dist.P2POp(dist.isend, b, self._global(peer), self.group) for peer, b in here.sends]
-                return [(work, None) for work in dist.batch_isend_irecv(ops)] if ops else []
-            out = [(dist.irecv(b, self._global(peer), self.group), peer) for peer, b in here.takes]
-            return out + [(dist.isend(b, self._global(peer), self.group), peer) for peer, b in here.sends]
+            if self.gloo:
+                out = [(dist.irecv(p.bytes, self._global(p.peer), self.group, tag=p.tag), p.peer) for p in takes]
+                return out + [(dist.isend(p.bytes, self._global(p.peer), self.group, tag=p.tag), p.peer) for p in sends]
+            ops = [dist.P2POp(dist.irecv, p.bytes, self._global(p.peer), self.group) for p in takes]
+            ops += [dist.P2POp(dist.isend, p.bytes, self._global(p.peer), self.group) for p in sends]
+            return [(work, None) for work in dist.batch_isend_irecv(ops)] if ops else []
         except RuntimeError as error:
             raise PeerLost(f"sending: a peer is gone ({str(error).splitlines()[0][:200]})") from None
 
