@@ -18,7 +18,7 @@ import torch.distributed as dist
 class _Empty(types.ModuleType):
     """A module in which every name is an empty class."""
 
-    __path__: list = []
+    __path__ = ()
 
     def __getattr__(self, name: str):
         if name.startswith("__"):

@@ -47,7 +47,7 @@ def loopback(plan, sources: dict[int, dict], targets: dict[int, dict]) -> dict[i
             if process in side.processes:
                 into = bind(targets[process], side, process, "destination")
         made[process] = part, Staging(part, source, into, torch.device("cpu"), Peers()), into
-        straight(part.local, lambda copy: source_view(copy, source), into).run()
+        straight(part.local, lambda copy, source=source: source_view(copy, source), into).run()
     for number in range(max(len(staging.rounds) for _, staging, _ in made.values())):
         for process, (_, staging, _) in made.items():
             if number < len(staging.rounds):
@@ -127,7 +127,7 @@ def _serve(rank: int, size: int, port: int, pipe) -> None:
         function, args = job
         try:
             pipe.send(function(rank, *args))
-        except BaseException as error:
+        except BaseException as error:  # noqa: BLE001  the test shows it
             pipe.send(Failure(error))
     os._exit(0)
 

@@ -338,4 +338,4 @@ def _text(row: torch.Tensor) -> str:
 def _lying(given: dict[str, torch.Tensor]) -> list:
     """Where tensors lie: as long as this is equal, views made of them are good."""
     locals_ = [getattr(t, "_local_tensor", t) for t in given.values()]
-    return [list(given), [t.data_ptr() for t in locals_], [t.shape for t in locals_]]
+    return [list(given), [t.data_ptr() for t in locals_], [t.numel() for t in locals_]]
