@@ -127,7 +127,7 @@ def main(rank: int, port: int, steps: int) -> None:
     src = sync.Side.sharded(layout, sync.fsdp(layout, dp=len(TRAINERS), ranks=TRAINERS), dtype="fp32")
     dst = sync.Side.placed(layout, "vllm", tp=len(ENGINES), ranks=ENGINES)
     plan = sync.plan(src, dst)
-    weights = sync.Sync(plan, verify=True)
+    weights = sync.Sync(plan, verify=True, transport="p2p")  # as between machines: bf16 on the wire
     engines = dist.new_group(ENGINES)
     model = make_trainer()
     engine = Engine(rank, engines, dst) if rank in ENGINES else None

@@ -3,7 +3,6 @@
 import multiprocessing
 import os
 import socket
-import tempfile
 import traceback
 
 import torch
@@ -73,9 +72,7 @@ class World:
     def __init__(self, size: int):
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["torch", "torch.distributed", "reshard.sync.session"])
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
+        port = free_ports(1)
         self.pipes, self.processes = [], []
         for rank in range(size):
             here, there = context.Pipe()
@@ -132,5 +129,18 @@ def _serve(rank: int, size: int, port: int, pipe) -> None:
     os._exit(0)
 
 
-def temporary() -> str:
-    return tempfile.mkdtemp(prefix="reshard-sync-")
+def free_ports(count: int) -> int:
+    """The first of `count` neighbouring ports, all free a moment ago."""
+    while True:
+        sockets = [socket.socket() for _ in range(count)]
+        try:
+            sockets[0].bind(("127.0.0.1", 0))
+            first = sockets[0].getsockname()[1]
+            for i, other in enumerate(sockets[1:], 1):
+                other.bind(("127.0.0.1", first + i))
+            return first
+        except OSError:
+            continue
+        finally:
+            for s in sockets:
+                s.close()

@@ -181,6 +181,32 @@ def test_another_mesh_with_the_same_object(world, models):
 # --------------------------------------------------------------------------------------------------------------- what goes wrong
 
 
+def worlds_case(rank, root, port):
+    """A trainer's world and an engine's, each of two processes that call themselves 0 and 1, joined by a third group."""
+    import torch.distributed as dist
+
+    dist.destroy_process_group()
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port + rank // 2}", rank=rank % 2, world_size=2)
+    group = sync.joined(f"tcp://127.0.0.1:{port + 2}", rank, 4, backend="gloo", timeout=30)
+    layout = sync.layout(LLAMA)
+    src, dst = sync.Side.placed(layout, "megatron", tp=2, ranks=range(2)), sync.Side.placed(layout, "vllm", tp=2, ranks=(2, 3))
+    for step, transport in enumerate(("p2p", "auto"), 1):
+        session, into = sync.Sync(sync.plan(src, dst), group, timeout=30, transport=transport, verify=True), blank(dst, rank) if rank > 1 else None
+        session.exchange(loaded(root / "llama", src, rank, tp=2) if rank < 2 else None, into, step)
+        wanted = loaded(root / "llama", dst, rank, tp=2) if into else {}
+        assert all(torch.equal(t, wanted[n]) for n, t in (into or {}).items())
+
+
+def test_a_group_that_joins_two_worlds(models):
+    from sync_world import free_ports
+
+    world = World(4)
+    try:
+        world.call(worlds_case, models, free_ports(3))
+    finally:
+        world.close()
+
+
 def pair(rank, root, **options):
     """Megatron TP2 on ranks 0-1 to vLLM TP2 on ranks 2-3: (session, source, into)."""
     layout = sync.layout(LLAMA)

@@ -21,7 +21,7 @@ from reshard.sync.lora import adapter
 from reshard.sync.plan import SyncPlan, plan
 from reshard.sync.side import Sharding, Side, fsdp, layout
 
-__all__ = ["Cost", "Fp8", "PeerLost", "Sharding", "Side", "Sync", "SyncError", "SyncPlan", "adapter", "fsdp", "layout", "plan", "shardings"]
+__all__ = ["Cost", "Fp8", "PeerLost", "Sharding", "Side", "Sync", "SyncError", "SyncPlan", "adapter", "fsdp", "joined", "layout", "plan", "shardings"]
 
 
 def __getattr__(name: str):
@@ -29,6 +29,10 @@ def __getattr__(name: str):
         from reshard.sync.session import Sync
 
         return Sync
+    if name == "joined":
+        from reshard.sync.transport import joined
+
+        return joined
     if name == "shardings":
         from reshard.sync.tensors import shardings
 

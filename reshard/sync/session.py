@@ -9,12 +9,14 @@ import json
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from math import prod
 
 import torch
 import torch.distributed as dist
 
 from reshard.api import torch_dtypes
 from reshard.errors import PeerLost, PlanError, ReshardError, SyncError
+from reshard.stores import DTYPE_SIZE
 from reshard.sync.checks import sums
 from reshard.sync.messages import RankPlan, rank_plan, windows
 from reshard.sync.plan import SyncPlan
@@ -307,8 +309,8 @@ class Sync:
                     bound.zero_padding()
 
     def _copied(self, part: RankPlan) -> tuple[int, int]:
-        """Bytes copied out of peers' memory, and within the process."""
-        mapped = sum(c.bytes for (s, t), copies in part.pairs.items() if t == part.process and s in self._mapping.out_of for c in copies)
+        """Bytes read out of peers' memory (a cast reads the wider source), and those copied within the process."""
+        mapped = sum(prod(c.shape) * DTYPE_SIZE[c.src.dtype] for (s, t), copies in part.pairs.items() if t == part.process and s in self._mapping.out_of for c in copies)
         return mapped, sum(c.bytes for c in part.local)
 
     def _compare(self, part: RankPlan, source: dict[int, Bound], into: dict[int, Bound]) -> int:

@@ -27,7 +27,7 @@ class Wire:
     def __init__(self, group: dist.ProcessGroup | None, timeout: float):
         self.group = group if group is not None else dist.group.WORLD
         self.timeout = timeout
-        self.rank, self.size = dist.get_rank(self.group), dist.get_world_size(self.group)
+        self.rank, self.size = self.group.rank(), self.group.size()  # also right for a group that joins two worlds
         self.gloo = dist.get_backend(self.group) == "gloo"
         self.device = torch.device("cpu") if self.gloo else torch.device("cuda", torch.cuda.current_device())
         self.bytes_sent = self.bytes_taken = 0  # counted here, message by message, for the tests' sake
@@ -110,6 +110,21 @@ class Wire:
 
     def _global(self, rank: int) -> int:
         return dist.get_global_rank(self.group, rank)
+
+
+def joined(address: str, rank: int, size: int, *, backend: str = "nccl", timeout: float = 60.0, name: str = "reshard") -> dist.ProcessGroup:
+    """One group of processes of several worlds (a trainer's and its engines'), each with a default group of its own or none.
+
+    `address` (``tcp://host:port``) is rank 0's; every process calls this with its own `rank` of `size`.
+    """
+    from torch.distributed import distributed_c10d as c10d
+
+    store, rank, size = next(dist.rendezvous(address, rank, size, timeout=timedelta(seconds=timeout)))
+    store.set_timeout(timedelta(seconds=timeout))
+    group, _ = c10d._new_process_group_helper(  # what torch has no public call for; frameworks carry copies of this
+        size, rank, [], backend=backend, store=c10d.PrefixStore(name, store), group_name=name, timeout=timedelta(seconds=timeout))  # fmt: skip
+    c10d._world.pg_group_ranks[group] = {i: i for i in range(size)}
+    return group
 
 
 # ------------------------------------------------------------------------------------------------------- mapped memory
