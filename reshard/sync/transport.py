@@ -55,14 +55,21 @@ class Wire:
     def gather(self, row: torch.Tensor, doing: str) -> torch.Tensor:
         """Every rank's `row` (int64, equally long), stacked; on the CPU."""
         row = row.to(self.device)
-        rows = [torch.empty_like(row) for _ in range(self.size)]
+        rows = torch.empty((self.size, *row.shape), dtype=row.dtype, device=self.device)
         try:
-            work = dist.all_gather(rows, row, group=self.group, async_op=True)
+            if self.gloo:  # by way of rank 0: a ring, as gloo's all_gather is, takes as many hops as there are ranks
+                parts = list(rows.unbind()) if self.rank == 0 else None
+                self.wait(dist.gather(row, parts, dst=self._global(0), group=self.group, async_op=True), doing)
+                work = dist.broadcast(rows, self._global(0), group=self.group, async_op=True)
+            else:
+                work = dist.all_gather_into_tensor(rows, row, group=self.group, async_op=True)
+        except PeerLost:
+            raise
         except RuntimeError as error:
             raise PeerLost(f"{doing}: a peer is gone ({str(error).splitlines()[0][:200]})") from None
         self.wait(work, doing)
         self.drain(doing)
-        return torch.stack(rows).cpu()
+        return rows.cpu()
 
     def gather_bytes(self, data: bytes, doing: str) -> list[bytes]:
         """Every rank's `data`, of any length."""
