@@ -138,7 +138,7 @@ def work(rank: int, args, port: int, source: int, target: int) -> None:
     seconds: dict[str, list[float]] = {mode: [] for mode in case.modes}
     for turn in range(args.runs + 1):
         for mode in case.modes:
-            if mode == "all-gather + broadcast" and turn > 2:
+            if mode == "all-gather + broadcast" and turn > args.slow:
                 continue  # seconds each, and far from the rest
             taken = case.time(mode, check=turn == 0)
             if turn:
@@ -198,6 +198,7 @@ def main() -> None:
     parser.add_argument("--cases", nargs="+", default=["tp4:tp4", "tp4:tp2", "tp2:tp4", "tp4:tp3"])
     parser.add_argument("--fused", action="store_true", help="Megatron's fused tensors to vLLM's, which no peer does")
     parser.add_argument("--megatron", help="folder of an unpacked megatron-core wheel")
+    parser.add_argument("--slow", type=int, default=2, help="runs of all-gather + broadcast, which takes seconds each")
     parser.add_argument("--overhead", action="store_true", help="a step of 50,000 small copies with no transport")
     args = parser.parse_args()
     if args.overhead:

@@ -235,6 +235,9 @@ def _messages(sender: int, taker: int, copies: list[Copy], limit: int) -> list[M
         ends = (copy.sent_as_it_lies, copy.taken_as_it_lies)
         for part in [copy] if all(ends) else cut(copy, limit):
             size = part.bytes
+            if all(ends) and size >= DIRECT:  # staged at neither end: bounds nothing
+                out.append(Message(sender, taker, len(out), number, [(part, 0)], size, True))
+                continue
             if filled and filled + size > limit:
                 close()
                 number, filled = number + 1, 0

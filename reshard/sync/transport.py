@@ -81,14 +81,16 @@ class Wire:
 
     def run(self, staging: Staging) -> None:
         """All rounds of `staging`: round r is packed while round r - 1 travels, and r - 1 unpacked while r travels. With gloo,
-        what needs no buffer at this end is posted at once; NCCL wants each round as one group, posted alike at both ends."""
-        straight = []
-        if self.gloo:
-            straight = self._post([p for here in staging.rounds for p in here.takes if p.straight], [p for here in staging.rounds for p in here.sends if p.straight])
+        what needs no buffer here is awaited last; NCCL wants each round as one group, posted alike at both ends."""
+        straight = self._post([p for here in staging.rounds for p in here.takes if p.straight], []) if self.gloo else []
         flying: list[tuple] = []
         for here in staging.rounds:
             here.pack.run()
-            flying.append((here, self._post(*([p for p in parcels if not (self.gloo and p.straight)] for parcels in (here.takes, here.sends)))))
+            if self.gloo:
+                flying.append((here, self._post([p for p in here.takes if not p.straight], [p for p in here.sends if not p.straight])))
+                straight += self._post([], [p for p in here.sends if p.straight])
+            else:
+                flying.append((here, self._post(here.takes, here.sends)))
             if len(flying) == FLIGHTS:
                 self._land(*flying.pop(0))
         for here, works in flying:
