@@ -5,7 +5,10 @@ One process group of eight serves all cases but those that break it.
 
 import os
 import signal
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -345,3 +348,15 @@ def test_a_lost_peer_is_an_error_in_time(models, dies, how):
     finally:
         for process in world.processes:
             process.kill()
+
+
+@pytest.mark.models
+def test_the_grpo_example_learns_and_its_engine_follows():
+    root = Path(__file__).parents[1]
+    run = subprocess.run([sys.executable, "examples/grpo_loop.py", "--steps", "8"], cwd=root, capture_output=True, text=True, timeout=300,
+                         env={**os.environ, "PYTHONPATH": str(root)})  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    steps = [line.split() for line in run.stdout.splitlines() if line.startswith("step")]
+    assert len(steps) == 8
+    assert float(steps[-1][3]) > float(steps[0][3]) + 0.1  # the reward rises: the engine samples from the weights just learnt
+    assert {step[5] for step in steps} == {"90,752"}

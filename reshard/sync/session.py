@@ -114,7 +114,8 @@ class Sync:
 
     def buckets(self, source=None, version: int | None = None) -> Iterator[Bucket]:
         """Take weights as buckets of (HF name, whole tensor), for engines that load by name: the plan's destination is format
-        ``hf``. A rank that is a trainer too passes its tensors. Ranks that only send call ``send``."""
+        ``hf``. A rank that is a trainer too passes its tensors. Ranks that only send call ``send``, and wait, for `timeout` at
+        most, while the engine works on a bucket."""
         yield from self._step(source, None, version, "buckets")
 
     def _step(self, source, into, version, mode: str) -> Iterator[Bucket]:
