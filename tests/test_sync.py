@@ -353,7 +353,7 @@ def test_a_lost_peer_is_an_error_in_time(models, dies, how):
 @pytest.mark.models
 def test_the_grpo_example_learns_and_its_engine_follows():
     root = Path(__file__).parents[1]
-    run = subprocess.run([sys.executable, "examples/grpo_loop.py", "--steps", "8"], cwd=root, capture_output=True, text=True, timeout=300,
+    run = subprocess.run([sys.executable, "examples/grpo_loop.py", "--steps", "8"], check=False, cwd=root, capture_output=True, text=True, timeout=300,
                          env={**os.environ, "PYTHONPATH": str(root)})  # fmt: skip
     assert run.returncode == 0, run.stderr
     steps = [line.split() for line in run.stdout.splitlines() if line.startswith("step")]
