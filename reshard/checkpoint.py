@@ -283,14 +283,15 @@ def _pieces(placement: Placement, contents: formats.Contents):
                 yield Stored(rank, name, "", shape, s.blocks, s.entry)  # does not fit: reported as such
                 continue
             for dim, (begin, size) in enumerate(zip(origin, info.shape)):
-                shape, blocks = slice_dim(shape, blocks, dim, begin, begin + size, _axes_in(placement, s, dim, shape))
+                shape, blocks = slice_dim(shape, blocks, dim, begin, begin + size, axes_in(placement, s, dim))
             yield Stored(rank, name, "", shape, tuple(blocks), s.entry)
     for name, s in whole.items():
         if name not in found:
             yield s
 
 
-def _axes_in(placement: Placement, s: Stored, dim: int, shape: tuple[int, ...]) -> dict:
+def axes_in(placement: Placement, s: Stored, dim: int) -> dict:
+    """Per tensor that lies in `s`, the numbers of its axes that lie in dimension `dim` of it, from the slowest."""
     lead = len(s.shape) - len(s.entry.dims or placement.layout.descriptor.tensors[s.entry.of[0]].dims)
     own = placement.dim_axes(s.entry, dim - lead) if dim >= lead else {}
     return {key: own.get(key[0], ()) for key, _ in s.blocks}

@@ -43,3 +43,11 @@ class DestinationError(ReshardError):
 
 class HubError(ReshardError):
     """The Hub, or the way to it, refused or failed. What was done so far is kept: the same command goes on from there."""
+
+
+class SyncError(ReshardError):
+    """A weight sync was refused before its first byte, or failed. ``state`` of the Sync says what the engine holds now."""
+
+
+class PeerLost(SyncError):
+    """A process died or did not answer within the time-out."""

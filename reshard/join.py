@@ -109,7 +109,7 @@ def union_volume(boxes: Iterable[Box]) -> int:
 
 @lru_cache(maxsize=65536)
 def _union_volume(boxes: frozenset[Box]) -> int:
-    if _disjoint(list(boxes)):
+    if disjoint(list(boxes)):
         return sum(map(volume, boxes))
     first = next(iter(boxes))
     axis = next(a for a in range(len(first)) if len({box[a] for box in boxes}) > 1)
@@ -122,7 +122,7 @@ def _union_volume(boxes: frozenset[Box]) -> int:
     return total
 
 
-def _disjoint(boxes: list[Box]) -> bool:
+def disjoint(boxes: list[Box]) -> bool:
     """Whether no two of `boxes` meet: a sweep along the axis on which they differ most."""
     if len(boxes) < 2:
         return True
@@ -199,7 +199,7 @@ def join(
             held = list(first.values())
             ids = tuple(id(block) for _, block in held)
             if ids not in distinct:
-                distinct[ids] = _disjoint([block.box for _, block in held])
+                distinct[ids] = disjoint([block.box for _, block in held])
             if not distinct[ids]:
                 problems.append(f"{label(key)}: {where(held[0][0])} and other ranks hold overlapping parts of it")
         primaries[key] = held

@@ -1,0 +1,340 @@
+"""One side of a sync: which processes hold which stored tensors. Pure, from a layout and a mesh or from DTensor placements.
+
+``Side.placed`` is a framework's own layout (Megatron, vLLM, SGLang, ``tp``, whole HF tensors) on processes in that
+framework's order of ranks. ``Side.sharded`` is HF tensors cut as DTensors are: FSDP2, tensor parallel, both.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import product
+from math import lcm, prod
+from pathlib import Path
+
+from reshard import formats
+from reshard.block import Stored, chunk, restride, row_major
+from reshard.checkpoint import axes_in, find_config, model_config, read_config
+from reshard.descriptors import find_descriptor, load_descriptor
+from reshard.errors import LayoutError, PlanError
+from reshard.job import DTYPES, split_hint
+from reshard.layout import Layout, Section, parse_version
+from reshard.place import Mesh, Placement, Rank, slice_dim
+from reshard.sync.fp8_blocks import Fp8, linear_tensors, scale_shape
+
+#: how one dimension of a device mesh cuts a tensor: None replicates, a number is Shard(dim), a pair is _StridedShard(dim, split_factor)
+Cut = None | int | tuple[int, int]
+
+
+def layout(config: Mapping | str | Path, descriptor: str | Path | None = None) -> Layout:
+    """The layout of a model, from its config.json (a path, its folder, or the settings themselves)."""
+    settings = config if isinstance(config, Mapping) else read_config(find_config(Path(config), None if Path(config).is_dir() else config))
+    found = load_descriptor(Path(descriptor)) if descriptor else find_descriptor(settings)
+    if found is None:
+        raise LayoutError(f"no layout descriptor for architecture {settings.get('architectures')}", "pass a descriptor of your own: layout(config, 'my.toml')")
+    return found.bind(model_config(settings))
+
+
+@dataclass(frozen=True)
+class Sharding:
+    """How a DTensor lies: `ranks` is its device mesh, nested lists of processes, `cuts` one Cut per dimension of that mesh."""
+
+    ranks: tuple
+    cuts: tuple[Cut, ...]
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        sizes, inner = [], self.ranks
+        for _ in self.cuts:
+            sizes.append(len(inner))
+            inner = inner[0]
+        return tuple(sizes)
+
+    def members(self) -> Iterator[tuple[int, tuple[int, ...]]]:
+        """(process, its place in the mesh) of all processes."""
+        for coordinate in product(*map(range, self.sizes)):
+            at = self.ranks
+            for index in coordinate:
+                at = at[index]
+            yield at, coordinate
+
+
+@dataclass(frozen=True)
+class Side:
+    """Stored tensors, with dtypes, and the processes that hold them.
+
+    `members[i]` is what one place of the mesh holds; each process in `ranks[i]` holds a copy of it. `other_names` lists,
+    for what holds several names' tensors, the others (a tied head is found under either). `constants`
+    are names that are no part of the sync (an engine's constants, tensors not selected), `ignored` name patterns that are no weights.
+    """
+
+    layout: Layout
+    format: str
+    members: tuple[tuple[Stored, ...], ...]
+    ranks: tuple[tuple[int, ...], ...]
+    shardings: Mapping[str, Sharding] = field(default_factory=dict)
+    other_names: Mapping[tuple[str, ...], tuple[str, ...]] = field(default_factory=dict)
+    constants: frozenset[str] = frozenset()
+    ignored: tuple[str, ...] = ()
+    title: str = ""
+    fp8: Fp8 | None = None
+    partly: frozenset[str] = frozenset()  # names of tensors of which a part is not selected
+
+    @property
+    def processes(self) -> list[int]:
+        return sorted({rank for ranks in self.ranks for rank in ranks})
+
+    def held_by(self, process: int) -> list[Stored]:
+        """All that `process` holds on this side."""
+        return [s for member, ranks in zip(self.members, self.ranks) if process in ranks for s in member]
+
+    def scales(self, stored: Stored) -> Stored | None:
+        """The tensor of scales beside `stored`, where that is held in FP8 blocks."""
+        if self.fp8 is None or stored.dtype != "F8_E4M3":
+            return None
+        return Stored(stored.rank, stored.name + "_scale_inv", "F32", scale_shape(stored.shape, self.fp8.edge), (), stored.entry)
+
+    @classmethod
+    def placed(
+        cls,
+        layout: Layout,
+        format: str,
+        *,
+        ranks: Iterable[int],
+        tp: int = 1,
+        pp: int = 1,
+        ep: int = 1,
+        etp: int = 0,
+        dtype: str = "bf16",
+        dtypes: Mapping[str, str] = {},
+        engine_version: str | None = None,
+        variants: Sequence[str] = (),
+        fp8: Fp8 | bool | None = None,
+    ) -> "Side":
+        """`format` on a mesh. `ranks` are the processes in the framework's own order: Megatron's (tp fastest, then data
+        parallel, then pp), or for engines one replica after another. More of them than the mesh has are replicas.
+
+        `dtype` is that of all tensors but those which the layout pins; `dtypes` overrides it by tensor of the layout
+        (``{"router": "fp32"}``). `fp8` (True: the matrices inside layers, blocks of 128): what an engine holds in FP8 with
+        scales. `variants` are names of the layout's other spellings (Megatron's ``local``, ``sequential``).
+        Raises PlanError when the mesh cannot cut the model.
+        """
+        quantised = Fp8(linear_tensors(layout)) if fp8 is True else fp8 or None
+        kind, mesh, processes = formats.get(format), Mesh(tp, pp, ep, etp), list(ranks)
+        section = layout.section(kind.section)
+        version = parse_version(engine_version) if engine_version else None
+        placement = Placement(layout, _spelled(section.for_version(version), section, variants), kind.rules, mesh, engine=version)
+        numbers = _numbers(format, placement, len(processes))
+        stored: list[list[Stored]] = [[] for _ in placement.ranks]
+        for s in placement.stored():
+            stored[s.rank].append(s)
+        if placement.problems:
+            raise PlanError(placement.problems, split_hint(placement))
+        for s in (s for member in stored for s in member):
+            s.dtype = "F8_E4M3" if quantised and quantised.tensors.issuperset(s.entry.of) else _dtype(layout, s, dtype, dtypes)
+        holders = [tuple(p for p, n in zip(processes, numbers) if n == number) for number in range(len(placement.ranks))]
+        constants = frozenset(name for rank in placement.ranks for name, _ in placement.constants(rank))
+        replicas = f" × {len(processes) // len(holders)}" if len(processes) > len(holders) else ""
+        return cls(layout, format, tuple(map(tuple, stored)), tuple(holders), {}, _other_names(section, {s.name for member in stored for s in member}), constants, _ignored(layout, section), f"{format} {mesh}{replicas}", quantised)
+
+    @classmethod
+    def sharded(cls, layout: Layout, shardings: Mapping[str, Sharding], *, dtype: str = "bf16", dtypes: Mapping[str, str] = {}, variants: Sequence[str] = ()) -> "Side":
+        """HF tensors as DTensors hold them: `shardings` by HF name, e.g. from ``shardings(model.named_parameters())``.
+
+        Raises PlanError for names that the layout lacks, and for tensors of the layout that have no sharding.
+        """
+        section = layout.section("hf")
+        if not variants:  # transformers holds experts stacked, its files each apart: by the names that are given
+            variants = [name for name, _, v in section.variants
+                        if any(s.name in shardings for s in Placement(layout, v, formats.get("hf").rules, Mesh()).stored())]  # fmt: skip
+        placement = Placement(layout, _spelled(section, section, variants), formats.get("hf").rules, Mesh())
+        processes = sorted({process for sharding in shardings.values() for process, _ in sharding.members()})
+        held: dict[int, list[Stored]] = {process: [] for process in processes}
+        every = list(placement.stored())
+        others, problems, used = _other_names(section, {s.name for s in every}), [], set()
+        cache: dict = {}
+        for whole in every:
+            name = next((n for n in (whole.name, *others.get(whole.entry.of, ())) if n in shardings), None)
+            if name is None:
+                problems.append(f"{whole.name} has no sharding")
+                continue
+            used.add(name)
+            word = _dtype(layout, whole, dtype, dtypes)
+            sharding = shardings[name]
+            for process, coordinate in sharding.members():
+                at = (id(whole.entry), whole.shape, sharding.sizes, sharding.cuts, coordinate)
+                if at not in cache:
+                    keys = [key for key, _ in whole.blocks]
+                    shape, parts = _shard(placement, whole, sharding, coordinate)
+                    cache[at] = shape, [(keys.index(key), block) for key, block in parts]
+                shape, parts = cache[at]
+                keys = [key for key, _ in whole.blocks]
+                held[process].append(Stored(process, name, word, shape, tuple((keys[i], block) for i, block in parts), whole.entry))
+        problems += [f"{name} is not in layout {layout.name}" for name in shardings if name not in used and not _is_alias(name, others)]
+        if problems:
+            raise PlanError(problems)
+        members = tuple(tuple(held[p]) for p in processes)
+        return cls(layout, "hf", members, tuple((p,) for p in processes), dict(shardings), others, frozenset(), _ignored(layout, section), f"DTensors on {len(processes)} ranks")
+
+
+def fsdp(layout: Layout, *, dp: int = 1, tp: int = 1, ranks: Iterable[int], replicas: int = 1, variants: Sequence[str] = ()) -> dict[str, Sharding]:
+    """The shardings of a model under FSDP2's ``fully_shard`` over `dp`, on top of tensor parallelism over `tp` by its
+    layout's rule: what ``shardings(model.named_parameters())`` reads there, for ranks that have no such model. The mesh is
+    (replicas, dp, tp), its dimensions of size 1 left out; `ranks` in its order."""
+    processes = list(ranks)
+    sizes = [("replicas", replicas), ("dp", dp), ("tp", tp)]
+    if len(processes) != replicas * dp * tp:
+        raise PlanError([f"{len(processes)} ranks for {replicas} × dp{dp} × tp{tp} = {replicas * dp * tp}"])
+    kept = [(name, size) for name, size in sizes if size > 1] or [("dp", 1)]
+    mesh = _nested(processes, [size for _, size in kept])
+    section = layout.section("hf")
+    out = {}
+    for whole in Placement(layout, _spelled(section, section, variants), formats.get("hf").rules, Mesh()).stored():
+        dim = _split_dim(layout, whole)
+        cuts: list[Cut] = []
+        for name, _ in kept:
+            inner = tp > 1 and dim == 0
+            cuts.append(None if name == "replicas" else (dim if tp > 1 else None) if name == "tp" else ((0, tp) if inner else 0))
+        out[whole.name] = Sharding(mesh, tuple(cuts))
+    return out
+
+
+def _split_dim(layout: Layout, whole: Stored) -> int | None:
+    """The dimension of an HF tensor that its layout's tensor parallelism cuts."""
+    tensor = layout.descriptor.tensors[whole.entry.of[0]]
+    dims = whole.entry.dims or tensor.dims
+    lead = len(whole.shape) - len(dims)
+    return next((lead + d for d, axes in enumerate(dims) if tensor.split and tensor.split[0] in axes), None)
+
+
+def _nested(flat: list[int], sizes: list[int]) -> tuple:
+    if len(sizes) == 1:
+        return tuple(flat)
+    step = len(flat) // sizes[0]
+    return tuple(_nested(flat[i * step : (i + 1) * step], sizes[1:]) for i in range(sizes[0]))
+
+
+def _numbers(format: str, placement: Placement, count: int) -> list[int]:
+    """For each process in the framework's order, the number of the format's rank whose tensors it holds."""
+    mesh, places = placement.mesh, len(placement.ranks)
+    unit = places
+    if format == "megatron":
+        etp = mesh.etp or mesh.tp
+        unit = mesh.pp * lcm(mesh.tp, mesh.ep * etp)
+    if count == 0 or count % unit:
+        raise PlanError([f"{format} {mesh} needs a multiple of {unit} ranks, got {count}"])
+    if format != "megatron":
+        return [i % places for i in range(count)]
+    by_place: dict[tuple[int, int, int], Rank] = {(r.pp, r.tp, r.ep): r for r in placement.ranks}
+    return [by_place[p, g % mesh.tp, g // etp % mesh.ep].number for p in range(mesh.pp) for g in range(count // mesh.pp)]
+
+
+def _spelled(section: Section, known: Section, variants: Sequence[str]) -> Section:
+    names = {name: variant for name, _, variant in known.variants}
+    for name in variants:
+        if name not in names:
+            raise PlanError([f"unknown variant {name!r}"], f"known are {', '.join(names) or 'none'}")
+        section = section.overlaid(names[name])
+    return section
+
+
+def _dtype(layout: Layout, s: Stored, dtype: str, dtypes: Mapping[str, str]) -> str:
+    for word in (dtype, *dtypes.values()):
+        if word not in DTYPES:
+            raise PlanError([f"unknown dtype {word!r}"], f"use one of {', '.join(DTYPES)}")
+    own = {DTYPES[dtypes[t]] if t in dtypes else layout.descriptor.tensors[t].dtype or DTYPES[dtype] for t in s.entry.of}
+    if len(own) > 1 and not s.entry.dtype:
+        raise PlanError([f"{s.name} fuses tensors of different dtypes: {', '.join(sorted(own))}"])
+    given = next((DTYPES[dtypes[t]] for t in s.entry.of if t in dtypes), None)
+    return given or s.entry.dtype or own.pop()
+
+
+def _other_names(section: Section, placed: set[str]) -> dict[tuple[str, ...], tuple[str, ...]]:
+    """Per set of tensors, the names beside those placed that the section has for them, conditions aside (tied weights)."""
+    names: dict[tuple[str, ...], list[str]] = {}
+    for entry in section.entries:
+        if "{" not in entry.name and entry.name not in placed:
+            names.setdefault(entry.of, []).append(entry.name)
+    return {of: tuple(own) for of, own in names.items()}
+
+
+def _is_alias(name: str, others: Mapping[tuple[str, ...], tuple[str, ...]]) -> bool:
+    return any(name in names for names in others.values())
+
+
+def _ignored(layout: Layout, section: Section) -> tuple[str, ...]:
+    """Buffers that are no weights: rotary caches, TransformerEngine's extra state, and what the layout drops."""
+    return ("*.inv_freq", "*.original_inv_freq", "*.cos_sin_cache", "*.cos_cached", "*.sin_cached", "*._extra_state", *(
+        pattern.format_map({"layer": layout.layers, **layout.scope}) for pattern in section.drop))  # fmt: skip
+
+
+def intervals(size: int, cuts: Sequence[tuple[int, int, int]]) -> list[tuple[int, int]]:
+    """The ranges of a dimension of `size` that lie, one after another, on one place of a mesh.
+
+    `cuts` in order of the mesh's dimensions: (parts, this place's index, split factor; 1 for a plain Shard). A strided
+    shard whose factor is the product of the later shards is cut after them (FSDP over TP); another one cuts each of
+    `factor` equal runs (packed tensors). torch.chunk's rule throughout.
+    """
+    held = [(0, size)]
+    late: list[tuple[int, int]] = []
+    for i, (parts, index, factor) in enumerate(cuts):
+        if factor > 1 and factor == prod(n for n, _, f in cuts[i + 1 :] if f == 1):
+            late.append((parts, index))
+        elif factor > 1:
+            total = sum(high - low for low, high in held)
+            runs = [chunk(total, factor, run) for run in range(factor)]
+            held = [r for low, high in runs for start, stop in [chunk(high - low, parts, index)] for r in _within(held, low + start, low + stop)]
+        else:
+            held = _within(held, *chunk(sum(high - low for low, high in held), parts, index))
+    for parts, index in reversed(late):
+        held = _within(held, *chunk(sum(high - low for low, high in held), parts, index))
+    return held
+
+
+def _within(held: list[tuple[int, int]], low: int, high: int) -> list[tuple[int, int]]:
+    """Positions [low, high) of the ranges `held`, laid one after another."""
+    out, at = [], 0
+    for start, stop in held:
+        first, last = max(low, at), min(high, at + stop - start)
+        if first < last:
+            out.append((start + first - at, start + last - at))
+        at += stop - start
+    return out
+
+
+def _shard(placement: Placement, whole: Stored, sharding: Sharding, coordinate: tuple[int, ...]):
+    """Shape and blocks of one place's part of an HF tensor."""
+    shape, blocks = whole.shape, list(whole.blocks)
+    for dim in range(len(shape)):
+        cuts = []
+        for size, index, cut in zip(sharding.sizes, coordinate, sharding.cuts):
+            on, factor = cut if isinstance(cut, tuple) else (cut, 1)
+            if on is not None and not -len(shape) <= on < len(shape):
+                raise PlanError([f"{whole.name}: sharded along dimension {on}, it has {len(shape)}"])
+            if on is not None and on % len(shape) == dim:
+                cuts.append((size, index, factor))
+        if not cuts:
+            continue
+        axes, parts, ranges = axes_in(placement, whole, dim), [], intervals(shape[dim], cuts)
+        local = replace_dim(shape, dim, sum(high - low for low, high in ranges))
+        steps, at = row_major(local), 0
+        for low, high in ranges:
+            piece, cut_blocks = slice_dim(shape, blocks, dim, low, high, axes)
+            parts += [(key, restride(block, piece, steps).moved(at * steps[dim])) for key, block in cut_blocks]
+            at += high - low
+        shape, blocks = local, parts
+    return shape, blocks
+
+
+def replace_dim(shape: tuple[int, ...], dim: int, size: int) -> tuple[int, ...]:
+    return shape[:dim] + (size,) + shape[dim + 1 :]
+
+
+def restricted(side: Side, select: Callable[[tuple], bool]) -> Side:
+    """`side` with the tensors that `select(key)` chooses; `key` is the layout's name, then layer and expert numbers."""
+    members, left, partly = [], set(side.constants), set()
+    for member in side.members:
+        kept = [replace(s, blocks=tuple(own)) for s in member for own in [[b for b in s.blocks if select(b[0])]] if own]
+        left |= {s.name for s in member} - {s.name for s in kept}
+        whole = {s.name: len(s.blocks) for s in member}
+        partly |= {s.name for s in kept if len(s.blocks) < whole[s.name]}
+        members.append(tuple(kept))
+    return replace(side, members=tuple(members), constants=frozenset(left), partly=frozenset(partly))

@@ -1,0 +1,192 @@
+"""The tensors that a process gives to a sync, matched with what its side holds: names, shapes, dtypes, DTensors, ties.
+
+Tensors are used as they lie: a view of the tensor's own storage for every copy. Everything that does not fit is reported at
+once, before a byte moves.
+"""
+
+from collections.abc import Iterable, Mapping
+from fnmatch import fnmatchcase
+from itertools import pairwise
+
+import torch
+
+from reshard.api import torch_dtypes
+from reshard.block import Stored, end, row_major
+from reshard.errors import PlanError
+from reshard.sync.side import Cut, Sharding, Side, intervals
+
+WORDS = {dtype: word for word, dtype in torch_dtypes().items()}
+DTYPES = torch_dtypes()
+
+
+class Bound:
+    """A stored tensor and the torch tensor that it is here. Offsets and strides are those of a row-major tensor."""
+
+    def __init__(self, stored: Stored, tensor: torch.Tensor, padded: bool = False):
+        self.stored, self.tensor, self.padded = stored, tensor, padded
+        self.row_major = tensor.is_contiguous()
+        self.start = tensor.storage_offset()
+
+    def view(self, shape: tuple[int, ...], offset: int, strides: tuple[int, ...]) -> torch.Tensor:
+        """These elements, in place. An axis that crosses dimensions of a tensor that is not contiguous becomes several."""
+        if self.row_major:
+            return torch.as_strided(self.tensor, shape, strides, self.start + offset)
+        return torch.as_strided(self.tensor, *lying(self.stored, self.tensor.stride(), shape, offset, strides, self.start))
+
+    def zero_padding(self) -> None:
+        """Zero the elements that no block fills (rows of a padded vocabulary)."""
+        for low, high in gaps(self.stored):
+            if self.row_major:
+                self.view((high - low,), low, (1,)).zero_()
+            else:
+                flat = torch.zeros(self.tensor.shape, dtype=torch.bool, device=self.tensor.device)
+                flat.view(-1)[low:high] = True
+                self.tensor[flat] = 0
+
+
+def lying(stored: Stored, own: tuple[int, ...], shape, offset: int, strides, start: int = 0):
+    """(shape, strides, storage offset) in a tensor whose dimensions have strides `own`, of a copy written for row-major."""
+    steps = row_major(stored.shape)
+    at = start
+    for step, size, stride in zip(steps, stored.shape, own):
+        at += offset // step % size * stride if step else 0
+    sizes, moves = [], []
+    for n, s in zip(shape, strides):
+        sizes_, moves_ = [], []
+        while n > 1 or not sizes_:
+            dim = next((d for d in reversed(range(len(steps))) if steps[d] <= s < steps[d] * max(stored.shape[d], 2)), None)
+            if dim is None or s % steps[dim]:
+                raise PlanError([f"{stored.name} is not contiguous, in a way that its parts cannot be reached"], "pass it contiguous")
+            room = steps[dim] * stored.shape[dim] // s
+            here = min(n, max(room, 1))
+            if n % here:
+                raise PlanError([f"{stored.name} is not contiguous, and its parts do not end with its rows"], "pass it contiguous")
+            sizes_.insert(0, here)
+            moves_.insert(0, s // steps[dim] * own[dim])
+            n, s = n // here, s * here
+        sizes += sizes_
+        moves += moves_
+    return sizes, moves, at
+
+
+def gaps(stored: Stored) -> list[tuple[int, int]]:
+    """The ranges of elements of `stored` that no block covers, where its blocks are runs."""
+    if not stored.blocks:
+        return [(0, stored.size)]
+    spans = sorted((b.offset, end(b.offset, b.shape, b.strides)) for _, b in stored.blocks)
+    if sum(high - low for low, high in spans) != sum(b.size for _, b in stored.blocks):
+        return []  # blocks that interleave: their formats pad only at the end of a dimension, which is then no run
+    marks = [(0, 0), *spans, (stored.size, stored.size)]
+    return [(a[1], b[0]) for a, b in pairwise(marks) if a[1] < b[0]]
+
+
+def named(tensors: "Mapping[str, torch.Tensor] | Iterable[tuple[str, torch.Tensor]] | torch.nn.Module") -> dict[str, torch.Tensor]:
+    """{name: tensor} of whatever a framework passes; a module gives its parameters, and its buffers that it saves."""
+    if isinstance(tensors, torch.nn.Module):
+        return {name: t.data for name, t in tensors.state_dict(keep_vars=True).items() if isinstance(t, torch.Tensor)}
+    return dict(tensors.items() if isinstance(tensors, Mapping) else tensors)
+
+
+def bind(given, side: Side, process: int, role: str) -> dict[int, Bound]:
+    """Match `given` with what `process` holds on `side`: {id of the stored tensor: Bound}; a tensor's scales under minus its id.
+
+    Raises PlanError with all problems.
+    """
+    tensors = named(given)
+    wanted = [(id(s), s) for s in side.held_by(process)]
+    wanted += [(-at, scales) for at, s in wanted for scales in [side.scales(s)] if scales]
+    problems: list[str] = []
+    out: dict[int, Bound] = {}
+    used: dict[str, torch.Tensor] = {}
+    for at, s in wanted:
+        names = [name for name in (s.name, *side.other_names.get(s.entry.of, ())) if name in tensors]
+        if not names:
+            if s.size:
+                problems.append(f"{s.name} is missing, expected shape {list(s.shape)}")
+            continue
+        tensor = tensors[names[0]]
+        for name in names:
+            used[name] = tensors[name]
+        local = _local(names[0], tensor, side, problems)
+        if tuple(local.shape) != s.shape:
+            problems.append(f"{names[0]}: shape {list(local.shape)}, expected {list(s.shape)} on rank {process} of {side.title}")
+        elif WORDS.get(local.dtype) != s.dtype:
+            problems.append(f"{names[0]}: dtype {WORDS.get(local.dtype, local.dtype)}, expected {s.dtype}")
+        elif local.is_meta:
+            problems.append(f"{names[0]} is on the meta device: it holds nothing")
+        else:
+            out[at] = Bound(s, local.detach(), at > 0 and s.padding > 0 and s.name not in side.partly)
+        for name in names[1:]:
+            if _storage(tensors[name]) != _storage(tensor):
+                problems.append(f"{name} and {names[0]} are one tensor in this model, here they lie apart")
+    known = {_storage(t) for t in used.values()}
+    for name, tensor in tensors.items():
+        if name in used or name in side.constants or any(fnmatchcase(name, pattern) for pattern in side.ignored) or _storage(tensor) in known:
+            continue
+        problems.append(f"{name}: {side.title} has no such tensor on rank {process}")
+    if problems:
+        raise PlanError([f"{role}: {problem}" for problem in problems], "the side was made for another model, mesh or dtype than the tensors given")
+    return out
+
+
+def _storage(tensor: torch.Tensor):
+    local = tensor._local_tensor if hasattr(tensor, "_local_tensor") else tensor
+    return local.untyped_storage().data_ptr(), local.storage_offset(), local.numel()
+
+
+def _local(name: str, tensor: torch.Tensor, side: Side, problems: list[str]) -> torch.Tensor:
+    """This rank's part of a DTensor, whose mesh and placements must be the side's; other tensors as they are."""
+    if not hasattr(tensor, "_local_tensor"):
+        return tensor
+    found, expected = sharding(name, tensor), side.shardings.get(name)
+    if expected is not None and not _alike(found, expected, tuple(tensor.shape)):
+        problems.append(f"{name}: placements {found.cuts} on ranks {found.ranks}, the plan was made for {expected.cuts} on {expected.ranks}")
+    return tensor._local_tensor
+
+
+def _alike(a: Sharding, b: Sharding, shape: tuple[int, ...]) -> bool:
+    """Whether two shardings leave each process the same part of a tensor of `shape`."""
+    return a == b or _parts(a, shape) == _parts(b, shape)
+
+
+def _parts(sharding: Sharding, shape: tuple[int, ...]):
+    def cuts(dim: int, coordinate: tuple[int, ...]):
+        for size, index, cut in zip(sharding.sizes, coordinate, sharding.cuts):
+            on, factor = cut if isinstance(cut, tuple) else (cut, 1)
+            if on is not None and on % len(shape) == dim:
+                yield size, index, factor
+
+    return {process: [intervals(n, list(cuts(dim, at))) for dim, n in enumerate(shape)] for process, at in sharding.members()}
+
+
+def sharding(name: str, tensor: torch.Tensor) -> Sharding:
+    """Mesh and placements of a DTensor."""
+    cuts: list[Cut] = []
+    for placement in tensor.placements:
+        kind = type(placement).__name__
+        if placement.is_replicate():
+            cuts.append(None)
+        elif kind == "_StridedShard":
+            cuts.append((placement.dim, placement.split_factor))
+        elif placement.is_shard():
+            cuts.append(placement.dim)
+        else:
+            raise PlanError([f"{name}: placement {placement} is neither a shard nor a replica"], "redistribute it first")
+    return Sharding(_tuples(tensor.device_mesh.mesh.tolist()), tuple(cuts))
+
+
+def shardings(tensors, ranks: Iterable[int] = ()) -> dict[str, Sharding]:
+    """{name: Sharding} of a model's DTensors. Plain tensors among them are whole on each of `ranks`."""
+    out, plain = {}, tuple(ranks)
+    for name, tensor in named(tensors).items():
+        if hasattr(tensor, "_local_tensor"):
+            out[name] = sharding(name, tensor)
+        elif plain:
+            out[name] = Sharding(plain, (None,))
+        else:
+            raise PlanError([f"{name} is no DTensor: say which ranks hold it whole"], "shardings(named, ranks=[…])")
+    return out
+
+
+def _tuples(nested) -> tuple:
+    return tuple(_tuples(x) if isinstance(x, list) else x for x in nested)
