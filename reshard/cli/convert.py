@@ -1,0 +1,102 @@
+"""``convert`` and ``plan``."""
+
+import json
+
+import click
+
+from reshard.cli.options import Place, Size, json_option, push_options, rank_option, run_options, source_options, target_options
+from reshard.cli.progress import progress_bar
+from reshard.text import count, human
+
+
+def opened(path: str, from_=None, layout=None, config=None, cache=False):
+    from reshard.checkpoint import open_checkpoint
+
+    return open_checkpoint(path, format=from_, layout=layout, config=config, cache=cache)
+
+
+def planned(source, to, tp, pp, ep, etp, dtype, engine_version, **options):
+    from reshard.api import plan
+
+    return plan(source, format=to, tp=tp, pp=pp, ep=ep, etp=etp, dtype=dtype, engine_version=engine_version, **options)
+
+
+@click.command()
+@click.argument("src", type=Place())
+@click.argument("dst", type=Place(target=True))
+@target_options
+@source_options
+@run_options
+@push_options
+def convert(src, dst, from_, layout, config, cache, public, create_pr, base_model, **options):
+    """Convert the checkpoint in SRC into DST, in another format or on another mesh. Both may be hf://ORG/NAME[@REV][/SUBDIR].
+
+    To the Hub, files are written and sent one by one, with disk for one of them, and appear there in one commit."""
+    from reshard.hub import is_remote
+
+    push = {"public": public, "create_pr": create_pr, "base_model": base_model}
+    if any(push.values()) and not is_remote(dst):
+        raise click.UsageError("--public, --create-pr and --base-model go with a destination on the Hub (hf://ORG/NAME)")
+    run_conversion(opened(src, from_, layout, config, cache), dst, push if is_remote(dst) else None, **options)
+
+
+def run_conversion(source, dst, push=None, *, to, tp, pp, ep, etp, dtype, engine_version, rank, dry_run, jobs, buffer, no_fsync, overwrite, as_json, quiet, verbose):
+    """What is left of ``convert`` and ``pull`` once the source is open; `push` are options for a destination on the Hub."""
+    from reshard.transaction import convert as run
+
+    job = planned(source, to, tp, pp, ep, etp, dtype, engine_version, rank=rank, jobs=jobs, buffer=buffer)
+    if push is not None and not dry_run:
+        from reshard.hub.push import convert_and_push
+
+        with progress_bar(job.bytes_read, quiet or as_json) as tell:
+            done = convert_and_push(job, dst, overwrite=overwrite, jobs=jobs, buffer=buffer, progress=tell, **push)
+        say_pushed(done, {**job.to_json(dst), "bytes_written": job.bytes_written}, as_json, quiet)
+        return
+    if dry_run:
+        click.echo(json.dumps({"ok": True, **job.to_json(dst)})) if as_json else click.echo(job.describe(dst))
+        return
+    with progress_bar(job.bytes_read, quiet or as_json) as tell:
+        report = run(job, dst, overwrite=overwrite, fsync=not no_fsync, jobs=jobs, buffer=buffer, progress=tell)
+    if as_json:
+        done = {"bytes_read": report.bytes_read, "bytes_written": report.bytes_written, "seconds": round(report.seconds, 3)}
+        if source.remote:
+            done |= {"bytes_received": report.bytes_received, "checked_files": report.checked_files}
+        click.echo(json.dumps({"ok": True, **job.to_json(dst), **done, "resumed_files": report.resumed_files}))
+    elif not quiet:
+        rate = human(report.bytes_written / max(report.seconds, 1e-9))
+        files = len(report.files)
+        went_on = f"went on from {report.resumed_files} of {files} files; " if report.resumed_files else ""
+        came = f"; {human(report.bytes_received)} came from {source.revision[:12]}" if source.remote else ""
+        came += f", sha256 of {count(report.checked_files, 'file')} checked" if report.checked_files else ""
+        click.echo(f"{went_on}wrote {count(files - report.resumed_files, 'file')}, {human(report.bytes_written)} in {report.seconds:.1f}s ({rate}/s): {dst}, {job.format} {job.mesh}{came}")
+
+
+def say_pushed(done, result: dict, as_json: bool, quiet: bool) -> None:
+    if as_json:
+        result["destination"] |= {"revision": done.commit, "url": done.url}
+        click.echo(json.dumps({"ok": True, **result, "committed": done.committed, "new_files": done.new, "bytes_new": done.bytes_new,
+                               "pull_request": done.pull_request, "seconds": round(done.seconds, 3)}))  # fmt: skip
+    elif not quiet and not done.committed:
+        click.echo(f"nothing to do: {done.location} holds these {count(len(done.files), 'file')} already, at {done.commit[:12]}")
+    elif not quiet:
+        where = done.pull_request or done.url
+        click.echo(f"pushed {len(done.new)} of {count(len(done.files), 'file')}, {human(done.bytes_new)} in {done.seconds:.1f}s: {done.location} at {done.commit[:12]}, {where}")
+
+
+@click.command()
+@click.argument("src", type=Place())
+@target_options
+@source_options
+@rank_option
+@click.option("--bandwidth", type=Size(), help="Bytes per second, such as 25GB/s: adds the time it takes.")
+@json_option
+def plan(src, to, tp, pp, ep, etp, dtype, engine_version, from_, layout, config, rank, bandwidth, as_json):
+    """Tell which bytes a conversion of SRC would read and write, per rank. Writes nothing."""
+    job = planned(opened(src, from_, layout, config), to, tp, pp, ep, etp, dtype, engine_version, rank=rank)
+    if as_json:
+        extra = {"seconds_at_bandwidth": (job.bytes_read + job.bytes_written) / bandwidth} if bandwidth else {}
+        click.echo(json.dumps({"ok": True, **job.to_json(), "ranks": job.ranks(), **extra}))
+        return
+    click.echo(job.describe())
+    if bandwidth:
+        click.echo(f"at {human(bandwidth)}/s: {(job.bytes_read + job.bytes_written) / bandwidth:.3g} s")

@@ -1,0 +1,153 @@
+"""``inspect``, ``diff``, ``layouts`` and ``demo``: what is there, and whether it is the same."""
+
+import json
+import sys
+from pathlib import Path
+
+import click
+
+from reshard.cli.convert import opened
+from reshard.cli.options import FORMATS, Place, json_option, source_options
+from reshard.cli.progress import progress_bar
+from reshard.errors import ReshardError
+from reshard.text import human, table
+
+
+@click.command()
+@click.argument("path", type=Place())
+@source_options
+@click.option("--tensors", is_flag=True, help="List every tensor.")
+@json_option
+def inspect(path, from_, layout, config, tensors, as_json):
+    """Tell what PATH holds: format, architecture, mesh, and with --tensors every tensor."""
+    from reshard.job import mesh_json
+
+    ckpt = opened(path, from_, layout, config)
+    result = {"ok": True, "path": str(path), "format": ckpt.format, "architecture": ckpt.architecture,
+              "mesh": mesh_json(ckpt.mesh), "bytes": ckpt.bytes} | ({"revision": ckpt.revision} if ckpt.remote else {})  # fmt: skip
+    rows = _tensor_rows(ckpt)
+    if as_json:
+        result["tensors"] = [dict(zip(("name", "shape", "dtype", "split_dim", "fused", "ranks"), row)) for row in rows] if tensors else len(rows)
+        click.echo(json.dumps(result))
+        return
+    click.echo(f"{path}: {ckpt.format} {ckpt.mesh}, {ckpt.architecture} (layout {ckpt.layout.name}), {len(rows)} tensors, {human(ckpt.bytes)}")
+    if tensors:
+        text = [(n, "×".join(map(str, s)) or "scalar", d, "-" if x is None else x, "+".join(f) or "-", len(r)) for n, s, d, x, f, r in rows]
+        click.echo(table(text, ("name", "shape per rank", "dtype", "split dim", "fused", "ranks")))
+
+
+def _tensor_rows(ckpt) -> list[tuple]:
+    rows: dict[str, list] = {}
+    for s in ckpt.stored:
+        row = rows.setdefault(s.name, [s.name, list(s.shape), s.dtype, split_dim(ckpt.layout.descriptor, s.entry, ckpt.mesh.tp), list(s.entry.of) if len(s.entry.of) > 1 else [], []])
+        row[5].append(s.rank)
+    return [tuple(row) for row in rows.values()]
+
+
+def split_dim(descriptor, entry, tp: int) -> int | None:
+    """The dimension of a stored tensor that tensor parallelism cuts; None where it is replicated."""
+    tensor = descriptor.tensors[entry.of[0]]
+    split = tensor.split if entry.split is None else entry.split
+    if tp == 1 or not split:
+        return None
+    lead = sum(1 for axis in tensor.index if f"{{{axis}}}" not in entry.name)
+    return lead + next(d for d, axes in enumerate(entry.dims or tensor.dims) if split[0] in axes)
+
+
+@click.command()
+@click.argument("a", type=Place())
+@click.argument("b", type=Place())
+@click.option("--config", type=Place(exists=True), help="config.json of the model, or its folder, where neither A nor B has one.")
+@click.option("--layout", type=click.Path(exists=True, dir_okay=False), help="A layout descriptor of your own, for both.")
+@json_option
+@click.option("-q", "--quiet", is_flag=True)
+def diff(a, b, config, layout, as_json, quiet):
+    """Tell whether A and B hold the same parameters, bit for bit, whatever their layouts. Exit code 3: they differ."""
+    from reshard.api import diff as run
+    from reshard.api import open_pair
+
+    left, right = open_pair(a, b, layout=layout, config=config)
+    with progress_bar(left.bytes + right.bytes, quiet or as_json) as tell:
+        report = run(left, right, progress=tell)
+    if as_json:
+        differing = [{"name": d.name, "elements": d.elements, "max_abs_diff": d.max_abs_diff} for d in report.differing]
+        click.echo(json.dumps({"ok": True, "equal": report.equal, "tensors": report.tensors, "differing": differing,
+                               "missing_in_a": report.missing_in_a, "missing_in_b": report.missing_in_b}))  # fmt: skip
+    elif report.equal:
+        click.echo(f"equal: {report.tensors} tensors, bit for bit")
+    else:
+        for word, names in ((a, report.missing_in_a), (b, report.missing_in_b)):
+            for name in names[:20]:
+                click.echo(f"missing in {word}: {name}")
+        if report.differing:
+            rows = [(d.name, d.elements, f"{d.max_abs_diff:.3g}") for d in report.differing[:20]]
+            click.echo(table(rows, ("differs", "elements", "max |a-b|")))
+        click.echo(f"different: {len(report.differing)} of {report.tensors} tensors differ, {len(report.missing_in_a) + len(report.missing_in_b)} missing")
+    if not report.equal:
+        sys.exit(3)
+
+
+@click.group(invoke_without_command=True)
+@click.pass_context
+def layouts(ctx):
+    """List the architectures that reshard knows; `layouts show NAME` explains one."""
+    if ctx.invoked_subcommand:
+        return
+    from reshard.descriptors import builtin_descriptors
+
+    rows = [(n, ", ".join(d.architectures), ", ".join(sorted(d.formats)), d.description) for n, d in builtin_descriptors().items()]
+    click.echo(table(rows, ("layout", "architectures", "formats", "what")))
+
+
+@layouts.command("show")
+@click.argument("name")
+@click.option("--tp", type=click.IntRange(1), default=1, show_default=True)
+@click.option("--format", "format_", type=click.Choice(FORMATS), default="hf", show_default=True)
+@click.option("--config", type=click.Path(exists=True), help="config.json to take sizes from; without it sizes are shown by name.")
+def show(name, tp, format_, config):
+    """Tell for each tensor of layout NAME its dims, what it is fused with, and which dim tensor parallelism splits."""
+    from reshard import formats
+    from reshard.descriptors import builtin_descriptors, load_descriptor
+
+    known = builtin_descriptors()
+    if not name.endswith(".toml") and name not in known:
+        raise ReshardError(f"no layout {name!r}", f"known: {', '.join(known)}")
+    descriptor = load_descriptor(Path(name)) if name.endswith(".toml") else known[name]
+    kind = formats.get(format_)
+    if config is None:
+        rows = [_entry_row(descriptor, entry, tp) for entry in descriptor.section(kind.section).entries]
+        click.echo(table(rows, ("name", "holds", "interleaved within", "split dim", f"dims per rank of tp{tp}", "when")))
+        return
+    from reshard.checkpoint import find_config, model_config, read_config
+    from reshard.place import Mesh, Placement
+
+    layout = descriptor.bind(model_config(read_config(find_config(Path(config), config))))
+    placement = Placement(layout, layout.section(kind.section), kind.rules, Mesh(tp))
+    rows = [(s.name, "×".join(map(str, s.shape)), "-" if (d := split_dim(descriptor, s.entry, tp)) is None else d, "+".join(s.entry.of))
+            for s in placement.stored(placement.ranks[:1])]  # fmt: skip
+    click.echo(table(rows, ("name", "shape on rank 0", "split dim", "holds")))
+
+
+def _entry_row(descriptor, entry, tp: int) -> tuple:
+    """One line of `layouts show` without a config: sizes by the names of their axes."""
+    tensor = descriptor.tensors[entry.of[0]]
+    split = tensor.split if entry.split is None else entry.split
+
+    def size(axis: str) -> str:
+        return f"{axis}/{tp}" if tp > 1 and split[:1] == (axis,) else axis
+
+    lead = [f"[{name}]" for name in tensor.index if f"{{{name}}}" not in entry.name]
+    dims = [" ".join(map(size, axes)) for axes in entry.dims or tensor.dims]
+    text = " ".join(lead + [f"({d})" if " " in d else d for d in dims])
+    cut = split_dim(descriptor, entry, max(tp, 2))
+    when = tensor.when if entry.when == "true" else entry.when
+    return entry.name, " + ".join(entry.of), entry.within or "-", "-" if cut is None else cut, text, "" if when == "true" else when
+
+
+@click.command()
+def demo():
+    """The whole story on a small model: convert, convert again, come back, compare. No download, a few seconds."""
+    from reshard.demo import demo as run
+
+    if not run(click.echo):
+        raise ReshardError("the demo did not come back to where it began", "this is a defect of reshard; please report it")

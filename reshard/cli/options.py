@@ -1,0 +1,101 @@
+"""Arguments and options that commands share, and what they are converted to."""
+
+import click
+
+from reshard.errors import ReshardError
+
+FORMATS = ["hf", "tp", "vllm", "sglang", "megatron", "rank-pt"]
+_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+class Size(click.ParamType):
+    """A number of bytes such as 128MB."""
+
+    name = "size"
+
+    def convert(self, value, param, ctx):
+        if isinstance(value, int):
+            return value
+        text = value.strip().upper().removesuffix("/S")
+        number = text.rstrip("KMGTIB")
+        try:
+            return int(float(number) * _UNITS[text[len(number):]])
+        except (ValueError, KeyError):
+            self.fail(f"{value!r} is not a size; write it like 128MB", param, ctx)
+
+
+class Place(click.ParamType):
+    """A folder, or hf://ORG/NAME[@REV][/SUBDIR]; a malformed one is wrong usage."""
+
+    name = "location"
+
+    def __init__(self, target: bool = False, exists: bool = False):
+        self._target, self._exists = target, exists
+
+    def convert(self, value, param, ctx):
+        from reshard.hub import is_remote
+
+        if is_remote(value):
+            from reshard.hub.location import parse, parse_target
+
+            try:
+                return str((parse_target if self._target else parse)(value))
+            except ReshardError as error:
+                usage = click.BadParameter(str(error), ctx, param)
+                usage.hint = error.hint
+                raise usage from None
+        return click.Path(exists=True).convert(value, param, ctx) if self._exists else value
+
+    def shell_complete(self, ctx, param, incomplete):
+        from click.shell_completion import CompletionItem
+
+        return [CompletionItem(incomplete, type="dir")]
+
+
+def mesh_options(command):
+    for name, text in (("--ep", "expert-parallel ranks"), ("--pp", "pipeline stages"), ("--tp", "tensor-parallel ranks")):
+        command = click.option(name, type=click.IntRange(1, 65536), default=1, show_default=True, help=f"Number of {text} of the result.")(command)
+    command = click.option("--etp", type=click.IntRange(0, 65536), default=0, hidden=True)(command)
+    return command
+
+
+def source_options(command):
+    command = click.option("--config", type=Place(exists=True), help="config.json of the model, or its folder, where the checkpoint has none.")(command)
+    command = click.option("--layout", type=click.Path(exists=True, dir_okay=False), help="A layout descriptor of your own.")(command)
+    return click.option("--from", "from_", type=click.Choice(FORMATS), help="Format of SRC, where its files don't tell.")(command)
+
+
+def target_options(command, required=True):
+    command = click.option("--engine-version", metavar="V", help="Release of vLLM or SGLang that will read the files; the newest known by default.")(command)
+    command = click.option("--dtype", type=click.Choice(["bf16", "fp16", "fp32"]), help="Store floating-point tensors as this.")(command)
+    command = mesh_options(command)
+    return click.option("--to", "to", type=click.Choice(FORMATS), required=required, help="Format of the result.")(command)
+
+
+rank_option = click.option("--rank", type=click.IntRange(0), help="Only what this rank needs.")
+cache_option = click.option("--cache", is_flag=True, help="Download SRC's files into the Hub's cache first, for others too, and read them there.")
+json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+
+
+def run_options(command):
+    """What ``convert`` and ``pull`` share besides source and target."""
+    for option in (
+        click.option("-v", "--verbose", is_flag=True, help="Tracebacks with errors."),
+        click.option("-q", "--quiet", is_flag=True, help="No progress, no summary."),
+        json_option,
+        click.option("--overwrite", is_flag=True, help="Replace what the destination holds."),
+        click.option("--no-fsync", is_flag=True, help="Don't wait until the files are durable."),
+        click.option("--buffer", type=Size(), default="128MB", show_default=True, help="Memory for buffers, in all."),
+        click.option("-j", "--jobs", type=click.IntRange(1, 256), help="Threads; default 2, and 8 where SRC is on the Hub."),
+        click.option("-n", "--dry-run", is_flag=True, help="Plan only; write nothing."),
+        cache_option,
+        rank_option,
+    ):
+        command = option(command)
+    return command
+
+
+def push_options(command):
+    command = click.option("--base-model", metavar="ORG/NAME", help="For the model card, where the files don't tell.")(command)
+    command = click.option("--create-pr", is_flag=True, help="Open a pull request instead of committing to the branch.")(command)
+    return click.option("--public/--private", default=False, help="A new repository is private, and a public one is refused, unless --public.")(command)
