@@ -3,11 +3,12 @@
 from collections.abc import Callable, Mapping
 from contextlib import closing
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 
 from reshard.checkpoint import Checkpoint, open_checkpoint
 from reshard.hub import is_remote
-from reshard.job import Job, join_to, one_rank, place, prepare
+from reshard.job import Job, default_jobs, join_to, one_rank, place, prepare
 from reshard.place import Mesh
 from reshard.tiles import BUFFER
 
@@ -102,12 +103,13 @@ def load(
         raw[stored.name][start : start + len(data)] = np.frombuffer(data, np.uint8)
 
     with closing(ckpt.source()) as source_files:
-        run(todo, source_files, write, jobs=8 if ckpt.remote else 2)
+        run(todo, source_files, write, jobs=default_jobs(ckpt))
     for name, constant in placement.constants(chosen):
         state[name] = torch.full(constant.shape, constant.value, dtype=kinds[constant.dtype])
     return {name: tensor.to(device) for name, tensor in state.items()}
 
 
+@cache
 def torch_dtypes() -> dict[str, "object"]:
     """torch's dtype for each of safetensors' words."""
     import torch
