@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from reshard import formats
-from reshard.block import Stored, restride
+from reshard.block import Stored, restride, singles
 from reshard.descriptors import architectures, builtin_descriptors, find_descriptor, load_descriptor
 from reshard.errors import FormatError, LayoutError, PlanError
 from reshard.formats.manifest import read_manifest
@@ -216,10 +216,10 @@ def _match(checkpoint: Checkpoint, kind: formats.Format, contents: formats.Conte
         if info.shape != s.shape:
             problems.append(f"{s.name} ({file}): shape {list(info.shape)}, expected {list(s.shape)} by layout {layout.name}")
             continue
+        parts = s.parts
         if info.strides is not None:
-            s.blocks = tuple((key, restride(block, s.shape, info.strides)) for key, block in s.blocks)
-        s.dtype, s.file, s.start = info.dtype, file, info.offset
-        stored.append(s)
+            parts = singles((key, restride(block, s.shape, info.strides)) for key, block in s.blocks)
+        stored.append(Stored(s.rank, s.name, info.dtype, s.shape, parts, s.entry, file, info.offset))
     problems = placement.problems + problems
     ignore = [*contents.ignore, *(pattern.format_map({"layer": layout.layers, **layout.scope}) for pattern in section.drop)]
     constants = {name for rank in placement.ranks for name, _ in placement.constants(rank)} if section.constants else set()
@@ -280,11 +280,11 @@ def _pieces(placement: Placement, contents: formats.Contents):
             shape, blocks = s.shape, [(key, block) for key, block in s.blocks]
             origin = offsets.get(name, (0,) * len(shape))
             if len(origin) != len(shape) or len(info.shape) != len(shape) or any(o + n > size for o, n, size in zip(origin, info.shape, shape)):
-                yield Stored(rank, name, "", shape, s.blocks, s.entry)  # does not fit: reported as such
+                yield Stored(rank, name, "", shape, s.parts, s.entry)  # does not fit: reported as such
                 continue
             for dim, (begin, size) in enumerate(zip(origin, info.shape)):
                 shape, blocks = slice_dim(shape, blocks, dim, begin, begin + size, axes_in(placement, s, dim))
-            yield Stored(rank, name, "", shape, tuple(blocks), s.entry)
+            yield Stored(rank, name, "", shape, singles(blocks), s.entry)
     for name, s in whole.items():
         if name not in found:
             yield s

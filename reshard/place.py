@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from math import lcm, prod
 
-from reshard.block import Block, Stored, chunk, cut, restride, row_major
+from reshard.block import Block, Part, Stored, chunk, cut, restride, row_major
 from reshard.errors import LayoutError, PlanError
 from reshard.expr import evaluate, holds
 from reshard.layout import Constant, Entry, Layout, Section, Tensor
@@ -169,28 +169,24 @@ class Placement:
                 for (layer_, number_), (expert_, local) in here:
                     key = tuple(x for x in (layer_, expert_) if x is not None)
                     name = entry.name.format(layer=number_, expert=local) if index else entry.name
-                    yield Stored(rank.number, name, "", shape, tuple([((t, *key), block) for t, block in blocks]), entry)
+                    yield Stored(rank.number, name, "", shape, tuple([Part((t, *key), block) for t, block in blocks]), entry)
         if present:
             lead = (len(present) // len(experts), len(experts)) if "expert" in index else (len(present),)
             yield self._stack(entry, rank, shape, size, blocks, present, lead)
 
     def _stack(self, entry, rank, shape, size, blocks, numbered, lead) -> Stored:
         """One stored tensor that holds many layers' or experts' tensors one after another."""
-        out = []
-        for i, ((layer, number), (expert, _)) in enumerate(numbered):
-            key = tuple(x for x in (layer, expert) if x is not None)
-            out += [((tensor, *key), self._moved(block, i * size)) for tensor, block in blocks]
+        out: list[Part] = []
+        for tensor, block in blocks:
+            for i, count in _stretches(numbered):
+                (layer, _), (expert, _) = numbered[i]
+                key = tuple(x for x in (layer, expert) if x is not None)
+                out.append(Part((tensor, *key), block.moved(i * size), count, size if count > 1 else 0))
         name = entry.name.format(layer=numbered[0][0][1]) if numbered else entry.name
         dims = lead + shape
         if entry.view is not None:
             dims = tuple(prod(dims[d] for d in group) for group in entry.view)
         return Stored(rank.number, name, "", dims, tuple(out), entry)
-
-    def _moved(self, block: Block, elements: int) -> Block:
-        at = ("moved", id(block), elements)
-        if at not in self._geometry:
-            self._geometry[at] = block.moved(elements)
-        return self._geometry[at]
 
     def _blocks(self, entry: Entry, tensors: list[Tensor], rank: Rank, expert: bool):
         """Shape and blocks of one stored tensor; the same object for every layer and expert."""
@@ -258,6 +254,20 @@ class Placement:
         line = f"{entry.name}: {text}"
         if line not in self.problems:
             self.problems.append(line)
+
+
+def _stretches(numbered: list) -> Iterator[tuple[int, int]]:
+    """(position, count) of the tensors of a stack whose last numbers count up by one."""
+    start = 0
+    for i in range(1, len(numbered) + 1):
+        before = numbered[i - 1]
+        if i < len(numbered):
+            (layer, _), (expert, _) = numbered[i]
+            (last, _), (at, _) = before
+            if (layer == last and expert == at + 1) if expert is not None else layer == last + 1:
+                continue
+        yield start, i - start
+        start = i
 
 
 def fuse(layout: Layout, entry: Entry, tensors: list[Tensor], boxes: list[dict]):
