@@ -65,6 +65,7 @@ class Stored:
     entry: "object" = None  # the layout's Entry that it was placed by
     file: str = ""  # path within the checkpoint's folder, and the byte at which the first element lies in it
     start: int = 0
+    pad: int = 0  # elements that the layout declares to be padding
 
     @property
     def size(self) -> int:
