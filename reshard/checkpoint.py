@@ -7,11 +7,13 @@ import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from reshard import formats
-from reshard.block import Stored, restride, singles
+from reshard.block import Block, Stored, restride, row_major, singles
+from reshard.coverage import faults_of
 from reshard.descriptors import architectures, builtin_descriptors, find_descriptor, load_descriptor
 from reshard.errors import FormatError, LayoutError, PlanError
 from reshard.formats.manifest import read_manifest
@@ -20,6 +22,7 @@ from reshard.layout import Entry, Layout, Section
 from reshard.place import Mesh, Placement, slice_dim
 from reshard.stores import DTYPE_SIZE
 from reshard.stores.foreign import parse, quote
+from reshard.stores.identity import Identity, identity, noting
 
 if TYPE_CHECKING:
     from reshard.execute import Source
@@ -28,7 +31,12 @@ if TYPE_CHECKING:
 
 @dataclass
 class Checkpoint:
-    """An opened checkpoint. `stored` are its tensors; `dropped` the names in its files that are declared no weights."""
+    """An opened checkpoint. `stored` are its tensors.
+
+    `left_out` are weights in its files that the layout declares but does not describe (`omit`: multi-token prediction), each
+    under a key of its own name. `dropped` are the names of all that no conversion carries: those, constants that engines
+    want, and buffers that can be computed again; `dropped_bytes` is their size in the files.
+    """
 
     path: Path
     format: str
@@ -36,10 +44,13 @@ class Checkpoint:
     layout: Layout
     stored: list[Stored]
     dropped: list[str] = field(default_factory=list)
+    dropped_bytes: int = 0
+    left_out: list[Stored] = field(default_factory=list)
     engine_version: str | None = None
     config_path: Path | None = None
     origin: Mapping[str, str] | None = None  # repo and revision on the Hub that it comes from, where that is known
     native: Mapping[str, str] = field(default_factory=dict)  # the model's dtype of tensors that this format's engine widened
+    identities: Mapping[str, Identity] = field(default_factory=dict)  # of local files, by path, when their headers were read
 
     @property
     def architecture(self) -> str:
@@ -71,12 +82,16 @@ class Checkpoint:
         """The commit, of a checkpoint on the Hub."""
         return self.path.revision if self.remote else None
 
+    @property
+    def left_out_bytes(self) -> int:
+        return sum(stored.size * DTYPE_SIZE[stored.dtype] for stored in self.left_out)
+
     def source(self, whole: Iterable["Batch"] = (), jobs: int = 8) -> "Source":
         """Its bytes, to be read; of a remote one, `whole` are the batches of a run that fetches everything."""
         from reshard.execute import Source
 
         if not self.remote:
-            return Source(self.path)
+            return Source(self.path, self.identities)
         from reshard.hub.source import HubSource
 
         return HubSource(self.path, whole, jobs)
@@ -109,8 +124,11 @@ def open_checkpoint(
     folder = folder_of(path, cache)
     kind = formats.get(format) if format else formats.recognise(folder)
     config_path = find_config(folder, config)
-    settings = read_config(config_path)
-    contents = kind.read(folder)
+    with noting() as identities:
+        if isinstance(config_path, Path):
+            identities[str(config_path)] = identity(config_path.stat())
+        settings = read_config(config_path)
+        contents = kind.read(folder)
     descriptor = load_descriptor(Path(layout)) if layout else find_descriptor(settings)
     if descriptor is None:
         raise unknown_architecture(settings, contents)
@@ -124,6 +142,7 @@ def open_checkpoint(
     checkpoint = Checkpoint(folder, kind.name, contents.mesh, bound, [], engine_version=contents.engine_version, config_path=config_path)
     manifest = read_manifest(folder) or {}
     checkpoint.native = manifest.get("dtypes", {})
+    checkpoint.identities = identities
     checkpoint.origin = {"repo": folder.repository.location.repo, "revision": folder.revision} if checkpoint.remote else manifest.get("source")
     _match(checkpoint, kind, contents)
     return checkpoint
@@ -216,19 +235,27 @@ def _match(checkpoint: Checkpoint, kind: formats.Format, contents: formats.Conte
         if info.shape != s.shape:
             problems.append(f"{s.name} ({file}): shape {list(info.shape)}, expected {list(s.shape)} by layout {layout.name}")
             continue
+        problems += [f"{s.name} ({file}): {fault}" for fault in faults_of(s)]
         parts = s.parts
         if info.strides is not None:
             parts = singles((key, restride(block, s.shape, info.strides)) for key, block in s.blocks)
-        stored.append(Stored(s.rank, s.name, info.dtype, s.shape, parts, s.entry, file, info.offset))
+        stored.append(Stored(s.rank, s.name, info.dtype, s.shape, parts, s.entry, file, info.offset, s.pad))
     problems = placement.problems + problems
-    ignore = [*contents.ignore, *(pattern.format_map({"layer": layout.layers, **layout.scope}) for pattern in section.drop)]
+    ignore, omit = ([pattern.format_map({"layer": layout.layers, **layout.scope}) for pattern in own] for own in (section.drop, section.omit))
+    ignore += contents.ignore
     constants = {name for rank in placement.ranks for name, _ in placement.constants(rank)} if section.constants else set()
     for rank, names in enumerate(left):
-        for name, (file, _) in names.items():
-            if name in constants or any(fnmatchcase(name, pattern) for pattern in ignore):
-                checkpoint.dropped.append(name)
-            else:
+        for name, (file, info) in names.items():
+            computed = name in constants or any(fnmatchcase(name, pattern) for pattern in ignore)
+            if not computed and not any(fnmatchcase(name, pattern) for pattern in omit):
                 problems.append(f"{name} ({file}) is not in layout {layout.name}")
+                continue
+            checkpoint.dropped.append(name)
+            checkpoint.dropped_bytes += info.nbytes
+            if not computed:
+                key = (name if rank == 0 else f"{name} (rank {rank})",)
+                block = Block(tuple((0, size) for size in info.shape), 0, info.strides or row_major(info.shape))
+                checkpoint.left_out.append(Stored(rank, name, info.dtype, info.shape, singles([(key, block)]), file=file, start=info.offset))
     if problems:
         raise PlanError(list(dict.fromkeys(problems)), f"is config.json ({checkpoint.config_path}) this model's? `reshard layouts show {layout.name}` tells what is expected")
     checkpoint.stored = stored
@@ -284,7 +311,9 @@ def _pieces(placement: Placement, contents: formats.Contents):
                 continue
             for dim, (begin, size) in enumerate(zip(origin, info.shape)):
                 shape, blocks = slice_dim(shape, blocks, dim, begin, begin + size, axes_in(placement, s, dim))
-            yield Stored(rank, name, "", shape, singles(blocks), s.entry)
+            parts = singles(blocks)
+            padding = prod(shape) - sum(part.block.size for part in parts) if s.pad else 0
+            yield Stored(rank, name, "", shape, parts, s.entry, pad=padding)
     for name, s in whole.items():
         if name not in found:
             yield s

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from reshard.block import Block, Box, Key, Part, Stored, volume
+from reshard.block import Box, Key, Part, Stored, volume
 from reshard.planner.pieces import Piece, disjoint, pieces, union_volume
 
 
@@ -129,7 +129,7 @@ def join(sources: Iterable[Stored], destinations: Iterable[Stored]) -> Join:
     for family in wanted.families | held.families:
         for first, count, here, there in _lined_up(held.stretches(family), wanted.stretches(family)):
             if here is None or there is None:
-                only[here is None] += [(*family, first + i) if first is not None else family for i in range(count)]
+                only[here is None].extend((*family, first + i) if first is not None else family for i in range(count))
                 continue
             number = numbers.setdefault((here.slots, there.slots), len(numbers))
             key = (*family, first) if first is not None else family
@@ -167,8 +167,10 @@ class _Side:
 
     def stretches(self, family: Key) -> list[_Stretch]:
         """The family's tensors in order of their numbers, those with the same slots together."""
-        parts = self.families.get(family, [])
-        if len(family) == 1 and parts and len(parts[0][0].first) == 1:
+        parts = self.families.get(family)
+        if not parts:
+            return []
+        if len(family) == 1 and len(parts[0][0].first) == 1:
             return [_Stretch(None, 1, tuple(slot for _, slot, _ in parts), tuple(Column((n,), p.block.offset) for p, _, n in parts))]
         ranges = {(p.first[-1], p.count) for p, _, _ in parts}
         if len(ranges) == 1:  # all parts run over the same tensors

@@ -7,14 +7,15 @@ group of tensors at a time.
 
 import hashlib
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from reshard.block import Box, Key, Stored, end, volume
-from reshard.coverage import faults_of, label, union_volume
+from reshard.coverage import faults_of, label
 from reshard.errors import PlanError
 from reshard.planner.join import Join, Pattern, Run, Slot, join
+from reshard.planner.pieces import union_volume
 from reshard.stores import DTYPE_SIZE
 
 FLOATS = ("F64", "F32", "BF16", "F16")
@@ -77,7 +78,19 @@ class Work:
     checks: tuple[tuple[int, int, Move], ...]  # source slot, another source slot that holds the same box
 
     @classmethod
+    def every_pair(cls, pattern: Pattern) -> "Work":
+        """Every holder of each piece with everyone who wants it."""
+        copies = [
+            (holder, taker, move_between(pattern.sources[holder], pattern.destinations[taker], piece.box))
+            for piece in pattern.pieces
+            for holder in piece.sources
+            for taker in piece.destinations
+        ]
+        return cls(tuple(copies), ())
+
+    @classmethod
     def of(cls, pattern: Pattern, compare: bool) -> "Work":
+        """The first holder of each piece; `compare` it with the others."""
         copies = [
             (piece.sources[0], taker, move_between(pattern.sources[piece.sources[0]], pattern.destinations[taker], piece.box))
             for piece in pattern.pieces
@@ -105,10 +118,14 @@ class Work:
 
 @dataclass(frozen=True)
 class Plan:
-    """All copies that fill the destinations of `join`; `compare`: replicas in the source are compared with what is used."""
+    """All copies that fill the destinations of `join`; `compare`: replicas in the source are compared with what is used.
+
+    `every_pair`: not one holder of each piece, but all of them, as a comparison of two sides wants.
+    """
 
     join: Join
     compare: bool = True
+    every_pair: bool = False
 
     @property
     def destinations(self) -> tuple[Stored, ...]:
@@ -117,7 +134,7 @@ class Plan:
     @cached_property
     def work(self) -> tuple[Work, ...]:
         """Per pattern, its copies and checks."""
-        return tuple(Work.of(pattern, self.compare) for pattern in self.join.patterns)
+        return tuple(Work.every_pair(p) if self.every_pair else Work.of(p, self.compare) for p in self.join.patterns)
 
     def spelled(self, run: Run, i: int) -> tuple[list[Copy], list[Copy]]:
         """The copies and checks of one instance of a run."""
@@ -171,15 +188,22 @@ class Plan:
 
     @cached_property
     def fingerprint(self) -> str:
-        """sha256 over every stored tensor of both sides, every block in them, and what is compared: equal plans, and only they, share one."""
-        digest = hashlib.sha256(repr(("plan 1", self.compare)).encode())
-        for side in (self.join.sources, self.join.destinations):
-            for s in side:
-                digest.update(repr((s.rank, s.name, s.dtype, s.shape, s.file, s.start, s.pad)).encode())
-        digest.update(repr(self.join.patterns).encode())
-        for run in self.join.runs:
-            digest.update(repr((run.first, run.count, run.pattern, run.sources, run.destinations)).encode())
-        return digest.hexdigest()
+        """A digest of every stored tensor of both sides, every block in them, and what is compared: equal plans, and only they, share one."""
+        return hashlib.sha256(repr((self.compare, self.every_pair, digest(self.join.sources), digest(self.join.destinations))).encode()).hexdigest()
+
+    def located(self, places: Mapping[tuple[int, str], tuple[str, int]]) -> "Plan":
+        """The plan with the file, and the byte in it, of each destination, by its ``Stored.id``."""
+        moved = tuple([Stored(s.rank, s.name, s.dtype, s.shape, s.parts, s.entry, *places[s.id], s.pad) for s in self.destinations])
+        return replace(self, join=replace(self.join, destinations=moved))
+
+
+def digest(side: Iterable[Stored]) -> str:
+    """sha256 over stored tensors: name, place and every block of each."""
+    out = hashlib.sha256()
+    for s in side:
+        parts = [(p.first, p.block.box, p.block.offset, p.block.strides, p.count, p.step) for p in s.parts]
+        out.update(repr((s.rank, s.name, s.dtype, s.shape, s.file, s.start, s.pad, parts)).encode())
+    return out.hexdigest()
 
 
 def _copy(key: Key, here: tuple[Stored, int], there: tuple[Stored, int], move: Move) -> Copy:

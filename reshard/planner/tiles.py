@@ -5,14 +5,14 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from reshard.block import Box, Key, Stored, end
-from reshard.coverage import union_volume
+from reshard.planner.pieces import union_volume
 from reshard.planner.plan import Copy, Plan
 from reshard.stores import DTYPE_SIZE
 
 BUFFER = 128 * 10**6  # bytes: of all buffers together, unless said otherwise
 _TILE = 16 << 20  # bytes: large enough that Python costs nothing
 _CAST_TILE = 2 << 20  # bytes: a cast holds each value several times over
-_PORTION, _MOST_PORTION = 4 << 20, 64 << 20  # source bytes
+PORTION, MOST_PORTION = 4 << 20, 64 << 20  # source bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,12 +114,20 @@ class Portion:
 
     @property
     def tiles(self) -> list[Tile]:
-        return [self.whole.tile(self.plan) if isinstance(self.whole, Group) else self.whole]
+        tile = self.whole.tile(self.plan) if isinstance(self.whole, Group) else self.whole
+        return [tile] if tile.copies else []
+
+    def without(self, finished: set[str]) -> "Portion":
+        """What is left when the output files `finished` are."""
+        left = [tile.without(finished) for tile in self.tiles]
+        if all(len(a.copies) == len(b.copies) for a, b in zip(left, self.tiles)):
+            return self
+        return Portion(self.plan, left[0], left[0].source_bytes if left[0].copies else 0)
 
 
 def portions(plan: Plan) -> list[Portion]:
     """`plan` in portions: small enough that a killed run loses little, large enough that noting them costs nothing."""
-    share = min(max(_PORTION, plan.bytes_read // 256), _MOST_PORTION)  # no worker is left with much when the others are done
+    share = min(max(PORTION, plan.bytes_read // 256), MOST_PORTION)  # no worker is left with much when the others are done
     out: list[Portion] = []
     for group in groups(plan):
         size = group.source_bytes(plan)
