@@ -14,13 +14,14 @@ import numpy as np
 
 from reshard.api import Difference, DiffReport
 from reshard.block import Block, Box, Key, Stored, end, volume
+from reshard.casts import cast
 from reshard.checkpoint import Checkpoint
 from reshard.coverage import Coverage, label, union_volume
 from reshard.execute import Source, Workspace, in_threads
 from reshard.fetch import Batch, batches, of_pair, workers
 from reshard.join import Copy, Move, Plan, holders, move_between
 from reshard.place import Mesh, Placement
-from reshard.rearrange import cast, mapped, strided
+from reshard.rearrange import mapped, strided
 from reshard.stores import DTYPE_SIZE
 from reshard.tiles import BUFFER, Tile, tiles
 

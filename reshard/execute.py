@@ -18,12 +18,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from reshard.block import Box, Stored, volume
-from reshard.errors import FormatError
+from reshard.errors import CastError, FormatError
 from reshard.join import Copy, Plan, union_volume
 from reshard.stores import DTYPE_SIZE
 from reshard.tiles import BUFFER, Tile, ordered, split, tile_limit
 
 if TYPE_CHECKING:
+    from reshard.casts import Casts
     from reshard.fetch import Batch
 
 _RUN = 64 << 10  # bytes: contiguous runs of at least this much are passed on as they are
@@ -36,6 +37,7 @@ class Source:
     remote = False  # True where bytes must be fetched, batch by batch, before tiles can have them
     checked = 0  # files whose checksum was compared with one that is known
     in_memory = False  # True where mapping costs nothing
+    casts: "Casts | None" = None  # how casts of this run are judged; None: a value that does not fit is refused
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -116,7 +118,7 @@ class Workspace:
         self._used = mark
 
 
-def run_tile(tile: Tile, source: Source, write: Callable[[Stored, int, memoryview], None], space: Workspace) -> int:
+def run_tile(tile: Tile, source: Source, write: Callable[[Stored, int, memoryview], None], space: Workspace, casts: "Casts | None" = None) -> int:
     """Move one tile. `write(stored, element, bytes)` stores a contiguous run. Returns bytes read from the source."""
     runs = _runs_of(tile)
     if runs is not None:
@@ -124,7 +126,7 @@ def run_tile(tile: Tile, source: Source, write: Callable[[Stored, int, memoryvie
     else:
         from reshard.rearrange import rearrange  # numpy's import takes longer than a small conversion
 
-        read = rearrange(tile, source, write, space)
+        read = rearrange(tile, source, write, space, casts)
     space.reset()
     source.count(read)
     return read
@@ -213,6 +215,7 @@ def run(
 
         run_batches(list(enumerate(batches(plan))), source, write, jobs=jobs, buffer=buffer, progress=progress)
         return
+    casts = casts_of(plan, source)
     limit = tile_limit(plan, jobs, buffer)
     share = max(limit, plan.bytes_read // 256)  # no worker is left with much when the others are done
     groups = deque(part for group in ordered(plan) for part in split(group, share))
@@ -220,14 +223,29 @@ def run(
 
     def move(group: Tile, space: Workspace, stop: threading.Event) -> None:
         for tile in split(group, limit):
-            read = run_tile(tile, source, write, space)
+            read = run_tile(tile, source, write, space, casts)
             with lock:
                 progress(read)
             if stop.is_set():
                 return
 
     # half of the workers begin at either end: they seldom want to write to the same file
-    in_threads(jobs, lambda number: groups.pop() if number % 2 else groups.popleft(), move)
+    try:
+        in_threads(jobs, lambda number: groups.pop() if number % 2 else groups.popleft(), move)
+    except CastError:
+        from reshard.casts import refused
+        from reshard.rearrange import whole_loss
+
+        raise refused(whole_loss(plan.copies, source, casts)) from None
+
+
+def casts_of(plan: Plan, source: Source) -> "Casts | None":
+    """How the casts of `plan` are judged: as `source` was told, else strictly; None where there are none."""
+    if source.casts is not None or all(copy.src.dtype == copy.dst.dtype for copy in plan.copies):
+        return source.casts
+    from reshard.casts import Casts
+
+    return Casts()
 
 
 def run_batches(
@@ -279,7 +297,7 @@ def run_batches(
         rooms.room.reset()
         held = source.hold(batch.ranges[0], rooms.room, tell)
         for tile in batch.tiles:
-            run_tile(tile, held, write, space)
+            run_tile(tile, held, write, space, source.casts)
         if not stop.is_set():
             moved(number)
 

@@ -74,6 +74,7 @@ def convert(
         done = _resume(journal, job, partial, overwrite)
         _check_space(job, partial, done)
         source, output = job.source.source(job.batches if not done.batches | done.files else (), jobs), _output(job, partial, done, journal, fsync)
+        source.casts = job.casts
         try:
             _move(job, done, source, output, journal, jobs=jobs, buffer=buffer, progress=progress)
             output.finish()
