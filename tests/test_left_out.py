@@ -16,7 +16,10 @@ CONFIG = {
     "num_hidden_layers": 2, "first_k_dense_replace": 1, "n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2, "n_group": 2,
     "topk_group": 1, "routed_scaling_factor": 2.5, "rms_norm_eps": 1e-6, "max_position_embeddings": 64, "num_nextn_predict_layers": 1,
 }  # fmt: skip
-MTP = {f"model.layers.2.{name}": shape for name, shape in (("enorm.weight", (16,)), ("eh_proj.weight", (16, 32)), ("mlp.experts.0.up_proj.weight", (8, 16)))}
+MTP = {
+    f"model.layers.2.{name}": shape
+    for name, shape in (("enorm.weight", (16,)), ("eh_proj.weight", (16, 32)), ("mlp.experts.0.up_proj.weight", (8, 16)))
+}
 BYTES = 2 * (16 + 512 + 128)
 
 
