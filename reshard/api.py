@@ -9,7 +9,7 @@ from pathlib import Path
 
 from reshard.checkpoint import Checkpoint, open_checkpoint
 from reshard.hub import is_remote
-from reshard.job import Job, default_jobs, join_to, one_rank, place, prepare
+from reshard.job import Job, counting, default_jobs, join_to, one_rank, place, prepare
 from reshard.place import Mesh
 from reshard.planner.tiles import BUFFER
 
@@ -24,7 +24,7 @@ def _opened(source: Checkpoint | str | Path, options: dict) -> Checkpoint:
 def plan(source: Checkpoint | str | Path, *, format: str, tp: int = 1, pp: int = 1, ep: int = 1, etp: int = 0, **options) -> Job:
     """What a conversion of `source` to `format` would read and write, to the byte. Reads headers, writes nothing.
 
-    `options`: `dtype` (bf16, fp16, fp32), `engine_version`, `max_file` (bytes), `rank` (that one alone), `jobs`, `buffer` (bytes), and `layout`, `config`, `cache` for opening.
+    `options`: `dtype` (bf16, fp16, fp32), `allow_overflow` (values with no room in it become infinite), `engine_version`, `max_file` (bytes), `rank` (that one alone), `jobs`, `buffer` (bytes), and `layout`, `config`, `cache` for opening.
     Raises ReshardError with all problems at once.
     """
     ckpt = _opened(source, options)
@@ -77,6 +77,7 @@ def load(
     device: str = "cpu",
     dtype: str | None = None,
     engine_version: str | None = None,
+    allow_overflow: bool = False,
     **options,
 ) -> Mapping[str, "object"]:
     """The tensors of one rank of (`format`, mesh), as {stored name: torch tensor} on `device`.
@@ -104,6 +105,7 @@ def load(
         raw[stored.name][start : start + len(data)] = np.frombuffer(data, np.uint8)
 
     with closing(ckpt.source()) as source_files:
+        source_files.casts = counting(allow_overflow)
         run(todo, source_files, write, jobs=default_jobs(ckpt))
     for name, constant in placement.constants(chosen):
         state[name] = torch.full(constant.shape, constant.value, dtype=kinds[constant.dtype])

@@ -37,6 +37,10 @@ class PlanError(ReshardError):
         return type(self), (list(self.problems), self.hint, self._shown)
 
 
+class CastError(ReshardError):
+    """Values of the source have no room in the dtype that they would be stored in."""
+
+
 class DestinationError(ReshardError):
     """The destination cannot be written: not empty, locked by another run, another run's leftovers, no space."""
 

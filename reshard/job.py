@@ -6,6 +6,7 @@
 import json
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from reshard import formats
 from reshard.checkpoint import Checkpoint, read_config
@@ -22,6 +23,9 @@ from reshard.layout import parse_version
 from reshard.place import Mesh, Placement, Rank
 from reshard.stores.identity import Identity, identity
 from reshard.text import count, human, some, table
+
+if TYPE_CHECKING:
+    from reshard.casts import Casts
 
 DTYPES = {"bf16": "BF16", "fp16": "F16", "fp32": "F32"}
 #: files beside the weights that every folder gets, when the source has them
@@ -55,6 +59,7 @@ class Job:
     def portions(self) -> list[Batch] | list[Portion]:
         """The whole work in pieces that a journal notes by number."""
         return portions(self.plan) if self.batches is None else self.batches
+    casts: "Casts | None" = None  # counts values that become infinite, where that is allowed; None: they are refused
 
     @property
     def bytes_read(self) -> int:
@@ -158,9 +163,11 @@ def prepare(
     rank: int | None = None,
     jobs: int | None = None,
     buffer: int = BUFFER,
+    allow_overflow: bool = False,
 ) -> Job:
     """Plan the conversion of `source`, for all ranks or for `rank` alone (replicas in the source are then not compared).
 
+    `allow_overflow`: a value that has no room in its new dtype becomes infinite, and is counted, instead of ending the run.
     Raises PlanError with every problem found; nothing is written.
     """
     kind = formats.get(format)
@@ -188,12 +195,21 @@ def prepare(
     fetched = batches(plan) if source.remote else None
     peak = peak_buffer(plan, jobs, buffer) if fetched is None else peak_of_fetching(workers(jobs, buffer))
     seen = {str(path): identity(path.stat()) for path in companions.values() if isinstance(path, Path)}
-    return Job(source, format, placement.mesh, plan, folder, companions, engine_version, dtype, peak, fetched, rank if alone else None, max_file, seen)
+    return Job(source, format, placement.mesh, plan, folder, companions, engine_version, dtype, peak, fetched, rank if alone else None, max_file, seen,
+               counting(allow_overflow))  # fmt: skip
 
 
 def left_out(source: Checkpoint) -> dict:
     """Weights in the files of `source` that no conversion carries: their names, and their bytes."""
     return {"tensors": sorted({stored.name for stored in source.left_out}), "bytes": source.left_out_bytes}
+
+
+def counting(allow_overflow: bool) -> "Casts | None":
+    if not allow_overflow:
+        return None
+    from reshard.casts import Casts
+
+    return Casts(allow=True)
 
 
 def default_jobs(source: Checkpoint) -> int:

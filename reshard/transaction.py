@@ -17,7 +17,7 @@ from reshard import __version__
 from reshard.checkpoint import Checkpoint
 from reshard.destination import Place, modes, sync_folder
 from reshard.errors import DestinationError, FormatError
-from reshard.execute import Source, run_batches, run_portions
+from reshard.execute import Source, casts_judged, run_batches, run_portions
 from reshard.fetch import Batch
 from reshard.fingerprint import conversion, fingerprint, options, source_state
 from reshard.formats.manifest import NAME as MANIFEST
@@ -99,6 +99,7 @@ def convert(
         left = [file for file in job.folder.files if file.path not in work.done.files]
         there = written_by(job, work.portions, work.done.batches) if work.done.batches else {}
         output = Output(place.partial, left, journal.file if fsync else None, there, files_mode, folders_mode)
+        source.casts = job.casts
         try:
             _move(job, work, source, output, journal, jobs=jobs, buffer=buffer, progress=progress)
             output.finish()
@@ -139,10 +140,11 @@ def _move(job: Job, work: Work, source: Source, output: Output, journal: Journal
             marked[0], mark = time.monotonic(), journal.mark()
             output.sync(lambda: journal.durable(mark))
 
-    if source.remote:
-        run_batches(work.left, source, output.write, jobs=jobs, buffer=buffer, progress=progress, moved=moved)
-    else:
-        run_portions(work.left, source, output.write, limit=tile_limit(job.plan, jobs, buffer), jobs=jobs, progress=progress, moved=moved)
+    with casts_judged(job.plan, source):
+        if source.remote:
+            run_batches(work.left, source, output.write, jobs=jobs, buffer=buffer, progress=progress, moved=moved)
+        else:
+            run_portions(work.left, source, output.write, limit=tile_limit(job.plan, jobs, buffer), jobs=jobs, progress=progress, moved=moved)
 
 
 def received(source: Checkpoint) -> int:

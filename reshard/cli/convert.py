@@ -40,20 +40,20 @@ def convert(src, dst, from_, layout, config, cache, public, create_pr, base_mode
     run_conversion(opened(src, from_, layout, config, cache), dst, push if is_remote(dst) else None, **options)
 
 
-def run_conversion(source, dst, push=None, *, to, tp, pp, ep, etp, dtype, engine_version, rank, dry_run, jobs, buffer, no_fsync, overwrite, as_json, quiet, verbose):
+def run_conversion(source, dst, push=None, *, to, tp, pp, ep, etp, dtype, engine_version, rank, dry_run, jobs, buffer, no_fsync, overwrite, allow_overflow, as_json, quiet, verbose):
     """What is left of ``convert`` and ``pull`` once the source is open; `push` are options for a destination on the Hub."""
     from reshard.transaction import convert as run
     from reshard.transaction import resumed
 
-    job = planned(source, to, tp, pp, ep, etp, dtype, engine_version, rank=rank, jobs=jobs, buffer=buffer)
+    job = planned(source, to, tp, pp, ep, etp, dtype, engine_version, rank=rank, jobs=jobs, buffer=buffer, allow_overflow=allow_overflow)
     if push is not None and not dry_run:
         from reshard.hub.push import convert_and_push
 
         with progress_bar(job.bytes_read, quiet or as_json) as tell:
             done = convert_and_push(job, dst, overwrite=overwrite, jobs=jobs, buffer=buffer, progress=tell, **push)
-        say_pushed(done, {**job.to_json(dst), "bytes_written": job.bytes_written}, as_json, quiet)
+        say_pushed(done, {**job.to_json(dst), "bytes_written": job.bytes_written, **overflowed(job)}, as_json, quiet)
         if not (as_json or quiet):
-            say_left_out(job)
+            say_what_is_lost(job)
         return
     if dry_run:
         click.echo(json.dumps({"ok": True, **job.to_json(dst)})) if as_json else click.echo(job.describe(dst))
@@ -67,19 +67,26 @@ def run_conversion(source, dst, push=None, *, to, tp, pp, ep, etp, dtype, engine
         if source.remote:
             done |= {"bytes_received": report.bytes_received, "checked_files": report.checked_files}
         click.echo(json.dumps({"ok": True, **job.to_json(dst), **done, "resumed_files": report.resumed_files, "resumed_bytes": report.resumed_bytes,
-                               "notes": report.notes}))  # fmt: skip
+                               "notes": report.notes, **overflowed(job)}))  # fmt: skip
     elif not quiet:
         rate = human(report.bytes_written / max(report.seconds, 1e-9))
         files = len(report.files)
         came = f"; {human(report.bytes_received)} came from {source.revision[:12]}" if source.remote else ""
         came += f", sha256 of {count(report.checked_files, 'file')} checked" if report.checked_files else ""
         click.echo(f"{resumed(report)}wrote {count(files - report.resumed_files, 'file')}, {human(report.bytes_written)} in {report.seconds:.1f}s ({rate}/s): {dst}, {job.format} {job.mesh}{came}")
-        say_left_out(job)
+        say_what_is_lost(job)
 
 
-def say_left_out(job) -> None:
+def overflowed(job) -> dict:
+    return {"overflowed": job.casts.values} if job.casts else {}
+
+
+def say_what_is_lost(job) -> None:
+    """Weights that the result lacks, and values that became infinite because that was allowed."""
     if job.left_out:
         click.echo(job.what_is_left_out())
+    for loss in job.casts.lost.values() if job.casts else ():
+        click.echo(f"infinite now: {loss.words()}")
 
 
 def say_pushed(done, result: dict, as_json: bool, quiet: bool) -> None:

@@ -154,6 +154,7 @@ def _written(job: Job, scratch: Path, jobs: int | None, buffer: int, progress: C
     """Each weight file, written alone; it is removed when the next one is asked for."""
     for file in job.folder.files:
         with closing(job.source.source()) as source, closing(Output(scratch, [file], None)) as output:
+            source.casts = job.casts
             run(only(job.plan, [file]), source, output.write, jobs=jobs or default_jobs(job.source), buffer=buffer, progress=progress)
             output.finish()
         yield file.path, scratch / file.path
