@@ -83,7 +83,7 @@ def test_convert_straight_to_the_hub_needs_disk_for_one_file(hub, mode, large, t
 
 
 def test_failed_push_leaves_the_branch_and_goes_on_with_what_is_missing(hub, mode, large, tmp_path, monkeypatch):
-    monkeypatch.setattr("reshard.hub.failures.TRIES", 1)
+    monkeypatch.setattr("reshard.hub.patience.TRIES", 1)
     hub.fault(Fault(host="hub", path="/commit/", status=501, times=1))
     with pytest.raises(reshard.HubError, match="answered 501"):
         reshard.convert(large, "hf://ada/name", format="tp", tp=3)

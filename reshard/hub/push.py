@@ -25,7 +25,8 @@ from reshard.execute import run
 from reshard.formats.manifest import NAME as MANIFEST
 from reshard.hub.card import MARK, card
 from reshard.hub.client import endpoint, hub_api
-from reshard.hub.failures import patiently, told
+from reshard.hub.failures import told
+from reshard.hub.patience import patiently
 from reshard.hub.location import Location, parse_target
 from reshard.job import COMPANIONS, Job, default_jobs
 from reshard.output import Output
