@@ -93,7 +93,7 @@ def replay(notes: list[dict], now: str | None) -> Done:
         elif "durable" in note:
             durable = marks.get(note["durable"], durable)
         elif "forget" in note:
-            done.batches, durable = set(), set()
+            done.batches, durable, marks = set(), set(), {}
     return done
 
 

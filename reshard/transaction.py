@@ -16,7 +16,7 @@ from pathlib import Path
 
 from reshard import __version__
 from reshard.checkpoint import Checkpoint
-from reshard.errors import DestinationError, HubError, ReshardError
+from reshard.errors import BadBytes, DestinationError, HubError, ReshardError
 from reshard.execute import Source, run, run_batches
 from reshard.fetch import BATCH, GAP
 from reshard.formats import OutFile
@@ -77,6 +77,11 @@ def convert(
         try:
             _move(job, done, source, output, journal, jobs=jobs, buffer=buffer, progress=progress)
             output.finish()
+        except BadBytes as error:  # what was made of that file goes, what was made of others stays
+            journal.forget()
+            for name in made_of(job, error.file):
+                (partial / name).unlink(missing_ok=True)
+            raise
         except HubError:
             raise
         except ReshardError:  # the source is not what it should be: no later run could go on from here
@@ -207,6 +212,12 @@ def fingerprint(job: Job) -> str:
     for file in job.folder.files:
         add(file.path, file.image.size, hashlib.sha256(file.image.segments[0][1]).hexdigest())
     return digest.hexdigest()
+
+
+def made_of(job: Job, file: str) -> set[str]:
+    """The output files that hold bytes of the source file `file`, its path in the repository."""
+    file_of = {id(stored): out.path for out in job.folder.files for stored in out.tensors.values()}
+    return {file_of[id(copy.dst)] for copy in job.plan.copies if (job.source.path / copy.src.file).path == file}
 
 
 def vars_of(mesh) -> list[int]:

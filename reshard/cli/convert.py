@@ -60,7 +60,7 @@ def run_conversion(source, dst, push=None, *, to, tp, pp, ep, etp, dtype, engine
     if as_json:
         done = {"bytes_read": report.bytes_read, "bytes_written": report.bytes_written, "seconds": round(report.seconds, 3)}
         if source.remote:
-            done |= {"bytes_received": report.bytes_received, "checked_files": report.checked_files}
+            done |= {"bytes_received": report.bytes_received, "checked_files": report.checked_files, "unchecked_files": _unchecked(source)}
         click.echo(json.dumps({"ok": True, **job.to_json(dst), **done, "resumed_files": report.resumed_files}))
     elif not quiet:
         rate = human(report.bytes_written / max(report.seconds, 1e-9))
@@ -68,7 +68,15 @@ def run_conversion(source, dst, push=None, *, to, tp, pp, ep, etp, dtype, engine
         went_on = f"went on from {report.resumed_files} of {files} files; " if report.resumed_files else ""
         came = f"; {human(report.bytes_received)} came from {source.revision[:12]}" if source.remote else ""
         came += f", sha256 of {count(report.checked_files, 'file')} checked" if report.checked_files else ""
+        unchecked = _unchecked(source) if source.remote else []
+        came += f", not checked: {count(len(unchecked), 'file')} (ranges only)" if unchecked else ""
         click.echo(f"{went_on}wrote {count(files - report.resumed_files, 'file')}, {human(report.bytes_written)} in {report.seconds:.1f}s ({rate}/s): {dst}, {job.format} {job.mesh}{came}")
+
+
+def _unchecked(source) -> list[str]:
+    """Weight files of which only ranges came over the network: the Hub's checksums are of whole files."""
+    repository = source.path.repository
+    return [path for path in repository.unchecked if path in {(source.path / file).path for file in source.files}]
 
 
 def say_pushed(done, result: dict, as_json: bool, quiet: bool) -> None:
