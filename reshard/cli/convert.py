@@ -6,7 +6,8 @@ import click
 
 from reshard.cli.options import Place, Size, json_option, push_options, rank_option, run_options, source_options, target_options
 from reshard.cli.progress import progress_bar
-from reshard.text import count, human
+from reshard.stores.foreign import quote
+from reshard.text import count, human, some
 
 
 def opened(path: str, from_=None, layout=None, config=None, cache=False):
@@ -77,6 +78,13 @@ def _unchecked(source) -> list[str]:
     """Weight files of which only ranges came over the network: the Hub's checksums are of whole files."""
     repository = source.path.repository
     return [path for path in repository.unchecked if path in {(source.path / file).path for file in source.files}]
+
+
+def say_left_out(files: dict[str, int], why: str) -> None:
+    """Names and sizes of what a push or pull left out, on stderr."""
+    if files:
+        names = some([f"{quote(name)} ({human(size)})" for name, size in files.items()], 12)
+        click.echo(f"left out: {names}; {why}", err=True)
 
 
 def say_pushed(done, result: dict, as_json: bool, quiet: bool) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from reshard.cli.convert import opened, run_conversion, say_pushed
+from reshard.cli.convert import opened, run_conversion, say_left_out, say_pushed
 from reshard.cli.options import Place, json_option, push_options, run_options, source_options, target_options
 from reshard.cli.progress import progress_bar
 from reshard.text import count, human, table
@@ -34,12 +34,13 @@ def pull(src, dst, from_, layout, config, cache, **options):
         raise click.UsageError(f"--{given[0].replace('_', '-')} needs --to: without it, files are fetched as they are")
     from reshard.hub.folder import open_folder
     from reshard.hub.pull import pull as run
-    from reshard.hub.pull import wanted
+    from reshard.hub.pull import left_out, wanted
 
     folder = open_folder(src, cache)
     files = wanted(folder)
     result = {"source": {"path": src, "revision": folder.revision}, "destination": {"path": dst},
-              "files": [{"path": name, "bytes": size} for name, size in sorted(files.items())]}  # fmt: skip
+              "files": [{"path": name, "bytes": size} for name, size in sorted(files.items())],
+              "left_out": [{"path": name, "bytes": size} for name, size in left_out(folder).items()]}  # fmt: skip
     if options["dry_run"]:
         rows = [(name, human(size)) for name, size in sorted(files.items())]
         click.echo(json.dumps({"ok": True, **result})) if options["as_json"] else click.echo(table(rows, ("file", "size")))
@@ -51,6 +52,7 @@ def pull(src, dst, from_, layout, config, cache, **options):
         click.echo(json.dumps({"ok": True, **result, "seconds": round(done.seconds, 3)}))
     elif not silent:
         click.echo(f"fetched {count(len(done.files), 'file')}, {human(done.bytes)} in {done.seconds:.1f}s, checksums compared: {dst}, {src} at {done.revision[:12]}")
+        say_left_out(left_out(folder), "code, hidden files and other formats are not fetched")
 
 
 @click.command()
