@@ -29,15 +29,15 @@ def planned(source, to, tp, pp, ep, etp, dtype, engine_version, **options):
 @source_options
 @run_options
 @push_options
-def convert(src, dst, from_, layout, config, cache, public, create_pr, base_model, **options):
+def convert(src, dst, from_, layout, config, cache, public, create_pr, include_code, base_model, **options):
     """Convert the checkpoint in SRC into DST, in another format or on another mesh. Both may be hf://ORG/NAME[@REV][/SUBDIR].
 
     To the Hub, files are written and sent one by one, with disk for one of them, and appear there in one commit."""
     from reshard.hub import is_remote
 
-    push = {"public": public, "create_pr": create_pr, "base_model": base_model}
+    push = {"public": public, "create_pr": create_pr, "include_code": include_code, "base_model": base_model}
     if any(push.values()) and not is_remote(dst):
-        raise click.UsageError("--public, --create-pr and --base-model go with a destination on the Hub (hf://ORG/NAME)")
+        raise click.UsageError("--public, --create-pr, --include-code and --base-model go with a destination on the Hub (hf://ORG/NAME)")
     run_conversion(opened(src, from_, layout, config, cache), dst, push if is_remote(dst) else None, **options)
 
 
@@ -88,10 +88,13 @@ def say_left_out(files: dict[str, int], why: str) -> None:
 
 
 def say_pushed(done, result: dict, as_json: bool, quiet: bool) -> None:
+    if not (as_json or quiet):
+        say_left_out(done.left_out, "only weights and the files known to go with them are published; --include-code adds .py files")
     if as_json:
         result["destination"] |= {"revision": done.commit, "url": done.url}
         click.echo(json.dumps({"ok": True, **result, "committed": done.committed, "new_files": done.new, "bytes_new": done.bytes_new,
-                               "pull_request": done.pull_request, "seconds": round(done.seconds, 3)}))  # fmt: skip
+                               "pull_request": done.pull_request,
+                               "left_out": [{"path": name, "bytes": size} for name, size in done.left_out.items()], "seconds": round(done.seconds, 3)}))  # fmt: skip
     elif not quiet and not done.committed:
         click.echo(f"nothing to do: {done.location} holds these {count(len(done.files), 'file')} already, at {done.commit[:12]}")
     elif not quiet:

@@ -2,7 +2,6 @@
 
 import json
 from functools import partial
-from pathlib import Path
 
 import click
 
@@ -64,14 +63,17 @@ def pull(src, dst, from_, layout, config, cache, **options):
 @json_option
 @click.option("-q", "--quiet", is_flag=True, help="No progress, no summary.")
 @click.option("-v", "--verbose", is_flag=True, help="Tracebacks with errors.")
-def push(folder, dst, from_, layout, config, public, create_pr, base_model, overwrite, as_json, quiet, verbose):
-    """Publish the checkpoint in DIR as hf://ORG/NAME[@BRANCH][/SUBDIR], with a model card, in one commit."""
+def push(folder, dst, from_, layout, config, public, create_pr, include_code, base_model, overwrite, as_json, quiet, verbose):
+    """Publish the checkpoint in DIR as hf://ORG/NAME[@BRANCH][/SUBDIR], with a model card, in one commit.
+
+    Weights, configuration, tokenizer, card and licence go up; nothing else that lies in DIR does."""
     from reshard.hub import is_remote
     from reshard.hub.push import push as run
+    from reshard.hub.selection import select
 
     if not is_remote(dst):
         raise click.BadParameter(f"{dst} is not on the Hub; write hf://ORG/NAME", param_hint="DST")
-    with progress_bar(sum(path.stat().st_size for path in Path(folder).rglob("*") if path.is_file()), quiet or as_json) as tell:
-        done = run(folder, dst, public=public, create_pr=create_pr, overwrite=overwrite, base_model=base_model, progress=tell,
-                   format=from_, layout=layout, config=config)  # fmt: skip
+    selection = select(folder, include_code, format=from_, layout=layout, config=config)
+    with progress_bar(selection.size, quiet or as_json) as tell:
+        done = run(selection, dst, public=public, create_pr=create_pr, overwrite=overwrite, base_model=base_model, progress=tell)
     say_pushed(done, {"source": {"path": folder}, "destination": {"path": dst}}, as_json, quiet)

@@ -54,6 +54,10 @@ class Info:
     private: bool | None  # None where it is not said
 
 
+def is_commit(text: object) -> bool:
+    return isinstance(text, str) and bool(_COMMIT.fullmatch(text))
+
+
 def headers_for(api: HfApi) -> dict[str, str]:
     """Those of a request to the Hub itself, the token among them."""
     return build_hf_headers(token=api.token, library_name="reshard", library_version=__version__)
@@ -65,7 +69,7 @@ def info(api: HfApi, repo: str, revision: str | None = None) -> Info:
     if not isinstance(answer, dict):
         raise unexpected(path, f"a {type(answer).__name__}, not an object")
     commit, private = answer.get("sha"), answer.get("private")
-    if not isinstance(commit, str) or not _COMMIT.fullmatch(commit):
+    if not is_commit(commit):
         raise unexpected(path, f"sha is {quote(repr(commit))}, expected 40 hexadecimal digits")
     if private is not None and not isinstance(private, bool):
         raise unexpected(path, f"private is {quote(repr(private))}, expected true or false")
@@ -82,7 +86,7 @@ def pull_requests(api: HfApi, repo: str) -> dict[str, str]:
     out = {}
     for row in rows:
         ref, commit = (row.get("ref"), row.get("targetCommit")) if isinstance(row, dict) else (None, None)
-        if not (isinstance(ref, str) and re.fullmatch(r"refs/pr/[0-9]{1,9}", ref) and isinstance(commit, str) and _COMMIT.fullmatch(commit)):
+        if not (isinstance(ref, str) and re.fullmatch(r"refs/pr/[0-9]{1,9}", ref) and is_commit(commit)):
             raise unexpected(path, f"a pull request {quote(repr(row))}")
         out[ref] = commit
     return out
@@ -138,7 +142,7 @@ def _entry(path: str, row: object) -> tuple[str, Entry | None]:
     if not _is_size(size):
         raise unexpected(path, f"{quote(name)} has a size of {quote(repr(size))}")
     if lfs is None:
-        if not isinstance(blob, str) or not _COMMIT.fullmatch(blob):
+        if not is_commit(blob):
             raise unexpected(path, f"{quote(name)} has the oid {quote(repr(blob))}")
         return name, Entry(size, None, blob)
     sha256, large = (lfs.get("oid"), lfs.get("size")) if isinstance(lfs, dict) else (None, None)

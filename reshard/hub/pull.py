@@ -131,7 +131,7 @@ def _has_name(notes: list, destination: Path) -> bool:
     if not destination.is_dir():
         return False
     status = destination.stat()
-    return any(isinstance(note, dict) and note.get("publish") == [status.st_dev, status.st_ino] for note in notes)
+    return any(isinstance(note, dict) and note.get("publish") == status.st_ino for note in notes)
 
 
 def _fetch(work: Work, destination: Path, overwrite: bool, progress: Callable[[int], None]) -> None:
@@ -158,7 +158,7 @@ def _fetch(work: Work, destination: Path, overwrite: bool, progress: Callable[[i
         if destination.is_dir():
             shutil.copymode(destination, work.files)
         status = work.files.stat()
-        journal._write([{"publish": [status.st_dev, status.st_ino]}])
+        journal._write([{"publish": status.st_ino, "from": partial.name}])
         put_in_place(work.files, destination, work.old, overwrite)
         _sync(destination.parent)
         _tidy(partial)
