@@ -2,6 +2,8 @@
 
 # ruff: noqa: F811  pytest hands fixtures over by name
 
+import json
+
 import pytest
 from hubcases import files_of, hub, model  # noqa: F401  fixtures among them
 from hubserver import Fault
@@ -112,7 +114,7 @@ def test_outcome_that_nobody_can_tell_is_told_as_such(hub, model):
 
 def test_success_that_is_a_lie_is_found(hub, model):
     head = hub.add("ada/name", {"x": b"x"}, private=True)
-    hub.fault(Fault(host="hub", path="/commit/", body=b'{"commitUrl": "u", "commitOid": "%s"}' % head.encode()))
+    hub.fault(Fault(host="hub", path="/commit/", body=json.dumps({"commitUrl": f"{hub.url}/ada/name/commit/{head}", "commitOid": head}).encode()))
     with pytest.raises(reshard.HubError, match="the Hub made the commit .*, but .* not there as sent"):
         reshard.push(model, "hf://ada/name")
 

@@ -26,6 +26,7 @@ MOST_FILES = 200_000  # of a repository
 _PAGE = 64 << 20  # bytes of an answer
 _ERROR = 64 << 10  # bytes of an error's text
 _PAGES = 4096
+_HOPS = 8
 _COMMIT, _SHA256 = re.compile(r"[0-9a-f]{40}"), re.compile(r"[0-9a-f]{64}")
 
 
@@ -166,8 +167,8 @@ def get(api: HfApi, path: str, query: str = "") -> tuple[object, str | None]:
     following = link.get("next", {}).get("url")
     if following is None:
         return answer, None
-    following = urljoin(url, following)
     try:
+        following = urljoin(url, following)
         parts = urlsplit(following)
     except ValueError:
         raise unexpected(path, "its next page is no URL") from None
@@ -190,6 +191,32 @@ def _get(api: HfApi, url: str) -> tuple[bytes, dict]:
             if len(body) > _PAGE:
                 raise HubError(f"{api.endpoint}: the answer for {urlsplit(url).path} has more than {_PAGE} bytes", "check HF_ENDPOINT")
         return bytes(body), response.links
+
+
+@dataclass(frozen=True)
+class Served:
+    """What the Hub says of a large file when asked for it: size and sha256 as text from its headers, and the URL of its bytes."""
+
+    size: str
+    etag: str
+    url: str
+
+
+def served(api: HfApi, url: str) -> Served:
+    """Ask for the file at `url` of the Hub; redirects are followed while they stay there and say nothing of the file. Raises the client's exceptions, and HubError."""
+    path = urlsplit(url).path
+    for _ in range(_HOPS):
+        response = session().request("HEAD", url, headers={**headers_for(api), "Accept-Encoding": "identity"}, follow_redirects=False, timeout=constants.HF_HUB_ETAG_TIMEOUT)
+        if response.status_code >= 400:
+            raise_for(response)
+        headers = response.headers
+        size, etag = headers.get("X-Linked-Size") or headers.get("Content-Length", ""), headers.get("X-Linked-Etag") or headers.get("ETag", "")
+        if not 300 <= response.status_code < 400:
+            return Served(size, etag.removeprefix("W/").strip('"'), url)
+        url = urljoin(url, headers.get("Location", ""))
+        if "X-Linked-Etag" in headers or not same_origin(url, api.endpoint):
+            return Served(size, etag.removeprefix("W/").strip('"'), url)
+    raise unexpected(path, f"more than {_HOPS} redirects")
 
 
 def raise_for(response) -> None:

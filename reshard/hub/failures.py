@@ -33,7 +33,7 @@ def asked(what: str, call: Callable[[], T], sleep: Callable[[float], object] | N
     An answer that the client stumbles over (a field of another type, a body that is no JSON) is a HubError about `what`, a URL's path.
     """
     try:
-        return patiently(call, sleep) if sleep else patiently(call)
+        return patiently(call, sleep)
     except (ReshardError, errors.HTTPError, OSError, errors.EntryNotFoundError, errors.HFValidationError):
         raise
     except RuntimeError as error:

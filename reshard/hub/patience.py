@@ -59,7 +59,7 @@ def passing(error: BaseException) -> bool:
     return isinstance(error, errors.HTTPError | TimeoutError | ConnectionError) and not isinstance(error, errors.OfflineModeIsEnabled)
 
 
-def patiently(call: Callable[[], T], sleep: Callable[[float], object] = time.sleep) -> T:
+def patiently(call: Callable[[], T], sleep: Callable[[float], object] | None = None) -> T:
     """`call()`, again after a failure that may pass, at most five times; the last failure is raised as it is."""
     from reshard.hub.failures import safe
 
@@ -69,7 +69,7 @@ def patiently(call: Callable[[], T], sleep: Callable[[float], object] = time.sle
         except (errors.HTTPError, OSError) as error:
             if tries == TRIES or not passing(error):
                 raise
-            pause(wait_for(getattr(getattr(error, "response", None), "headers", {}), tries), safe(error), sleep)
+            pause(wait_for(getattr(getattr(error, "response", None), "headers", {}), tries), safe(error), sleep or time.sleep)
     raise AssertionError
 
 

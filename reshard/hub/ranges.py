@@ -8,13 +8,12 @@ import threading
 from collections.abc import Callable, Iterator
 from urllib.parse import urlsplit
 
-from huggingface_hub import HfApi, constants, get_hf_file_metadata, hf_hub_url
+from huggingface_hub import HfApi, constants, hf_hub_url
 from huggingface_hub import errors as hub_errors
 
-from reshard import __version__
 from reshard.errors import HubError
 from reshard.hub import patience
-from reshard.hub.answers import Entry, headers_for, raise_for
+from reshard.hub.answers import Entry, headers_for, raise_for, served
 from reshard.hub.client import same_origin, session
 from reshard.hub.failures import asked, safe, told
 from reshard.hub.location import Location
@@ -133,16 +132,13 @@ class Ranges:
         if entry.sha256 is None:  # small, so served where it is asked for
             return url
 
-        def ask():
-            return get_hf_file_metadata(url, token=api.token, endpoint=api.endpoint, library_name="reshard", library_version=__version__)
-
-        found = asked(url, ask, self._sleep)
-        if (found.size, found.etag) != (entry.size, entry.sha256):
+        found = asked(url, lambda: served(api, url), self._sleep)
+        if (found.size, found.etag) != (str(entry.size), entry.sha256):
             raise HubError(f"{self.location}: {path}: the Hub lists {entry.size} bytes, sha256 {entry.sha256}, and serves {safe(found.size)}, {safe(found.etag)}")
-        scheme = urlsplit(found.location).scheme if "://" in found.location else ""
-        if scheme != "https" and (scheme != "http" or api.endpoint.startswith("https:")):
-            raise HubError(f"{self.location}: {path}: the Hub sends it from {safe(found.location)}, which is no https address")
-        return found.location
+        parts = urlsplit(found.url)
+        if not parts.hostname or parts.scheme != "https" and (parts.scheme != "http" or api.endpoint.startswith("https:")):
+            raise HubError(f"{self.location}: {path}: the Hub sends it from {safe(found.url)}, which is no https address")
+        return found.url
 
     def _forget(self, path: str, url: str) -> None:
         """Ask again where the file is, unless another worker has done so."""
