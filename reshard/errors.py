@@ -45,7 +45,7 @@ class HubError(ReshardError):
     """The Hub, or the way to it, refused or failed. What was done so far is kept: the same command goes on from there."""
 
 
-class BadBytes(HubError):
+class BadBytes(HubError, FormatError):
     """Bytes of a source file, `file`, came otherwise than the Hub lists them. Whatever was made of that file must be made again."""
 
     def __init__(self, message: str, hint: str | None = None, file: str = ""):
