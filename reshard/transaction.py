@@ -88,6 +88,10 @@ def convert(
         progress(job.bytes_read)
         return Report(place.given, names, 0, 0, time.monotonic() - began, len(names), resumed_bytes=job.bytes_read, notes=notes)
     if _ranks_there(job, place) is None:
+        other = read_incomplete(place.path) if job.rank is not None and not overwrite else None
+        if other:
+            held = ", ".join(map(str, other["ranks"]["held"]))
+            raise DestinationError(f"{place.given} holds rank {held} of another conversion: other source files, layout or options", "choose another destination, or use --overwrite to replace it")
         place.check_free(overwrite, "".join(f"; {note}" for note in notes))
     first = {"fingerprint": fingerprint(job), "reshard": __version__, "source": job.source.name, "options": options(job), "state": source_state(job)}
     _check_leftover(notes_in(place.partial), first, job, place, overwrite)
@@ -123,6 +127,7 @@ def convert(
         with place.locked():
             there = _ranks_there(job, place)
             if there is not None:
+                journal.publish(place.path.stat().st_ino, place.partial.name)
                 place.add([*names, *(name for name in small if name != MANIFEST)], merged(there, small[MANIFEST]), fsync)
             else:
                 place.publish(journal, overwrite, fsync)
@@ -156,11 +161,19 @@ def _finished(job: Job, place: Place, healed: dict | None) -> bool:
     """Whether an earlier run of this very job did all: it was killed when its folder had its name already, or its rank is in the folder."""
     if healed and healed["fingerprint"] == fingerprint(job):
         return _whole(job, place.path)
-    there = _ranks_there(job, place)
-    if there is None or job.rank not in there["ranks"]["held"] or not _whole(job, place.path):
+    if job.rank is None or not _whole(job, place.path):
         return False
-    if place.partial.is_dir() and not place.partial.is_symlink() and notes_in(place.partial):
+    there = _ranks_there(job, place)
+    left = [] if place.partial.is_symlink() else notes_in(place.partial)
+    if there is None or job.rank not in there["ranks"]["held"]:
+        # or it was the last: the folder is whole and says nothing of ranks any more, but what the run left does
+        moved = bool(left) and left[0]["fingerprint"] == fingerprint(job) and any("publish" in note for note in left)
+        if not moved or read_incomplete(place.path) or any((place.partial / file.path).exists() for file in job.folder.files):
+            return False
+    if left:
         shutil.rmtree(place.partial)
+    with place.locked():
+        pass  # which removes a lock file that the run left
     return True
 
 
