@@ -2,7 +2,7 @@
 
     python scripts/campaign_kills.py [--runs 450] [--seed 0] [--calls 1.0] [--folder DIR]
 
-1. Random SIGKILLs over eleven pairs of formats and meshes, a third of them with --overwrite: the destination is absent, or
+1. SIGKILLs at random moments, and after random shares of the work, over eleven pairs of formats and meshes, a third of them with --overwrite: the destination is absent, or
    the old or the new one, whole; the source is untouched; the same command then gives the same bytes, and leaves nothing else.
 2. Every call of the write path once: death before it and after it, torn journal lines, and (3.) calls that fail with ENOSPC
    or EIO, or do less than they were asked to. `--calls` is the share of these points that is tried.
@@ -53,10 +53,19 @@ class Lab:
             self.expected[pair.name] = folder
         return self.expected[pair.name]
 
-    def run(self, pair: Pair, out: Path, **more):
-        """The work of one process."""
+    def run(self, pair: Pair, out: Path, dies_at: float | None = None, **more):
+        """The work of one process, which kills itself when that share of the source was read, if given."""
+        total = sum(path.stat().st_size for path in self.sources[pair.source].rglob("*") if path.is_file())
+        seen = []
+
+        def progress(size: int) -> None:
+            seen.append(size)
+            if sum(seen) >= dies_at * total:
+                os.kill(os.getpid(), signal.SIGKILL)
 
         def work() -> dict:
+            if dies_at is not None:
+                more["progress"] = progress
             report = reshard.convert(self.sources[pair.source], out, **{**pair.options, **more})
             return {"resumed": report.resumed_bytes, "read": report.bytes_read}
 
@@ -101,8 +110,11 @@ def random_kills(lab: Lab, runs: int) -> None:
         row = rows[pair.name]
         row["runs"] += 1
         for _ in range(1 + (lab.random.random() < 0.2)):  # some are killed again on their way on
-            child = Child(lab.run(pair, out, **more))
-            child.kill_after(lab.random.uniform(0.005, 1.15 * lab.seconds[pair.name]))
+            if lab.random.random() < 0.5:  # at a random moment, or after a random share of the work
+                child = Child(lab.run(pair, out, **more))
+                child.kill_after(lab.random.uniform(0.005, 1.15 * lab.seconds[pair.name]))
+            else:
+                child = Child(lab.run(pair, out, lab.random.random(), **more))
             answer = child.wait()
             row["killed"] += "killed" in answer
             if "error" in answer and not ("not empty" in answer["error"] and state_of(out, old, new) == "new"):  # it had ended before

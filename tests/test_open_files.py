@@ -4,7 +4,6 @@ import errno
 import fcntl
 import json
 import os
-import socket
 import subprocess
 import sys
 
@@ -56,7 +55,7 @@ def test_without_flock_a_lock_file_keeps_runs_apart(model, tmp_path, monkeypatch
 def test_lock_file_of_a_dead_process_of_this_host_is_removed(model, tmp_path, monkeypatch, host, pid, taken):
     monkeypatch.setattr(fcntl, "flock", no_flock)
     lock = tmp_path / ".out.reshard.lock"
-    lock.write_text(json.dumps({"host": host or socket.gethostname(), "pid": pid}))
+    lock.write_text(json.dumps({"host": host or os.uname().nodename, "pid": pid}))
     if taken:
         with pytest.raises(reshard.DestinationError, match="another run"):
             reshard.convert(model, tmp_path / "out", format="hf")
