@@ -11,10 +11,10 @@ from reshard.api import Difference, DiffReport
 from reshard.block import Box, Key, Stored, end
 from reshard.checkpoint import Checkpoint
 from reshard.execute import Source, Workspace, in_threads
-from reshard.fetch import Batch, batches, of_pair, workers
+from reshard.fetch import Batch, batches, of_pair, runs, workers
 from reshard.join import Copy, Plan, holders, label, move_between
 from reshard.place import Mesh, Placement
-from reshard.rearrange import cast, mapped, strided
+from reshard.rearrange import GAP, cast, mapped, strided
 from reshard.stores import DTYPE_SIZE
 from reshard.tiles import BUFFER, Tile, tiles
 
@@ -92,9 +92,10 @@ def _look_from_afar(plan: Plan, left: Source, right: Source, look: Callable[[Til
 
 
 def _view(source: Source, stored: Stored, box: Box, offset: int, strides: tuple[int, ...]) -> np.ndarray:
-    """One box of a stored tensor, mapped for as long as the array lives."""
+    """One box of a stored tensor."""
     shape = tuple(stop - start for start, stop in box)
-    return strided(mapped(source, stored, offset, end(offset, shape, strides)), box, strides)
+    needed = runs(offset, shape, strides, GAP // DTYPE_SIZE[stored.dtype])
+    return strided(mapped(source, stored, offset, end(offset, shape, strides), needed), box, strides)
 
 
 def _differ(found: dict[Key, Difference], name: str, copy: Copy, mine: np.ndarray, other: np.ndarray) -> None:

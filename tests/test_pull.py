@@ -134,7 +134,7 @@ def test_mount_point_is_refused_before_the_download(hub, model, tmp_path, monkey
 def test_link_to_a_folder_is_followed(hub, model, tmp_path):
     """defects.md M3"""
     hub.add_folder("org/a", model)
-    (tmp_path / "disk").mkdir()
+    (tmp_path / "disk" / "real").mkdir(parents=True)
     (tmp_path / "dst").symlink_to(tmp_path / "disk" / "real")
     reshard.pull("hf://org/a", tmp_path / "dst")
     assert (tmp_path / "dst").is_symlink() and files_of(tmp_path / "disk" / "real") == files_of(model)
@@ -147,7 +147,7 @@ def test_overwrite_replaces_a_checkpoint_at_once(hub, model, other, tmp_path, mo
     hub.add_folder("org/a", model)
     shutil.copytree(other, tmp_path / "dst")
     if not swap:
-        monkeypatch.setattr("reshard.hub.destination.exchange", lambda a, b: False)
+        monkeypatch.setattr("reshard.destination.exchange", lambda a, b: False)
     reshard.pull("hf://org/a", tmp_path / "dst", overwrite=True)
     assert files_of(tmp_path / "dst") == files_of(model) and not list(tmp_path.glob(".dst*"))
 
@@ -170,7 +170,7 @@ def test_folder_that_appears_meanwhile_is_not_replaced(hub, large, tmp_path):
 
 
 @pytest.mark.parametrize("point", ["rename", "exchange", "rmtree", "unlink", "rmdir", "fsync"])
-@pytest.mark.parametrize("nth", [1, 2, 3])
+@pytest.mark.parametrize("nth", [1, 2])
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_death_at_a_step_of_publishing_is_healed_by_the_same_command(hub, model, other, tmp_path, point, nth, when):
     """The destination is wholly old or wholly new at every moment; the same command finishes."""
@@ -178,7 +178,7 @@ def test_death_at_a_step_of_publishing_is_healed_by_the_same_command(hub, model,
     shutil.copytree(other, tmp_path / "dst")
     code = f"""
 import os, shutil, sys
-import reshard.hub.destination as destination
+import reshard.destination as destination
 import reshard.hub.pull
 from reshard.cli import main
 count = 0
@@ -201,7 +201,8 @@ main(["pull", "hf://org/a", "dst", "--overwrite"])
 """
     subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env={**os.environ, **environment(hub, tmp_path)}, capture_output=True, check=False)
     now = files_of(tmp_path / "dst") if (tmp_path / "dst").exists() else None
-    assert now in (files_of(model), files_of(other)) or (point == "rename" and now is None and files_of(tmp_path / ".dst.reshard" / "old") == files_of(other))
+    now and now.pop("journal.jsonl", None)  # until the last step
+    assert now in (files_of(model), files_of(other)) or (point == "rename" and now is None and files_of(tmp_path / ".dst.reshard-old") == files_of(other))
     done = command(hub, tmp_path, "pull", "hf://org/a", "dst", "--overwrite")
     assert done.returncode == 0 and files_of(tmp_path / "dst") == files_of(model) and not list(tmp_path.glob(".dst*")), done.stderr
 
@@ -228,11 +229,14 @@ def test_pull_reads_what_the_cache_has(hub, model, tmp_path):
 def test_file_that_changed_on_the_disk_meanwhile_is_found(hub, large, tmp_path):
     """The checksum is of what the disk holds, chunks of an earlier run among them."""
     hub.add_folder("org/a", large)
-    hub.fault(Fault(path="/blob/", status=404, times=99, skip=9))
+    hub.fault(Fault(path="/blob/", status=404, times=99, skip=5))
     with pytest.raises(reshard.HubError):
         reshard.pull("hf://org/a", tmp_path / "dst")
     hub.faults.clear()
-    for path in (tmp_path / ".dst.reshard" / "files").glob("*.safetensors"):
+    finished = (tmp_path / ".dst.reshard" / "journal.jsonl").read_text()
+    for path in (tmp_path / ".dst.reshard").glob("*.safetensors"):
+        if json.dumps({"file": path.name}) in finished:
+            continue
         with open(path, "rb+") as file:
             file.seek(2_000_000)
             file.write(b"\xff" * 100)

@@ -1,8 +1,8 @@
 """Fetch a repository's folder as it is: into a folder that appears whole or not at all, and goes on where it was killed.
 
-Beside the destination NAME, ``.NAME.reshard`` holds a journal, which begins with what is fetched (repository, commit, folder,
-files), and ``files/``, which gets the destination's name when every file is there and has the Hub's checksum. A conversion to
-the same destination uses the same journal, so that two runs, of either kind, keep each other out.
+Rules of the destination, lock, journal and the last step are those of a conversion (``reshard/destination.py``), so that two
+runs of either kind keep each other out. The journal begins with what is fetched: repository, commit, folder, files. A file is
+noted when it is on the disk and has the Hub's checksum.
 """
 
 import contextlib
@@ -17,13 +17,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from reshard.destination import Place, sync_folder
 from reshard.errors import DestinationError, HubError
 from reshard.execute import Workspace, in_threads
 from reshard.hub.answers import Entry
-from reshard.hub.destination import check_destination, nearest_folder, put_in_place, resolved
 from reshard.hub.folder import HubPath, open_folder
 from reshard.journal import NAME as JOURNAL
-from reshard.journal import Done, Journal, opened
+from reshard.journal import Done, Journal, notes_in, opened
+from reshard.stores.foreign import quote
 from reshard.text import some
 
 CHUNK = 4 << 20  # bytes of one request
@@ -60,7 +61,7 @@ def wanted(folder: HubPath) -> dict[str, int]:
     skipped = _SKIPPED
     if any(name.endswith(".safetensors") for name in names):
         skipped += (".bin", ".bin.index.json", ".pth")
-    return {name: size for name, size in names.items() if not name.endswith(skipped) and not any(part.startswith(".") for part in name.split("/"))}
+    return {name: size for name, size in names.items() if not name.endswith(skipped) and not any(part.startswith(".") for part in name.split("/")) and name != JOURNAL}
 
 
 def left_out(folder: HubPath) -> dict[str, int]:
@@ -79,27 +80,34 @@ def pull(source: str, destination: str | Path, *, overwrite: bool = False, cache
     """
     began = time.monotonic()
     folder = source if isinstance(source, HubPath) else open_folder(str(source), cache)
-    destination = resolved(destination)
     names = dict(sorted(wanted(folder).items()))
     if not names:
         raise HubError(f"{folder.repository.location} holds no file of a model at {folder.revision[:12]}", f"it holds {some(sorted(left_out(folder))) or 'nothing'}")
-    work = Work(folder, names, destination.parent / f".{destination.name}.reshard")
-    if not work.published(destination):
-        check_destination(destination, overwrite)
-        _fetch(work, destination, overwrite, progress)
-    else:
-        with opened(work.partial):
-            _tidy(work.partial)
+    place, notes = Place.of(destination), []
+    work = Work(folder, names, place)
+    healed = place.heal(notes)
+    if healed and healed["fingerprint"] == work.first["fingerprint"]:  # this very pull was killed after its folder got its name
         progress(sum(names.values()))
-    return Pulled(destination, folder.revision, list(names), sum(names.values()), time.monotonic() - began)
+    else:
+        place.check_free(overwrite, "".join(f"; {note}" for note in notes))
+        _check_leftover(notes_in(place.partial), work, overwrite)
+        _check_room(work)
+        with opened(place.partial, str(place.given), lambda: place.make_partial(0o777)) as journal:
+            _check_leftover(journal.notes, work, overwrite)
+            _download(work, _resume(journal, work), journal, progress)
+            _clean(work, set(names))
+            for inside in [place.partial, *(path for path in place.partial.rglob("*") if path.is_dir())]:
+                sync_folder(inside)
+            with place.locked():
+                place.publish(journal, overwrite, True)
+    return Pulled(place.given, folder.revision, list(names), sum(names.values()), time.monotonic() - began)
 
 
 class Work:
-    """One pull: what it fetches, and the folder `partial` in which it does."""
+    """One pull: what it fetches, and where to."""
 
-    def __init__(self, folder: HubPath, names: dict[str, int], partial: Path):
-        self.folder, self.names, self.partial = folder, names, partial
-        self.files, self.old = partial / "files", partial / "old"
+    def __init__(self, folder: HubPath, names: dict[str, int], place: Place):
+        self.folder, self.names, self.place, self.partial = folder, names, place, place.partial
         numbers = iter(range(1 << 62))
         self.chunks = [Chunk(next(numbers), name, at, min(at + CHUNK, size)) for name, size in names.items() for at in range(0, size, CHUNK)]
 
@@ -115,97 +123,51 @@ class Work:
         """The journal's first line: continued by the same pull only."""
         rows = [(name, entry.size, entry.sha256, entry.blob) for name in self.names for entry in [self.entry(name)]]
         digest = hashlib.sha256(json.dumps(["pull", CHUNK, self.folder.pinned, rows]).encode()).hexdigest()
-        return {"fingerprint": digest, "pull": self.folder.pinned}
-
-    def published(self, destination: Path) -> bool:
-        """Whether this very pull was killed after its folder got its name, with nothing left to do but tidy up."""
-        try:
-            lines = [json.loads(line) for line in (self.partial / JOURNAL).read_bytes().splitlines()]
-        except (OSError, ValueError, RecursionError):
-            return False
-        return bool(lines) and isinstance(lines[0], dict) and lines[0].get("fingerprint") == self.first["fingerprint"] and _has_name(lines, destination)
+        return {"fingerprint": digest, "source": self.folder.pinned, "pull": True}
 
 
-def _has_name(notes: list, destination: Path) -> bool:
-    """Whether `notes` are of a pull that gave `destination` its name: nothing of it is unfinished."""
-    if not destination.is_dir():
-        return False
-    status = destination.stat()
-    return any(isinstance(note, dict) and note.get("publish") == status.st_ino for note in notes)
+def _check_leftover(notes: list[dict], work: Work, overwrite: bool) -> None:
+    """Raises DestinationError where an unfinished run of something else is in the way."""
+    earlier = notes[0] if notes else {}
+    if not earlier or overwrite or earlier["fingerprint"] == work.first["fingerprint"] or not any(path.name != JOURNAL for path in work.partial.iterdir()):
+        return
+    source = quote(earlier.get("source"))
+    what, hint = (f"pull of {source}", f"pull {source} to finish it") if earlier.get("pull") else (f"conversion of {source}", "run that command again to finish it")
+    raise DestinationError(f"{work.partial} holds an unfinished {what}, and this is {work.folder.pinned}",
+                           f"{hint}; to throw it away, use --overwrite or delete {work.partial}")  # fmt: skip
 
 
-def _fetch(work: Work, destination: Path, overwrite: bool, progress: Callable[[int], None]) -> None:
-    partial = work.partial
-    if partial.is_symlink() or (partial.is_dir() and any(partial.iterdir()) and not (partial / JOURNAL).is_file()) or partial.is_file():
-        raise DestinationError(f"{partial}, where this would be gathered, is something else", "move it away, or choose another destination")
-    partial.mkdir(parents=True, exist_ok=True)
-    with opened(partial) as journal:
-        if not (partial / JOURNAL).is_file():
-            raise DestinationError(f"another run was writing to {destination} until now", "run the same command again if it is still needed")
-        _restore(work, destination)
-        try:
-            done = _resume(journal, work, destination, overwrite)
-            _check_space(work, destination)
-        except DestinationError:
-            if not journal.notes:  # nothing of anyone's is there: the next run finds nothing either
-                _tidy(partial)
-            raise
-        _download(work, done, journal, progress)
-        for path in [path for path in work.files.rglob("*") if path.is_file() and path.relative_to(work.files).as_posix() not in work.names]:
-            path.unlink()
-        for inside in [work.files, *(path for path in work.files.rglob("*") if path.is_dir())]:
-            _sync(inside)
-        if destination.is_dir():
-            shutil.copymode(destination, work.files)
-        status = work.files.stat()
-        journal._write([{"publish": status.st_ino, "from": partial.name}])
-        put_in_place(work.files, destination, work.old, overwrite)
-        _sync(destination.parent)
-        _tidy(partial)
-
-
-def _tidy(partial: Path) -> None:
-    """Remove what a pull worked in; the journal last, since without it nobody knows whose the rest is."""
-    for path in partial.iterdir():
-        if path.name != JOURNAL:
-            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
-    (partial / JOURNAL).unlink()
-    partial.rmdir()
-
-
-def _restore(work: Work, destination: Path) -> None:
-    """After a death between two renames the old folder has no name: give it back."""
-    if work.old.is_dir() and not destination.exists():
-        os.rename(work.old, destination)
-
-
-def _resume(journal: Journal, work: Work, destination: Path, overwrite: bool) -> Done:
+def _resume(journal: Journal, work: Work) -> Done:
     """What an earlier, interrupted pull of the very same files has fetched. Starts the journal where there is none."""
-    first = work.first
-    same = journal.first.get("fingerprint") == first["fingerprint"]
-    if journal.first and not same and not overwrite and not _has_name(journal.notes, destination):
-        earlier = journal.first.get("pull")
-        what = f"pull of {earlier}" if isinstance(earlier, str) else "conversion"
-        hint = f"pull {earlier} to finish it" if isinstance(earlier, str) else "run that command again to finish it"
-        raise DestinationError(f"{work.partial} holds an unfinished {what}, and this is {work.folder.pinned}", f"{hint}, or use --overwrite to throw it away")
-    if not same:
-        for path in work.partial.iterdir():
-            if path.name != JOURNAL:
-                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
-    shutil.rmtree(work.old, ignore_errors=True)
-    done = journal.begin(first, afresh=not same)
-    work.files.mkdir(exist_ok=True)
-    sizes = {name: (work.files / name).stat().st_size for name in work.names if (work.files / name).is_file()}
-    done.files = {name for name in done.files if sizes.get(name) == work.names.get(name)}
+    same = journal.first.get("fingerprint") == work.first["fingerprint"]
+    _clean(work, set(work.names) if same else set())
+    done = journal.begin(work.first, afresh=not same)
+    sizes = {name: path.stat().st_size for name in work.names if (path := work.partial / name).is_file()}
+    done.files = {name for name in done.files if name in work.names and sizes.get(name) == work.names[name]}
     done.batches = {chunk.number for chunk in work.chunks if chunk.number in done.batches and sizes.get(chunk.name) == work.names[chunk.name]}
     return done
 
 
-def _check_space(work: Work, destination: Path) -> None:
-    there = sum((work.files / name).stat().st_blocks * 512 for name in work.names if (work.files / name).is_file())
-    free, need = shutil.disk_usage(nearest_folder(work.partial)).free, sum(work.names.values())
+def _clean(work: Work, keep: set[str]) -> None:
+    """Remove whatever lies in the partial folder but files named `keep`, links among it, and folders that hold nothing."""
+    for path in sorted(work.partial.rglob("*"), reverse=True):
+        if path.is_dir() and not path.is_symlink():
+            if not any(path.iterdir()):
+                path.rmdir()
+        elif path.is_symlink() or (path.name != JOURNAL or path.parent != work.partial) and path.relative_to(work.partial).as_posix() not in keep:
+            path.unlink()
+
+
+def _check_room(work: Work) -> None:
+    there = sum((work.partial / name).stat().st_blocks * 512 for name in work.names if (work.partial / name).is_file())
+    folder = work.partial.parent
+    while not folder.exists():
+        folder = folder.parent
+    if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
+        raise DestinationError(f"{folder} is no folder that can be written to", "choose another destination")
+    free, need = shutil.disk_usage(folder).free, sum(work.names.values())
     if need - there > free:
-        raise DestinationError(f"{destination.parent} has {free:,} bytes free, the files have {need:,}", "free some space, or write to another disk")
+        raise DestinationError(f"{folder} has {free:,} bytes free, the files have {need:,}", "free some space, or write to another disk")
 
 
 def _download(work: Work, done: Done, journal: Journal, progress: Callable[[int], None]) -> None:
@@ -243,7 +205,7 @@ def _download(work: Work, done: Done, journal: Journal, progress: Callable[[int]
             tell(len(buffer))
         else:
             repository.read(work.path(item.name), item.start, buffer, tell)
-        _write(work.files / item.name, item.start, buffer, work.names[item.name])
+        _write(work.partial / item.name, item.start, buffer, work.names[item.name])
         space.reset()
         journal.batch(item.number)
         with lock:
@@ -270,7 +232,7 @@ def _write(path: Path, start: int, data: memoryview, size: int) -> None:
 
 def _finish(work: Work, name: str, journal: Journal) -> None:
     """The file as it is on the disk has the Hub's checksum, or else it goes."""
-    path, entry = work.files / name, work.entry(name)
+    path, entry = work.partial / name, work.entry(name)
     if not entry.size:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(b"")
@@ -285,9 +247,3 @@ def _finish(work: Work, name: str, journal: Journal) -> None:
                            "run the same command again: it fetches that file again")  # fmt: skip
         os.fsync(file.fileno())
     journal.file(name)
-
-
-def _sync(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    os.fsync(handle)
-    os.close(handle)
