@@ -50,7 +50,7 @@ def convert(
     """Convert `source` into the folder `destination`; `progress` is told bytes read as they are read. Returns a Report.
 
     Options as for ``plan``. The destination appears whole or not at all, and an interrupted call continues when repeated.
-    It may be hf://ORG/NAME[@BRANCH][/SUBDIR]: then `public`, `create_pr`, `base_model` and `scratch` are options too, and
+    It may be hf://ORG/NAME[@BRANCH][/SUBDIR]: then `public`, `create_pr`, `include_code`, `base_model` and `scratch` are options too, and
     what comes back is ``hub.push.Pushed``.
     """
     from reshard.transaction import convert as run
@@ -58,7 +58,7 @@ def convert(
     if is_remote(destination):
         from reshard.hub.push import convert_and_push
 
-        chosen = {name: options.pop(name) for name in ("public", "create_pr", "base_model", "scratch") if name in options}
+        chosen = {name: options.pop(name) for name in ("public", "create_pr", "include_code", "base_model", "scratch") if name in options}
         job = plan(source, format=format, tp=tp, pp=pp, ep=ep, etp=etp, jobs=jobs, buffer=buffer, **options)
         return convert_and_push(job, str(destination), overwrite=overwrite, jobs=jobs, buffer=buffer, progress=progress, **chosen)
     job = plan(source, format=format, tp=tp, pp=pp, ep=ep, etp=etp, jobs=jobs, buffer=buffer, **options)

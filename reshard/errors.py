@@ -49,6 +49,17 @@ class HubError(ReshardError):
     """The Hub, or the way to it, refused or failed. What was done so far is kept: the same command goes on from there."""
 
 
+class BadBytes(HubError, FormatError):
+    """Bytes of a source file, `file`, came otherwise than the Hub lists them. Whatever was made of that file must be made again."""
+
+    def __init__(self, message: str, hint: str | None = None, file: str = ""):
+        super().__init__(message, hint)
+        self.file = file
+
+    def __reduce__(self):
+        return type(self), (str(self), self.hint, self.file)
+
+
 class SyncError(ReshardError):
     """A weight sync was refused before its first byte, or failed. ``state`` of the Sync says what the engine holds now."""
 

@@ -98,5 +98,6 @@ def run_options(command):
 
 def push_options(command):
     command = click.option("--base-model", metavar="ORG/NAME", help="For the model card, where the files don't tell.")(command)
+    command = click.option("--include-code", is_flag=True, help="Publish the .py files that lie directly in the folder, too.")(command)
     command = click.option("--create-pr", is_flag=True, help="Open a pull request instead of committing to the branch.")(command)
     return click.option("--public/--private", default=False, help="A new repository is private, and a public one is refused, unless --public.")(command)

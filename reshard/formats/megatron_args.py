@@ -58,7 +58,8 @@ def megatron_args(target: Target, stored: list[Stored]) -> dict[str, object]:
     scope = _scope(layout)
     scope["num_experts"] = evaluate(table["num_experts"], scope)
     out = {name: _typed(name, evaluate(text, scope)) for name, text in table.items()}
-    padded = next((s for s in stored if s.rank == 0 and s.entry and s.entry.pad), None)
+    first = target.placement.stored(target.placement.ranks[:1])  # which need not be among those that are written
+    padded = next((s for s in first if s.entry and s.entry.pad), None)
     if padded is not None:
         out["padded_vocab_size"] = padded.shape[0] * mesh.tp
     dtype = next((s.dtype for s in stored if s.dtype in ("BF16", "F16")), None)
