@@ -19,7 +19,8 @@ from reshard.hub import is_remote
 from reshard.layout import Entry, Layout, Section
 from reshard.place import Mesh, Placement, slice_dim
 from reshard.stores import DTYPE_SIZE
-from reshard.stores.foreign import parse, quote
+from reshard.stores.files import read_json, reading
+from reshard.stores.foreign import quote
 
 if TYPE_CHECKING:
     from reshard.execute import Source
@@ -43,7 +44,7 @@ class Checkpoint:
 
     @property
     def architecture(self) -> str:
-        return (self.layout.config.get("architectures") or [self.layout.name])[0]
+        return quote((self.layout.config.get("architectures") or [self.layout.name])[0])
 
     @property
     def tensors(self) -> list[Stored]:
@@ -110,7 +111,8 @@ def open_checkpoint(
     kind = formats.get(format) if format else formats.recognise(folder)
     config_path = find_config(folder, config)
     settings = read_config(config_path)
-    contents = kind.read(folder)
+    with reading(folder):
+        contents = kind.read(folder)
     descriptor = load_descriptor(Path(layout)) if layout else find_descriptor(settings)
     if descriptor is None:
         raise unknown_architecture(settings, contents)
@@ -147,11 +149,7 @@ def find_config(folder: Path, config: str | Path | None) -> Path:
 
 
 def read_config(path: Path) -> Mapping[str, object]:
-    raw = path.read_bytes()
-    try:
-        settings = parse(raw)
-    except ValueError as error:
-        raise FormatError(f"{path} is not JSON: {error}", "download it again") from None
+    settings = read_json(path)
     if not isinstance(settings, dict):
         raise FormatError(f"{path} holds a {type(settings).__name__}, expected an object")
     return settings

@@ -15,7 +15,8 @@ from reshard.formats import Contents, Folder, Format, OutFile, Target, parts, sa
 from reshard.formats.manifest import mesh_of, read_manifest
 from reshard.place import Mesh, Rules, even_stages, grid
 from reshard.stores import DTYPE_SIZE, TensorInfo, safetensors
-from reshard.stores.foreign import LIMIT, parse, quote
+from reshard.stores.files import read_json
+from reshard.stores.foreign import quote
 
 _INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 #: bytes: small enough that a model of some size has several files, which can be written side by side and fetched so
@@ -70,14 +71,7 @@ def _indexed(folder: Path, index_name: str) -> dict[str, tuple[str, TensorInfo]]
 
 def _index(path: Path) -> dict[str, list[str]]:
     """The names of an index, by file."""
-    size = path.stat().st_size
-    if size > LIMIT:
-        raise FormatError(f"{path} has {size} bytes, more than the {LIMIT} of any index")
-    raw = path.read_bytes()
-    try:
-        table = parse(raw)
-    except ValueError as error:
-        raise FormatError(f"{path} is not JSON: {error}", "download it again") from None
+    table = read_json(path)
     weight_map = table.get("weight_map") if isinstance(table, dict) else None
     if not isinstance(weight_map, dict):
         raise FormatError(f"{path} has no weight_map of names to files", "it should hold {\"weight_map\": {\"tensor\": \"file\", …}}")
