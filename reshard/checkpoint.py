@@ -223,7 +223,7 @@ def _match(checkpoint: Checkpoint, kind: formats.Format, contents: formats.Conte
         s.dtype, s.file, s.start = info.dtype, file, info.offset
         stored.append(s)
     problems = placement.problems + problems
-    ignore = [*contents.ignore, *(pattern.format_map({"layer": layout.layers, **layout.scope}) for pattern in section.drop)]
+    ignore = [*contents.ignore, *(pattern.replace("{layer}", str(layout.layers)) for pattern in section.drop)]
     constants = {name for rank in placement.ranks for name, _ in placement.constants(rank)} if section.constants else set()
     for rank, names in enumerate(left):
         for name, (file, _) in names.items():
