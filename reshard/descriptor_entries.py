@@ -67,7 +67,9 @@ def _dim(at: At, table: dict, parts: list[Tensor], stored: list) -> int:
     if type(dim) is not int or not 0 <= dim < max(1, len(stored[0])):
         at.fail(f"dim = {quote(repr(dim))}, but {parts[0].name} has {len(stored[0])} dimensions")
     if any(len(lie) != len(stored[0]) for lie in stored) or (len(parts) > 1 and not stored[0]):
-        at.fail(f"{', '.join(tensor.name for tensor in parts)} can't be fused: they have {', '.join(str(len(lie)) for lie in stored)} dimensions")
+        at.fail(
+            f"{', '.join(tensor.name for tensor in parts)} can't be fused: they have {', '.join(str(len(lie)) for lie in stored)} dimensions"
+        )
     if within is None:
         return dim
     places = [next((d for d, axes in enumerate(lie) if within in axes), None) if isinstance(within, str) else None for lie in stored]
@@ -89,12 +91,19 @@ def _split(at: At, value: object, parts: list[Tensor], axes: Mapping[str, str]) 
     return split
 
 
-def _pad(at: At, table: dict, parts: list[Tensor], stored: list, stacked: list[str], axes: Mapping[str, str]) -> tuple[tuple[str, str], ...]:
+def _pad(
+    at: At, table: dict, parts: list[Tensor], stored: list, stacked: list[str], axes: Mapping[str, str]
+) -> tuple[tuple[str, str], ...]:
     """Padding lies behind a tensor's last row: of one tensor, along the slowest axis of its first dimension."""
-    pad = [((at / "pad").known_axis(axis, axes), (at / "pad" / axis).expression(text)) for axis, text in (at / "pad").table(table.get("pad", {})).items()]
+    pad = [
+        ((at / "pad").known_axis(axis, axes), (at / "pad" / axis).expression(text))
+        for axis, text in (at / "pad").table(table.get("pad", {})).items()
+    ]
     for axis, _ in pad:
         if len(pad) > 1 or len(parts) > 1 or stacked or not stored[0] or stored[0][0][:1] != (axis,) or table.get("within") is not None:
-            at.fail(f"pad: {axis} would be padded inside the stored tensor", "only the first axis of one whole tensor can be padded, at its end")
+            at.fail(
+                f"pad: {axis} would be padded inside the stored tensor", "only the first axis of one whole tensor can be padded, at its end"
+            )
     return tuple(pad)
 
 

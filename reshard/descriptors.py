@@ -72,7 +72,7 @@ def _read(path: Path, seen: tuple[str, ...] = ()) -> dict:
     parent = table.pop("extends", None)
     if parent is None:
         return table
-    if not isinstance(parent, str) or parent in (*seen, path.stem) or not re.fullmatch(r"\w+", parent, re.ASCII):
+    if not isinstance(parent, str) or parent in (*seen, path.stem) or not re.fullmatch(r"\w{1,100}", parent, re.ASCII):
         raise LayoutError(f"layout {path}: extends: cannot extend {quote(repr(parent))}", _known())
     beside = path.with_name(f"{parent}.toml")
     chosen = beside if beside.exists() else layout_dir() / f"{parent}.toml"
@@ -112,11 +112,15 @@ def _descriptor(at: At, name: str, table: dict, path: str) -> Descriptor:
         taken = sorted(set(names) & (_TAKEN - set(INDEX_AXES if place == "[axes]" else ())))
         odd = next((key for key in names if not key.isidentifier()), None)
         if taken or odd is not None:
-            (at / place).fail(f"{taken[0] if taken else odd!r} can't be a name", "use a word that no other table uses, of letters, digits and _")
+            (at / place).fail(
+                f"{taken[0] if taken else odd!r} can't be a name", "use a word that no other table uses, of letters, digits and _"
+            )
     both = sorted(set(conditions) & (set(axes) | set(defaults)))
     if both:
         (at / "[conditions]").fail(f"{both[0]!r} is defined in [axes] or [defaults] too")
-    tensors = {key: _tensor(at / f"[tensors] {key}", key, value, axes) for key, value in (at / "[tensors]").table(table.get("tensors", {})).items()}
+    tensors = {
+        key: _tensor(at / f"[tensors] {key}", key, value, axes) for key, value in (at / "[tensors]").table(table.get("tensors", {})).items()
+    }
     replicate = (at / "replicate").texts(table.get("replicate", []))
     for axis in replicate:
         (at / "replicate").known_axis(axis, axes)
@@ -150,7 +154,9 @@ def _tensor(at: At, key: str, value: object, axes: Mapping[str, str]) -> Tensor:
     table = {"dims": value} if isinstance(value, str) else at.table(value, "dims or a table")
     at.keys(table, _TENSOR_KEYS)
     index, dims, split = read_dims(at, table.get("dims"), axes)
-    return Tensor(key, index, dims, split, at.when(table), at.choice("stage", table.get("stage", "last"), STAGES), dtype_of(at, table.get("dtype")))
+    return Tensor(
+        key, index, dims, split, at.when(table), at.choice("stage", table.get("stage", "last"), STAGES), dtype_of(at, table.get("dtype"))
+    )
 
 
 def _section(at: At, label: str, table: object, tensors: Mapping[str, Tensor], axes: Mapping[str, str], variant: bool = False) -> Section:
@@ -174,4 +180,3 @@ def _section(at: At, label: str, table: object, tensors: Mapping[str, Tensor], a
     read = tuple(read_entry(here / key, key, value, tensors, axes) for key, value in entries.items())
     values = tuple(read_constant(at / f"[{label}.constants]" / key, key, value) for key, value in constants.items())
     return Section(read, values, drop, tuple(args.items()), tuple(variants))
-

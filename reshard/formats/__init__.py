@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from reshard.block import Stored
-from reshard.errors import FormatError
+from reshard.errors import FormatError, LayoutError
 from reshard.layout import Layout
 from reshard.place import Mesh, Placement, Rank, Rules
 from reshard.stores import FileImage, TensorInfo
@@ -80,6 +80,9 @@ class Target:
         """Each rank that is written, with its tensors by name."""
         own: dict[int, dict[str, Stored]] = {rank.number: {} for rank in self.ranks}
         for s in stored:
+            if s.name in own[s.rank]:
+                labels = " and ".join(f"{other.entry.label} ({', '.join(other.entry.of)})" for other in (own[s.rank][s.name], s))
+                raise LayoutError(f"layout {self.placement.layout.name}: two entries store {s.name}: {labels}", "give them different names, or conditions of which one holds")
             own[s.rank][s.name] = s
         return [(rank, own[rank.number]) for rank in self.ranks]
 

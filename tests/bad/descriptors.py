@@ -1,5 +1,6 @@
 """Mutants of the descriptors that come with reshard: letters, lines and values changed as a slip or an attack would."""
 
+import copy
 import random
 import tomllib
 from collections.abc import Callable
@@ -17,7 +18,14 @@ CONFIG = {
     "qk_rope_head_dim": 2, "v_head_dim": 4, "first_k_dense_replace": 1, "moe_layer_freq": 1, "topk_method": "noaux_tc", "mlp_only_layers": [],
     "decoder_sparse_step": 1,
 }  # fmt: skip
-_PLACES = [("hf", Mesh()), ("tp", Mesh(2)), ("vllm", Mesh(2)), ("sglang", Mesh(2, 1, 2)), ("megatron", Mesh(2, 2)), ("megatron", Mesh(2, 1, 2, 1))]
+_PLACES = [
+    ("hf", Mesh()),
+    ("tp", Mesh(2)),
+    ("vllm", Mesh(2)),
+    ("sglang", Mesh(2, 1, 2)),
+    ("megatron", Mesh(2, 2)),
+    ("megatron", Mesh(2, 1, 2, 1)),
+]
 _TOKENS = ["{", "}", "{layer}", "{expert}", "(", ")", "*", '"', "[", "]", "=", "false", "true", "0", "-1", "9" * 25, "ceil_to(vocab, 0)", "len(vocab)",
            "layer", "hidden", "kv", "ffn", "null", " / 0", "{layer:>9}", "[[0], [0]]", "\0", "\x1b[2J", "²", "extends", "drop", "of", "pad", "view"]  # fmt: skip
 _VALUES = [None, True, False, 0, -1, 1 << 70, 1.5, float("nan"), "", "1", "{", "{layer}", "vocab", "hidden * " * 30 + "hidden", "x" * 600, [], [[]], [["q"]], ["q", "q"],
@@ -64,15 +72,15 @@ def _change_value(random: random.Random, table: dict) -> None:
     holder, key = random.choice(places)
     match random.randrange(4):
         case 0:
-            holder[key] = random.choice(_VALUES)
+            holder[key] = copy.deepcopy(random.choice(_VALUES))
         case 1:
             other, name = random.choice(places)
-            holder[key] = other[name]
+            holder[key] = copy.deepcopy(other[name])
         case 2:
             del holder[key]
         case _:
             inner = holder[key] if isinstance(holder[key], dict) else holder
-            inner[random.choice(_KEYS)] = random.choice(_VALUES)
+            inner[random.choice(_KEYS)] = copy.deepcopy(random.choice(_VALUES))
 
 
 def written(value: object) -> str:
