@@ -15,6 +15,7 @@ from reshard.block import Stored, restride
 from reshard.descriptors import architectures, builtin_descriptors, find_descriptor, load_descriptor
 from reshard.errors import FormatError, LayoutError, PlanError
 from reshard.formats.manifest import read_manifest
+from reshard.formats.quantised import codes_without_scales, refuse, scheme
 from reshard.hub import is_remote
 from reshard.layout import Entry, Layout, Section
 from reshard.place import Mesh, Placement, slice_dim
@@ -114,6 +115,9 @@ def open_checkpoint(
     with reading(folder):
         contents = kind.read(folder)
     descriptor = load_descriptor(Path(layout)) if layout else find_descriptor(settings)
+    quantised_as = scheme(settings, contents)
+    if descriptor is None and quantised_as:
+        raise refuse(folder, quantised_as, contents)
     if descriptor is None:
         raise unknown_architecture(settings, contents)
     if not layout and contents.layout not in (None, descriptor.name):
@@ -131,7 +135,15 @@ def open_checkpoint(
     manifest = read_manifest(folder) or {}
     checkpoint.native = manifest.get("dtypes", {})
     checkpoint.origin = {"repo": folder.repository.location.repo, "revision": folder.revision} if checkpoint.remote else manifest.get("source")
-    _match(checkpoint, kind, contents)
+    try:
+        _match(checkpoint, kind, contents)
+    except PlanError:
+        if quantised_as:  # one sentence instead of a line for each scale
+            raise refuse(folder, quantised_as, contents) from None
+        raise
+    without = None if layout else codes_without_scales(folder, settings, checkpoint.stored)
+    if without:
+        raise without
     return checkpoint
 
 
@@ -232,9 +244,16 @@ def _match(checkpoint: Checkpoint, kind: formats.Format, contents: formats.Conte
             else:
                 problems.append(f"{name} ({file}) is not in layout {layout.name}")
     if problems:
-        raise PlanError(list(dict.fromkeys(problems)), f"is config.json ({checkpoint.config_path}) this model's? `reshard layouts show {layout.name}` tells what is expected")
+        raise PlanError(list(dict.fromkeys(problems)), _what_is_expected(checkpoint))
     checkpoint.stored = stored
     checkpoint.dropped = sorted(set(checkpoint.dropped))
+
+
+def _what_is_expected(checkpoint: Checkpoint) -> str:
+    own = checkpoint.layout.descriptor.path
+    if own:
+        return f"`reshard layouts show {own}` tells what {own} expects: is it right, and config.json ({checkpoint.config_path}) this model's?"
+    return f"is config.json ({checkpoint.config_path}) this model's? `reshard layouts show {checkpoint.layout.name}` tells what is expected"
 
 
 def _as_written(layout: Layout, section: Section, rules, contents: formats.Contents) -> Section:

@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from reshard.block import Stored
-from reshard.errors import FormatError, LayoutError
-from reshard.layout import Layout
+from reshard.errors import FormatError, LayoutError, PlanError
+from reshard.layout import Layout, parse_version
 from reshard.place import Mesh, Placement, Rank, Rules
 from reshard.stores import FileImage, TensorInfo
 from reshard.stores.foreign import quote
@@ -37,12 +37,14 @@ class Contents:
 
 @dataclass
 class OutFile:
-    """A weight file to write: its path in the folder, its skeleton, the stored tensors in it, and constants' bytes."""
+    """A weight file to write: its path in the folder, its skeleton, the stored tensors in it, constants' bytes, and the
+    number of the rank whose file it is (0 in formats without ranks)."""
 
     path: str
     image: FileImage
     tensors: dict[str, Stored]
     constants: dict[str, bytes] = field(default_factory=dict)
+    rank: int = 0
 
 
 @dataclass
@@ -64,7 +66,19 @@ class Format:
     read: Callable[[Path], Contents]
     write: Callable[["Target", list[Stored]], Folder]
     newest: str | None = None  # release of the engine whose files it writes, the newest known
+    oldest: str | None = None  # the oldest whose names are known
     disagreements: Callable[[Layout, Contents], list[str]] | None = None  # of a folder's own settings with config.json
+
+
+    def release(self, version: str) -> tuple[int, ...]:
+        """The engine's release that `version` names, if its tensors' names are known. Raises PlanError or LayoutError."""
+        if self.newest is None:
+            raise PlanError([f"--engine-version {quote(version)} has no meaning for format {self.name}"], "it goes with --to vllm and --to sglang")
+        release, oldest, newest = parse_version(version), parse_version(self.oldest), parse_version(self.newest)
+        if release[: len(newest)] > newest or release < oldest[: len(release)]:
+            raise PlanError([f"--engine-version {quote(version)}: of {self.name}, names are known for {self.oldest} to {self.newest}"],
+                            f"use --engine-version {self.newest if release > newest else self.oldest}, if its tensors are still named so")  # fmt: skip
+        return release
 
 
 @dataclass(frozen=True)
@@ -109,12 +123,13 @@ def get(name: str) -> Format:
 def recognise(folder: Path) -> Format:
     """The format of `folder`, by its manifest or the names of its files. Raises FormatError."""
     from reshard.formats.manifest import read_manifest
+    from reshard.formats.unsupported import refuse_file, refuse_folder
 
     if not folder.is_dir():
         hint = None
         if not folder.exists() and not folder.is_absolute() and len(folder.parts) == 2:
             hint = f"did you mean hf://{folder}?"
-        raise FormatError(f"{folder} is not a folder" if folder.exists() else f"{folder} does not exist", hint)
+        raise refuse_file(folder) if folder.exists() else FormatError(f"{folder} does not exist", hint)
     manifest = read_manifest(folder)
     if manifest:
         return get(manifest["format"])
@@ -122,8 +137,7 @@ def recognise(folder: Path) -> Format:
     for format in formats().values():
         if format.recognise(folder, names):
             return format
-    some = ", ".join(sorted(names)[:5]) or "nothing"
-    raise FormatError(f"{folder} holds no checkpoint that reshard knows (it holds {some})", "say which with --from, or see `reshard convert --help`")
+    raise refuse_folder(folder, names)
 
 
 def safe_join(folder: Path, name: str) -> Path:

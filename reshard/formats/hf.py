@@ -22,7 +22,7 @@ _INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 #: bytes: small enough that a model of some size has several files, which can be written side by side and fetched so
 _MAX_FILE = 2 * 10**9
 _SINGLES = ("model.safetensors", "pytorch_model.bin")
-_SHARD = re.compile(r"(?:model|pytorch_model)-\d{5}-of-\d{5}\.(?:safetensors|bin)")
+_SHARD = re.compile(r"(?:model|pytorch_model)-[0-9]{5}-of-[0-9]{5}\.(?:safetensors|bin)")
 
 
 def _recognise(folder: Path, names: set[str]) -> bool:
@@ -35,6 +35,9 @@ def _read(folder: Path) -> Contents:
         raise FormatError(f"{folder} is of format hf, which is whole; its manifest says {mesh_of(manifest)}", "the manifest is of another folder; delete it")
     for index_name, single in zip(_INDEXES, _SINGLES):
         if (folder / index_name).is_file():
+            if (folder / single).is_file() and single not in _index(folder / index_name):
+                raise FormatError(f"{folder} holds both {single} and {index_name}, which lists other files",
+                                  f"transformers would load {single} alone; remove whichever of the two is not the model")  # fmt: skip
             return Contents(Mesh(), [_indexed(folder, index_name)])
         if (folder / single).is_file():
             return Contents(Mesh(), [_file(folder, single)])

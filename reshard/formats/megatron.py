@@ -19,9 +19,9 @@ from reshard.formats.hf import tensors_of, torch_tree
 from reshard.formats.manifest import mesh_of, read_manifest
 from reshard.formats.megatron_args import megatron_args, model_args
 from reshard.formats.megatron_compare import SIZES, compare_args, fields
-from reshard.formats.megatron_ranks import FOLDER, MOST_RANKS, expert_cuts, folder_name, folder_names, mp_ranks
+from reshard.formats.megatron_ranks import FOLDER, expert_cuts, folder_name, folder_names, mp_ranks
 from reshard.layout import Layout
-from reshard.place import Mesh, Rank, Rules, even_stages
+from reshard.place import MOST_RANKS, Mesh, Rank, Rules, even_stages
 from reshard.stores.foreign import quote
 
 TRACKER = "latest_checkpointed_iteration.txt"
@@ -210,7 +210,7 @@ def _write(target: Target, stored: list[Stored]) -> Folder:
     for rank, own in target.by_rank(stored):
         model = {s.name: torchzip.TensorSpec(s.name, s.dtype, s.shape) for s in own.values()}
         blob = {"args": args, "checkpoint_version": 3.0, "iteration": 0, "model": model}
-        files.append(OutFile(f"release/{folder_name(rank, mesh)}/{FILE}", torchzip.compose(blob), own))
+        files.append(OutFile(f"release/{folder_name(rank, mesh)}/{FILE}", torchzip.compose(blob), own, rank=rank.number))
     return Folder(files, {TRACKER: b"release"})
 
 

@@ -10,11 +10,9 @@ import re
 from math import lcm
 
 from reshard.errors import PlanError
-from reshard.place import Mesh, Rank
+from reshard.place import MOST_RANKS, Mesh, Rank
 
 FOLDER = re.compile(r"mp_rank_([0-9]{2,})(?:_([0-9]{3,}))?(?:_([0-9]{3,}))?")
-#: processes of one checkpoint: more than any that was ever trained, and few enough to be counted one by one
-MOST_RANKS = 65536
 
 
 def processes(mesh: Mesh) -> list[tuple[int, int, int]]:
