@@ -119,7 +119,8 @@ def open_checkpoint(
     if descriptor is None and quantised_as:
         raise refuse(folder, quantised_as, contents)
     if descriptor is None:
-        raise unknown_architecture(settings, contents)
+        error = unknown_architecture(settings, contents)
+        raise LayoutError(f"{config_path}: {error}", error.hint)
     if not layout and contents.layout not in (None, descriptor.name):
         raise FormatError(f"{folder} was written by layout {quote(contents.layout)}, {config_path} is a model of layout {descriptor.name}",
                           "pass the layout's file with --layout, or the right config.json with --config")  # fmt: skip

@@ -132,6 +132,9 @@ def recognise(folder: Path) -> Format:
         raise refuse_file(folder) if folder.exists() else FormatError(f"{folder} does not exist", hint)
     manifest = read_manifest(folder)
     if manifest:
+        if manifest["format"] not in formats():
+            raise FormatError(f"{folder}: its reshard.json is of format {quote(repr(manifest['format']))}, which this release does not know",
+                              f"formats: {', '.join(formats())}")  # fmt: skip
         return get(manifest["format"])
     names = {path.name for path in folder.iterdir()}
     for format in formats().values():
