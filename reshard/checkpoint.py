@@ -4,7 +4,8 @@ What comes out is a list of stored tensors with dtypes, files and byte offsets: 
 """
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -17,7 +18,7 @@ from reshard.errors import FormatError, LayoutError, PlanError
 from reshard.formats.manifest import read_manifest
 from reshard.formats.quantised import codes_without_scales, refuse, scheme
 from reshard.hub import is_remote
-from reshard.layout import Entry, Layout, Section
+from reshard.layout import Descriptor, Entry, Layout, Section
 from reshard.place import Mesh, Placement, slice_dim
 from reshard.stores import DTYPE_SIZE
 from reshard.stores.files import read_json, reading
@@ -112,22 +113,35 @@ def open_checkpoint(
     kind = formats.get(format) if format else formats.recognise(folder)
     config_path = find_config(folder, config)
     settings = read_config(config_path)
-    with reading(folder):
+    with reading(folder), _naming(folder):
         contents = kind.read(folder)
-    descriptor = load_descriptor(Path(layout)) if layout else find_descriptor(settings)
+    with _naming(config_path):
+        return _matched(folder, kind, contents, config_path, settings, load_descriptor(Path(layout)) if layout else None)
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Errors of layouts and meshes, which know of no file, with the name of the one that they are about."""
+    try:
+        yield
+    except (LayoutError, PlanError) as error:
+        if str(path) in f"{error} {error.hint}":
+            raise
+        raise (LayoutError if isinstance(error, LayoutError) else FormatError)(f"{path}: {error}", error.hint) from None
+
+
+def _matched(folder: Path, kind: formats.Format, contents: formats.Contents, config_path: Path, settings: Mapping[str, object], own: Descriptor | None) -> Checkpoint:
+    """The checkpoint whose files hold `contents`, by the descriptor that is given or, by default, that of its architecture."""
+    descriptor = own or find_descriptor(settings)
     quantised_as = scheme(settings, contents)
     if descriptor is None and quantised_as:
         raise refuse(folder, quantised_as, contents)
     if descriptor is None:
-        error = unknown_architecture(settings, contents)
-        raise LayoutError(f"{config_path}: {error}", error.hint)
-    if not layout and contents.layout not in (None, descriptor.name):
+        raise unknown_architecture(settings, contents)
+    if not own and contents.layout not in (None, descriptor.name):
         raise FormatError(f"{folder} was written by layout {quote(contents.layout)}, {config_path} is a model of layout {descriptor.name}",
                           "pass the layout's file with --layout, or the right config.json with --config")  # fmt: skip
-    try:
-        bound = descriptor.bind(model_config(settings))
-    except LayoutError as error:
-        raise LayoutError(f"{config_path}: {error}", error.hint) from None
+    bound = descriptor.bind(model_config(settings))
     disagreements = kind.disagreements(bound, contents) if kind.disagreements else []
     if disagreements:
         raise PlanError([f"{folder}: {text}" for text in disagreements],
@@ -142,7 +156,7 @@ def open_checkpoint(
         if quantised_as:  # one sentence instead of a line for each scale
             raise refuse(folder, quantised_as, contents) from None
         raise
-    without = None if layout else codes_without_scales(folder, settings, checkpoint.stored)
+    without = None if own else codes_without_scales(folder, settings, checkpoint.stored)
     if without:
         raise without
     return checkpoint

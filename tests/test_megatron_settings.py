@@ -69,6 +69,7 @@ def test_a_model_agrees_with_itself(config):
         (DENSE, {"vocab_size": 97}, [], "size"),
         (DENSE, {"rotary_base": 500000}, ["rotary_base"], "value"),
         (DENSE, {"norm_epsilon": 1e-2}, ["norm_epsilon"], "value"),
+        (DENSE, {"norm_epsilon": 10**400, "rotary_base": "x"}, ["rotary_base", "norm_epsilon"], "value"),
         (DENSE, {"norm_epsilon": 1e-6, "layernorm_epsilon": 1e-5}, [], "value"),
         (DENSE, {"use_rope_scaling": True}, ["use_rope_scaling"], "value"),
         (DENSE, {"rope_scaling_factor": 3.0}, [], "value"),

@@ -228,3 +228,36 @@ def test_hints_name_the_users_own_layout(hf, tmp_path, capsys):
     with pytest.raises(SystemExit) as exit:
         main(["layouts", "show", str(own)])
     assert exit.value.code == 0 and "model.layers.{layer}.other.weight" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("width", [60, 200])
+def test_the_list_of_layouts_fits_the_terminal(monkeypatch, capsys, width):
+    """defects.md B, "Other frictions": 60 columns were ignored."""
+    monkeypatch.setenv("COLUMNS", str(width))
+    with pytest.raises(SystemExit) as exit:
+        main(["layouts"])
+    out = capsys.readouterr().out
+    assert exit.value.code == 0 and "DeepseekV3ForCausalLM" in out and all(len(line) <= width for line in out.splitlines())
+
+
+def test_the_list_of_layouts_as_json(capsys):
+    """defects.md B, "Other frictions"."""
+    with pytest.raises(SystemExit) as exit:
+        main(["layouts", "--json"])
+    found = json.loads(capsys.readouterr().out)
+    assert exit.value.code == 0 and found["ok"] is True
+    row = next(row for row in found["layouts"] if row["name"] == "llama")
+    assert "LlamaForCausalLM" in row["architectures"] and "megatron" in row["formats"] and row["description"]
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [({"architectures": 3}, "architectures is 3"), ({"tie_word_embeddings": "x"}, "expected true or false"), ({"architectures": ["New"]}, "no layout descriptor"),
+     ({"num_key_value_heads": 3}, "not divisible"), ({"rms_norm_eps": "x"}, "norm_epsilon is 'x'"), ({"layer_types": 5}, "layer_types is 5")],
+)  # fmt: skip
+def test_a_wrong_setting_is_said_of_its_file(hf, change, says):
+    """defects.md L1: tracebacks for settings of other types, and errors that named no file."""
+    changed(hf, lambda held: held, **change)
+    with pytest.raises(ReshardError) as caught:
+        reshard.plan(hf, format="megatron", tp=2)
+    assert says in str(caught.value), caught.value

@@ -157,5 +157,8 @@ def _means(name: str, one: Mapping[str, object], other: Mapping[str, object]) ->
 
 def _same(a: object, b: object) -> bool:
     if isinstance(a, (int, float)) and isinstance(b, (int, float)):
-        return a == b or math.isclose(a, b, rel_tol=1e-9)
+        try:
+            return a == b or math.isclose(a, b, rel_tol=1e-9)
+        except OverflowError:  # an integer that no float can hold
+            return False
     return a == b

@@ -64,7 +64,9 @@ def bytes_changed(r: random.Random, raw: bytes, low: int = 0, high: int | None =
             case 2:
                 del out[at : at + r.choice([1, 2, 8, 64])]
             case 3:
-                out[at:at] = r.choice([b"\0", b"\xff" * 8, b"[", b"{", b'"', b"PK\1\2", struct.pack("<Q", r.choice([0, 1, 1 << 31, 1 << 63]))])
+                out[at:at] = r.choice(
+                    [b"\0", b"\xff" * 8, b"[", b"{", b'"', b"PK\1\2", struct.pack("<Q", r.choice([0, 1, 1 << 31, 1 << 63]))]
+                )
             case 4:
                 out[at : at + 8] = struct.pack("<Q", r.choice([0, 1, len(out), 1 << 32, (1 << 64) - 1]))
             case 5:
@@ -131,14 +133,18 @@ def as_library(path: Path, found: dict[str, TensorInfo]) -> str | None:
     return None if ours == theirs else f"the library reads {sorted(theirs)[:3]}, reshard {sorted(ours)[:3]}"
 
 
-def tensors_in(tree: object, at: str = "") -> dict[str, object]:
-    """Every tensor in a tree of dicts, lists and namespaces, by its path."""
+def tensors_in(tree: object, at: str = "", seen: set[int] | None = None) -> dict[str, object]:
+    """Every tensor in a tree of dicts, lists and namespaces, by its path; what is held twice is looked at once."""
     if isinstance(tree, (TensorInfo, torch.Tensor)):
         return {at: tree}
-    if isinstance(tree, (argparse.Namespace,)):
+    if isinstance(tree, argparse.Namespace):
         tree = vars(tree)
+    seen = set() if seen is None else seen
+    if id(tree) in seen:
+        return {}
+    seen.add(id(tree))
     items = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, (list, tuple)) else ()
-    return {path: leaf for key, value in items for path, leaf in tensors_in(value, f"{at}/{key}").items()}
+    return {path: leaf for key, value in items for path, leaf in tensors_in(value, f"{at}/{key}", seen).items()}
 
 
 def as_torch(path: Path, tree: object) -> str | None:
@@ -178,7 +184,13 @@ def _by_zipfile(path: Path, info: TensorInfo) -> bool:
 
 def _tensors() -> dict[str, torch.Tensor]:
     g = torch.Generator().manual_seed(0)
-    return {"a": torch.randn(3, 5, generator=g), "b.weight": torch.randn(4, 2, generator=g).bfloat16(), "c": torch.arange(7), "d": torch.zeros(0, 3).half(), "e": torch.ones(())}
+    return {
+        "a": torch.randn(3, 5, generator=g),
+        "b.weight": torch.randn(4, 2, generator=g).bfloat16(),
+        "c": torch.arange(7),
+        "d": torch.zeros(0, 3).half(),
+        "e": torch.ones(()),
+    }
 
 
 def _safetensors(folder: Path) -> None:
@@ -211,14 +223,23 @@ def _make_index(r: random.Random, folder: Path) -> None:
 
 def _judge_index(folder: Path, contents: object) -> str | None:
     (found,) = contents.tensors
-    whole = {name: (file.name, info) for file in sorted((folder / "m").glob("*.safetensors")) for name, info in safetensors.read(file)[0].items()}
+    whole = {
+        name: (file.name, info) for file in sorted((folder / "m").glob("*.safetensors")) for name, info in safetensors.read(file)[0].items()
+    }
     wrong = [name for name in found if found[name] != whole.get(name)]
     return f"{wrong[0]}: read {found[wrong[0]]}, lies at {whole.get(wrong[0])}" if wrong else None
 
 
 def _torch(folder: Path) -> None:
     t = _tensors()
-    tree = {"w": t["a"], "s": t["a"].t(), "b": {"c": [t["b.weight"], t["c"]]}, "args": argparse.Namespace(a=1, n="x", l=[1, 2]), "n": torch.nn.Parameter(t["e"]), "k": (1, None, 2.5)}
+    tree = {
+        "w": t["a"],
+        "s": t["a"].t(),
+        "b": {"c": [t["b.weight"], t["c"]]},
+        "args": argparse.Namespace(a=1, n="x", l=[1, 2]),
+        "n": torch.nn.Parameter(t["e"]),
+        "k": (1, None, 2.5),
+    }
     torch.save(tree, folder / "base")
 
 
@@ -334,7 +355,16 @@ def _make_descriptor(r: random.Random, folder: Path) -> None:
     (folder / "m.toml").write_bytes(as_toml(mutant(r, _TEXTS)))
 
 
-_NOTES = [{"fingerprint": "x", "version": 1}, {"boot": "b"}, {"file": "model.safetensors"}, {"batch": 3}, {"mark": 1}, {"durable": 1}, {"forget": True}, {"batch": 4}]
+_NOTES = [
+    {"fingerprint": "x", "version": 1},
+    {"boot": "b"},
+    {"file": "model.safetensors"},
+    {"batch": 3},
+    {"mark": 1},
+    {"durable": 1},
+    {"forget": True},
+    {"batch": 4},
+]
 
 
 def _make_journal(r: random.Random, folder: Path) -> None:
