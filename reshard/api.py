@@ -8,6 +8,7 @@ from math import isfinite, isnan
 from pathlib import Path
 
 from reshard.checkpoint import Checkpoint, open_checkpoint
+from reshard.errors import PlanError
 from reshard.hub import is_remote
 from reshard.job import Job, counting, default_jobs, join_to, one_rank, place, prepare
 from reshard.place import Mesh
@@ -18,7 +19,12 @@ open = open_checkpoint
 
 def _opened(source: Checkpoint | str | Path, options: dict) -> Checkpoint:
     chosen = {name: options.pop(name) for name in ("layout", "config", "cache") if name in options}
-    return source if isinstance(source, Checkpoint) else open_checkpoint(source, **chosen)
+    if not isinstance(source, Checkpoint):
+        return open_checkpoint(source, **chosen)
+    if chosen:
+        names = " and ".join(chosen)
+        raise PlanError([f"{names} given with a checkpoint that is open already, as {source.layout.name}"], f"pass {names} to reshard.open")
+    return source
 
 
 def plan(source: Checkpoint | str | Path, *, format: str, tp: int = 1, pp: int = 1, ep: int = 1, etp: int = 0, **options) -> Job:
@@ -186,7 +192,7 @@ def open_pair(a: Checkpoint | str | Path, b: Checkpoint | str | Path, *, layout=
 
     def opened(one: Checkpoint | str | Path, other: Checkpoint | str | Path) -> Checkpoint:
         if isinstance(one, Checkpoint):
-            return one
+            return _opened(one, {"layout": layout} if layout is not None else {})
         if config or is_remote(one) or (Path(one) / "config.json").is_file() or not Path(one).is_dir():
             return open_checkpoint(one, layout=layout, config=config)
         return open_checkpoint(one, layout=layout, config=other.config_path if isinstance(other, Checkpoint) else other)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from reshard.block import Box, Key, Stored
+from reshard.block import Key, Stored
 from reshard.errors import CastError
 from reshard.planner.plan import Copy, where
 from reshard.stores import DTYPE_SIZE

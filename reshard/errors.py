@@ -1,15 +1,17 @@
 """What can go wrong, as exceptions. Every one names the thing, both numbers, and (``hint``) what to do next."""
 
-
-from reshard.stores.foreign import quote
+from reshard.stores.foreign import printable, quote
 
 
 class ReshardError(ValueError):
-    """Base of all errors that reshard raises on purpose. ``str(e)`` is the message; ``e.hint`` is advice or None."""
+    """Base of all errors that reshard raises on purpose. ``str(e)`` is the message; ``e.hint`` is advice or None.
+
+    Both are safe to print: names in them come from files, and a file may try to command the terminal.
+    """
 
     def __init__(self, message: str, hint: str | None = None):
-        super().__init__(message)
-        self.hint = hint
+        super().__init__(printable(str(message)))
+        self.hint = None if hint is None else printable(str(hint))
 
     def __reduce__(self):  # errors cross from one process to another
         return type(self), (str(self), self.hint)

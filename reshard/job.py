@@ -19,7 +19,6 @@ from reshard.formats.manifest import manifest_bytes
 from reshard.planner.plan import Plan
 from reshard.planner.plan import plan as make_plan
 from reshard.planner.tiles import BUFFER, Portion, peak_buffer, portions
-from reshard.layout import parse_version
 from reshard.place import Mesh, Placement, Rank
 from reshard.stores.identity import Identity, identity
 from reshard.text import count, human, some, table
@@ -93,8 +92,7 @@ class Job:
         """Per destination rank: bytes it needs read, bytes of its files, bytes of its tensors."""
         written: dict[int, int] = {}
         for file in self.folder.files:
-            rank = next((s.rank for s in file.tensors.values()), 0)
-            written[rank] = written.get(rank, 0) + file.image.size
+            written[file.rank] = written.get(file.rank, 0) + file.image.size
         return [{**row, "bytes_written": written.get(row["rank"], 0)} for row in self.plan.per_rank()]
 
     def describe(self, path: str | None = None) -> str:
@@ -223,9 +221,7 @@ def place(source: Checkpoint, format: str, mesh: Mesh, engine_version: str | Non
     section = source.layout.section(kind.section)
     if mesh.ep > 1 and not source.layout.sizes.get("expert"):
         raise PlanError([f"ep={mesh.ep}, but {source.layout.name} is a model without experts"], "leave out --ep")
-    if engine_version is not None and kind.newest is None:
-        raise PlanError([f"--engine-version {engine_version} has no meaning for format {format}"], "it goes with --to vllm and --to sglang")
-    version = parse_version(engine_version) if engine_version else None
+    version = kind.release(engine_version) if engine_version is not None else None
     return Placement(source.layout, section.for_version(version), kind.rules, mesh, engine=version)
 
 

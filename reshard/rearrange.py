@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from reshard.block import Box, Key, Stored, end
+from reshard.block import Box, Stored, end
 from reshard.casts import Casts, Loss, word
 from reshard.coverage import label
 from reshard.errors import FormatError

@@ -3,7 +3,6 @@
 A branch is resolved to a commit once, and everything after that asks for the commit. Ranges of files are ``ranges.py``'s.
 """
 
-import hashlib
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor

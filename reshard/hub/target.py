@@ -1,6 +1,5 @@
 """The repository that a push writes to, as it stands: what would forbid the push is known before the first byte goes up."""
 
-import hashlib
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
