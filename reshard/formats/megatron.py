@@ -20,6 +20,7 @@ from reshard.formats import Contents, Folder, Format, OutFile, Target, safe_join
 from reshard.formats.hf import tensors_of, torch_tree
 from reshard.formats.manifest import read_manifest
 from reshard.formats.megatron_args import megatron_args
+from reshard.formats.megatron_compare import fields
 from reshard.place import Mesh, Rank, Rules, even_stages
 
 TRACKER = "latest_checkpointed_iteration.txt"
@@ -109,6 +110,13 @@ def _read(folder: Path) -> Contents:
     layers = iter(range(sum(map(len, depth.values()))))
     stages = [list(islice(layers, len(depth[p]))) for p in range(virtual.pp)]
     return Contents(virtual, tensors, manifest and manifest.get("layout"), stages=stages, ignore=_IGNORE)
+
+
+def args_of(folder: Path) -> dict[str, dict[str, object]]:
+    """The fields of ``args`` in each rank's file, by the name of its folder; empty where a file has none."""
+    root = _root(folder)
+    names = sorted(path.name for path in root.iterdir() if _RANK.fullmatch(path.name))
+    return {name: fields(_blob(root / name / FILE).get("args")) for name in names}
 
 
 def _blob(file: Path) -> dict:
