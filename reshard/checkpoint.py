@@ -121,6 +121,10 @@ def open_checkpoint(
         bound = descriptor.bind(model_config(settings))
     except LayoutError as error:
         raise LayoutError(f"{config_path}: {error}", error.hint) from None
+    disagreements = kind.disagreements(bound, contents) if kind.disagreements else []
+    if disagreements:
+        raise PlanError([f"{folder}: {text}" for text in disagreements],
+                        f"{config_path} is of another model: name the config.json of the one that was trained, with --config")  # fmt: skip
     checkpoint = Checkpoint(folder, kind.name, contents.mesh, bound, [], engine_version=contents.engine_version, config_path=config_path)
     manifest = read_manifest(folder) or {}
     checkpoint.native = manifest.get("dtypes", {})

@@ -4,12 +4,15 @@ The judges: samples whose args another program wrote, and Megatron's own rules f
 """
 
 import json
+import shutil
 from argparse import Namespace
 from pathlib import Path
 
 import pytest
 import torch
 
+import reshard
+from reshard.demo import make_model
 from reshard.descriptors import find_descriptor
 from reshard.formats.megatron_args import model_args
 from reshard.formats.megatron_compare import SIZES, compare_args
@@ -95,3 +98,94 @@ def test_fields_that_matter_are_told_apart(config, change, told, kind):
     found = compare_args({**args, **change}, args)
     assert names(found) == told and {d.kind for d in found} <= {kind}
     assert all((d.kind == "size") == (d.name in SIZES) for d in found)
+
+
+# ------------------------------------------------------------------------------------------------ reading with a wrong config
+
+
+def model(folder: Path, config: dict, **mesh) -> Path:
+    """A Megatron checkpoint of `config` in `folder`/m, the original in `folder`/hf."""
+    make_model(folder / "hf", config)
+    reshard.convert(folder / "hf", folder / "m", format="megatron", fsync=False, **mesh)
+    (folder / "m/config.json").unlink()
+    return folder / "m"
+
+
+def config_beside(folder: Path, **change) -> Path:
+    wrong = json.loads((folder / "hf/config.json").read_text()) | change
+    (folder / "wrong.json").write_text(json.dumps({key: value for key, value in wrong.items() if value is not None}))
+    return folder / "wrong.json"
+
+
+@pytest.mark.parametrize(
+    ("config", "change", "said"),
+    [
+        (
+            DENSE,
+            {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 4},
+            ["num_attention_heads 4", "gives 8", "num_query_groups 2", "kv_channels 8"],
+        ),
+        (DENSE, {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16}, ["num_attention_heads 4", "gives 2"]),
+        (DENSE, {"vocab_size": 70}, ["vocab_size 100", "gives 70"]),
+        (
+            MLA,
+            {"qk_nope_head_dim": 2, "qk_rope_head_dim": 4, "kv_lora_rank": 8},
+            ["qk_head_dim 4", "gives 2", "qk_pos_emb_head_dim 2", "kv_lora_rank 10"],
+        ),
+    ],
+)
+def test_a_config_of_other_sizes_is_refused_with_both_numbers_and_the_file(tmp_path, config, change, said):
+    """defects.md B1: equal products of sizes scrambled q, k and v without a word."""
+    folder = model(tmp_path, config, tp=2)
+    wrong = config_beside(tmp_path, **change)
+    with pytest.raises(reshard.ReshardError) as caught:
+        reshard.convert(folder, tmp_path / "back", format="hf", config=wrong, fsync=False)
+    assert all(text in str(caught.value) for text in [*said, "release/mp_rank_00/model_optim_rng.pt"]), caught.value
+    assert "--config" in caught.value.hint and not (tmp_path / "back").exists()
+
+
+def test_the_right_config_is_not_refused(tmp_path):
+    """Control, and what config.json may say otherwise: settings that decide no tensor's place."""
+    folder = model(tmp_path, DENSE, tp=2)
+    other = config_beside(tmp_path, rope_theta=5e5, rms_norm_eps=1e-5, max_position_embeddings=32)
+    for config in (tmp_path / "hf", other):
+        assert reshard.diff(tmp_path / "hf", reshard.open(folder, config=config))
+
+
+def rewritten(folder: Path, change) -> Path:
+    for file in folder.glob("**/model_optim_rng.pt"):
+        blob = torch.load(file, weights_only=False)
+        blob["args"] = Namespace(**change(vars(blob["args"])))
+        torch.save(blob, file)
+    (folder / "reshard.json").unlink()
+    return folder
+
+
+@pytest.mark.parametrize("etp", [None, "absent", 1])
+def test_only_pairs_of_ranks_that_occur_are_expected(tmp_path, etp):
+    """defects.md D2: tp2·ep2 with experts whole (etp 1) is two processes, so two files, also where args don't say etp."""
+    folder = model(tmp_path, MOE, tp=2, ep=2, etp=1)
+    assert sorted(path.name for path in (folder / "release").iterdir()) == ["mp_rank_00_000", "mp_rank_01_001"]
+    key = "expert_tensor_parallel_size"
+    rewritten(folder, lambda args: {k: v for k, v in args.items() if k != key} | ({} if etp == "absent" else {key: etp}))
+    assert reshard.diff(tmp_path / "hf", reshard.open(folder, config=tmp_path / "hf"))
+    shutil.rmtree(folder / "release/mp_rank_01_001")
+    with pytest.raises(reshard.FormatError, match="lacks mp_rank_"):
+        reshard.open(folder, config=tmp_path / "hf")
+
+
+def test_a_manifest_of_another_mesh_is_refused(tmp_path):
+    """defects.md, Low: Megatron ignored the mesh that the manifest states."""
+    folder = model(tmp_path, DENSE, tp=2)
+    manifest = json.loads((folder / "reshard.json").read_text())
+    (folder / "reshard.json").write_text(json.dumps(manifest | {"mesh": {"tp": 1, "pp": 2, "ep": 1}}))
+    with pytest.raises(reshard.FormatError, match="holds files of tp2, its manifest says tp1×pp2"):
+        reshard.open(folder, config=tmp_path / "hf")
+
+
+def test_a_folder_named_for_thirty_million_ranks_is_refused_at_once(tmp_path):
+    """defects.md M6: with args silent, every rank up to that number was counted."""
+    folder = rewritten(model(tmp_path, DENSE, tp=2), lambda args: {})
+    (folder / "release/mp_rank_01").rename(folder / "release/mp_rank_30000000")
+    with pytest.raises(reshard.FormatError, match="mp_rank_30000000"):
+        reshard.open(folder, config=tmp_path / "hf")

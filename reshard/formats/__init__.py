@@ -4,12 +4,13 @@ A format reads a folder into ``Contents`` (which tensors lie where, on which mes
 ``OutFile``s, sizes and headers known, no tensor byte touched. What the tensors mean is the descriptors' business.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from reshard.block import Stored
 from reshard.errors import FormatError
+from reshard.layout import Layout
 from reshard.place import Mesh, Placement, Rank, Rules
 from reshard.stores import FileImage, TensorInfo
 from reshard.stores.foreign import quote
@@ -21,7 +22,7 @@ class Contents:
 
     `boxes` holds, for formats that cut whole HF tensors into arbitrary boxes, the offsets of each rank's pieces.
     `stages` is the layers of each pipeline stage where the files show them. `ignore` are name patterns that every
-    model of this format may have and that are no weights.
+    model of this format may have and that are no weights. `settings` is what each file says of the model's sizes.
     """
 
     mesh: Mesh
@@ -31,6 +32,7 @@ class Contents:
     stages: list[list[int]] | None = None
     boxes: list[dict[str, tuple[int, ...]]] | None = None
     ignore: tuple[str, ...] = ()
+    settings: Mapping[str, Mapping[str, object]] = field(default_factory=dict)
 
 
 @dataclass
@@ -61,8 +63,8 @@ class Format:
     recognise: Callable[[Path, set[str]], bool]
     read: Callable[[Path], Contents]
     write: Callable[["Target", list[Stored]], Folder]
-    summary: str
     newest: str | None = None  # release of the engine whose files it writes, the newest known
+    disagreements: Callable[[Layout, Contents], list[str]] | None = None  # of a folder's own settings with config.json
 
 
 @dataclass(frozen=True)

@@ -109,10 +109,10 @@ def constant_bytes(value: float, dtype: str) -> bytes:
     return struct.pack(codes[dtype], value)
 
 
-def _format(name: str, summary: str, newest: str) -> Format:
+def _format(name: str, newest: str) -> Format:
     recognise = _recognise if name == "vllm" else lambda folder, names: False  # the two look alike; --from tells
-    return Format(name, name, Rules(grid, uneven_stages), recognise, partial(_read, name), partial(_write, name), summary, newest)
+    return Format(name, name, Rules(grid, uneven_stages), recognise, partial(_read, name), partial(_write, name), newest)
 
 
-VLLM = _format("vllm", "vLLM sharded_state (--load-format sharded_state)", "0.32")
-SGLANG = _format("sglang", "SGLang sharded_state (--load-format sharded_state)", "0.5.23")
+VLLM = _format("vllm", "0.32")
+SGLANG = _format("sglang", "0.5.23")

@@ -41,5 +41,4 @@ def _write(target: Target, stored: list[Stored]) -> Folder:
     return Folder(files, {})
 
 
-FORMAT = Format("rank-pt", "hf", Rules(grid, even_stages, even=False), _recognise, _read, _write,
-                "plain rank_XX.pt per rank, HF names")  # fmt: skip
+FORMAT = Format("rank-pt", "hf", Rules(grid, even_stages, even=False), _recognise, _read, _write)

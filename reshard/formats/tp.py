@@ -150,5 +150,4 @@ def _per_dim(stride: int, steps: tuple[int, ...]) -> tuple[int, int]:
     return dim, stride // steps[dim]
 
 
-FORMAT = Format("tp", "hf", Rules(grid, even_stages, even=False), _recognise, _read, _write,
-                "reshard's own: one self-describing safetensors set per rank, HF names")  # fmt: skip
+FORMAT = Format("tp", "hf", Rules(grid, even_stages, even=False), _recognise, _read, _write)
