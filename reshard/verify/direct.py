@@ -7,6 +7,7 @@ forward, and what a router adds is compared bit for bit.
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from math import isfinite
 
 import torch
 from torch import nn
@@ -98,5 +99,5 @@ def compare_vectors(expected: Mapping[str, torch.Tensor], ranks: list[Mapping[st
                 continue
             same = same and torch.equal(found.view(torch.uint8), theirs.to(found.dtype).contiguous().view(torch.uint8))
             off = max(off, ((found.double() - theirs.double()).abs().max() / (theirs.double().abs().max() or 1.0)).item())
-        points.append(Point(path, off if off == off else float("inf"), not same, decides=True))
+        points.append(Point(path, off if isfinite(off) else float("inf"), not same, decides=True))
     return points

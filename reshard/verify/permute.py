@@ -11,6 +11,7 @@ from dataclasses import replace
 
 import torch
 
+from reshard import formats
 from reshard.api import load
 from reshard.block import Stored
 from reshard.checkpoint import Checkpoint, open_checkpoint
@@ -95,7 +96,8 @@ def _verify(request: Request, device: torch.device) -> Report:
     left_out = left_in_order(checkpoint)
     broken = permuted(checkpoint, left_out) if left_out else None
     config = read_config(request)
-    differences = compare_settings(request.checkpoint, request.reference, request.config, checkpoint.format)
+    said = formats.get(checkpoint.format).read(request.checkpoint).settings
+    differences = compare_settings(request.checkpoint, request.reference, request.config, said)
     ids = token_ids(request, [], config)
     request.say("running the original")
     original = run_reference(request.reference, ids, dtype, device, request.low_memory)

@@ -47,7 +47,7 @@ def verify_rank(request: Request, number: int, world: int, local: int, locals_: 
             try:
                 device = choose(request.device, local)
                 shards, places, config = _opened(request, world)
-                differences = compare_settings(request.checkpoint, request.reference, request.config, shards.format)
+                differences = compare_settings(request.checkpoint, request.reference, request.config, shards.settings)
             except ReshardError as error:
                 problems = [error]
             agree(problems, control)

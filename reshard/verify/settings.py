@@ -41,10 +41,10 @@ class Difference:
         return {"where": self.where, "field": self.field, "found": _shown(self.found), "expected": _shown(self.expected)}
 
 
-def compare_settings(checkpoint: Path, reference: Path, config: Path | None = None, format: str | None = None) -> list[Difference]:
+def compare_settings(checkpoint: Path, reference: Path, config: Path | None = None, args: Mapping[str, Mapping] | None = None) -> list[Difference]:
     """Every setting of `checkpoint` that is not the one of `reference`: of its config.json (or `config`, a file or folder, in
-    its place), and of Megatron's args. Raises FormatError for a config.json that can't be read."""
-    return [*_configs(checkpoint, reference, config), *(_args(checkpoint, reference) if format == "megatron" else ())]
+    its place), and of Megatron's `args` by file. Raises FormatError for a config.json that can't be read."""
+    return [*_configs(checkpoint, reference, config), *_args(args or {}, reference)]
 
 
 def compare_configs(found: Mapping, expected: Mapping, where: str = "config.json") -> list[Difference]:
@@ -70,14 +70,13 @@ def _configs(checkpoint: Path, reference: Path, config: Path | None) -> list[Dif
     ]  # fmt: skip
 
 
-def _args(checkpoint: Path, reference: Path) -> list[Difference]:
+def _args(args: Mapping[str, Mapping], reference: Path) -> list[Difference]:
     """Every rank's args against those that the original's config.json implies, or where no descriptor tells those, the first's."""
     from reshard.checkpoint import find_descriptor, model_config, read_config
-    from reshard.formats.megatron import args_of
     from reshard.formats.megatron_args import model_args
     from reshard.formats.megatron_compare import compare_args
 
-    found = {name: args for name, args in args_of(checkpoint).items() if args}
+    found = {file: fields for file, fields in args.items() if fields}
     if not found:
         return []
     settings = read_config(_file(reference))
@@ -89,9 +88,9 @@ def _args(checkpoint: Path, reference: Path) -> list[Difference]:
         except ReshardError:  # no Megatron layout of it: the ranks can still be held against one another
             expected = None
     out = []
-    for name, args in found.items():
+    for file, fields in found.items():
         against = next(iter(found.values())) if expected is None else expected
-        out += [Difference(f"args of {name}", d.name, d.found, d.expected) for d in compare_args(args, against)]
+        out += [Difference(f"args in {file}", d.name, d.found, d.expected) for d in compare_args(fields, against)]
     return _together(out, len(found))
 
 
@@ -102,7 +101,7 @@ def _together(differences: list[Difference], count: int) -> list[Difference]:
         groups.setdefault((d.field, _shown(d.found)), []).append(d)
     out = []
     for same in groups.values():
-        out += [Difference("args of every rank", same[0].field, same[0].found, same[0].expected)] if count > 1 and len(same) == count else same
+        out += [Difference("args in every file", same[0].field, same[0].found, same[0].expected)] if count > 1 and len(same) == count else same
     return out
 
 

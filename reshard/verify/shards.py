@@ -2,6 +2,7 @@
 
 import mmap
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
@@ -32,7 +33,7 @@ class Held:
 @dataclass(frozen=True)
 class Shards:
     """A checkpoint as its ranks hold it: `tables[rank.number]` maps module names to stored tensors; `extra[rank.number]` are those that
-    no forward uses."""
+    no forward uses; `settings` is what each file says of the model (Megatron's args)."""
 
     folder: Path
     format: str
@@ -40,6 +41,7 @@ class Shards:
     ranks: list[Rank]
     tables: list[dict[str, Held]]
     extra: list[list[Held]] = field(default_factory=list)
+    settings: Mapping[str, Mapping] = field(default_factory=dict)
 
     def layers(self, rank: Rank) -> set[int]:
         """Numbers of the layers that `rank` holds tensors of."""
@@ -96,4 +98,4 @@ def open_shards(folder: Path, format: str | None = None) -> Shards:
             table[module] = Held(name, file, info)
         tables.append(table)
         extra.append(unused)
-    return Shards(folder, kind.name, contents.mesh, ranks, tables, extra)
+    return Shards(folder, kind.name, contents.mesh, ranks, tables, extra, contents.settings)

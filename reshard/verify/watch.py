@@ -9,6 +9,7 @@ import os
 import re
 import sys
 import threading
+from typing import Self
 
 from reshard.errors import ReshardError
 
@@ -32,7 +33,7 @@ class Watch:
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._look, name="reshard-verify-watch", daemon=True)
 
-    def __enter__(self) -> "Watch":
+    def __enter__(self) -> Self:
         self._thread.start()
         return self
 
