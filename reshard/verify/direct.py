@@ -69,15 +69,46 @@ def routing_vectors(m: Model) -> dict[str, torch.Tensor]:
     return out
 
 
-def compare_experts(expected: Mapping[str, torch.Tensor], found: Mapping[str, torch.Tensor], tolerance: float) -> list[Point]:
-    """For each layer its worst expert, by the number of it where that one is off, relative to that expert's largest output."""
+@torch.no_grad()
+def router_rows(m: Model) -> dict[str, torch.Tensor]:
+    """Each row of every router's matrix as a few numbers, [experts, 4], by the path of the block that it is in, on the CPU: by its row an
+    expert is known, whatever its number."""
+    from accelerate.utils import align_module_device
+
+    vectors = torch.randn(m.config.hidden_size, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    out = {}
+    for path, router in routers(m):
+        with align_module_device(router):
+            out[f"{m.layers}.{path}".rpartition(".")[0]] = router.weight.detach().cpu().double() @ vectors
+    return out
+
+
+def orders(expected: Mapping[str, torch.Tensor], found: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The number that each of the original's experts has among the shards', by path of their block: experts in another order compute the
+    same when the rows of their router are in that order too. Where rows don't tell, an expert keeps its number."""
+    out = {}
+    for path, theirs in expected.items():
+        order = torch.arange(len(theirs))
+        if path in found and found[path].shape == theirs.shape:
+            apart = torch.cdist(theirs, found[path])
+            apart.diagonal().mul_(1 - 1e-9)
+            nearest = apart.argmin(1)
+            order = nearest if len(nearest.unique()) == len(order) else order
+        out[path] = order
+    return out
+
+
+def compare_experts(expected: Mapping[str, torch.Tensor], found: Mapping[str, torch.Tensor], numbers: Mapping[str, torch.Tensor], tolerance: float) -> list[Point]:
+    """For each layer its worst expert, by the number of it where that one is off, relative to that expert's largest output; `numbers`
+    are the shards' of the original's experts."""
     points = []
     for path, theirs in expected.items():
-        if path not in found:
+        if path not in found or found[path].shape != theirs.shape:
             points.append(Point(path, float("inf"), True, decides=True))
             continue
         largest = theirs.abs().amax((1, 2))
-        off = (found[path] - theirs).abs().amax((1, 2)) / torch.where(largest > 0, largest, 1.0)
+        own = found[path][numbers.get(path.rpartition(".")[0], slice(None))]
+        off = (own - theirs).abs().amax((1, 2)) / torch.where(largest > 0, largest, 1.0)
         off = torch.where(off.isfinite(), off, float("inf"))
         worst = int(off.argmax())
         apart = off[worst].item() > tolerance
@@ -85,8 +116,8 @@ def compare_experts(expected: Mapping[str, torch.Tensor], found: Mapping[str, to
     return points
 
 
-def compare_vectors(expected: Mapping[str, torch.Tensor], ranks: list[Mapping[str, torch.Tensor]]) -> list[Point]:
-    """Each vector of the original's routers with that of every rank that has it: equal in every bit, or off."""
+def compare_vectors(expected: Mapping[str, torch.Tensor], ranks: list[Mapping[str, torch.Tensor]], numbers: Mapping[str, torch.Tensor]) -> list[Point]:
+    """Each vector of the original's routers with that of every rank that has it: equal in every bit, or off. `numbers` as above."""
     points = []
     for path, theirs in expected.items():
         off = 0.0
@@ -97,6 +128,8 @@ def compare_vectors(expected: Mapping[str, torch.Tensor], ranks: list[Mapping[st
             if found.shape != theirs.shape:
                 same, off = False, float("inf")
                 continue
+            order = numbers.get(path.rpartition(".")[0].rpartition(".")[0])
+            found = found if order is None or len(order) != len(found) else found[order]
             same = same and torch.equal(found.view(torch.uint8), theirs.to(found.dtype).contiguous().view(torch.uint8))
             off = max(off, ((found.double() - theirs.double()).abs().max() / (theirs.double().abs().max() or 1.0)).item())
         points.append(Point(path, off if isfinite(off) else float("inf"), not same, decides=True))

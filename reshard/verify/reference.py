@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from reshard.errors import FormatError
-from reshard.verify.direct import reached, routing_vectors, run_experts
+from reshard.verify.direct import reached, router_rows, routing_vectors, run_experts
 from reshard.verify.model import Model, empty_model, parts_of
 from reshard.verify.routers import recorded
 from reshard.verify.trace import Trace, every_row
@@ -75,14 +75,15 @@ def load_state(state: dict[str, torch.Tensor], config, dtype: torch.dtype, devic
 @dataclass(frozen=True)
 class Original:
     """What the original computed, on the CPU: logits [sequences, positions, vocabulary] in fp32, the output of every part
-    of the model, and what its routers saw; each expert's outputs on given tokens, the vectors that routers add, and how
-    many of all experts the prompts reached."""
+    of the model, and what its routers saw; each expert's outputs on given tokens, the vectors that routers add and the marks of
+    their rows (``direct.py``), and how many of all experts the prompts reached."""
 
     logits: torch.Tensor
     outputs: dict[str, torch.Tensor]
     routed: dict[str, torch.Tensor]
     experts: dict[str, torch.Tensor] = field(default_factory=dict)
     vectors: dict[str, torch.Tensor] = field(default_factory=dict)
+    rows: dict[str, torch.Tensor] = field(default_factory=dict)
     reached: tuple[int, int] = (0, 0)
 
 
@@ -97,4 +98,4 @@ def run_reference(folder: Path, ids: torch.Tensor, dtype: torch.dtype, device: t
             logits = model(ids.to(device), use_cache=False).logits
         experts = run_experts(m, dtype, device)
         every = sum(len(outputs_of) for outputs_of in experts.values())
-        return Original(logits.float().cpu(), {**rows, **outputs}, routed, experts, routing_vectors(m), (sum(map(len, used.values())), every))
+        return Original(logits.float().cpu(), {**rows, **outputs}, routed, experts, routing_vectors(m), router_rows(m), (sum(map(len, used.values())), every))

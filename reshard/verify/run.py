@@ -14,7 +14,7 @@ from reshard.verify.beyond import compare_beyond
 from reshard.verify.build import build
 from reshard.verify.controls import controls, planted
 from reshard.verify.devices import Device, check_memory, choose, forward_bytes, ranks_to_a_device
-from reshard.verify.direct import compare_experts, compare_vectors, experts_of, routing_vectors, run_experts
+from reshard.verify.direct import compare_experts, compare_vectors, experts_of, orders, router_rows, routing_vectors, run_experts
 from reshard.verify.exact import exact
 from reshard.verify.figures import DTYPES, Figures, compare, relative_tolerance, worst
 from reshard.verify.group import CONTROL, Seat, agree, agreed, control_group, is_agreed, process_groups, seats
@@ -105,7 +105,7 @@ def _verify(request, shards: Shards, places: list[Seat], number: int, config, di
         request.say(f"running the shards on {len(places)} process{'es' * (len(places) > 1)}")
     names, runs = ["shards"], [_forward(m, s, ids, control)]
     experts = run_experts(m, dtype, device, counts)
-    direct = gather((experts if s.stage.index == 0 else {}, routing_vectors(m)), control)  # a stage's ranks have the same sums
+    direct = gather((experts if s.stage.index == 0 else {}, routing_vectors(m), router_rows(m)), control)  # a stage's ranks have the same sums
     for defect in controls(s, m):
         if number == 0:
             request.say(f"planting a defect: {defect.name}")
@@ -126,10 +126,12 @@ def _verify(request, shards: Shards, places: list[Seat], number: int, config, di
                   unexercised(text, ids.shape[1], beyond), expected.reached)  # fmt: skip
 
 
-def _directly(expected: Original, direct: list[tuple[dict, dict]], relative: float) -> list[Point]:
+def _directly(expected: Original, direct: list[tuple[dict, dict, dict]], relative: float) -> list[Point]:
     """Experts and routing vectors, as every rank has them, against the original's."""
-    experts = {path: outputs for own, _ in direct for path, outputs in own.items()}
-    return [*compare_experts(expected.experts, experts, relative), *compare_vectors(expected.vectors, [own for _, own in direct])]
+    experts = {path: outputs for own, _, _ in direct for path, outputs in own.items()}
+    numbers = orders(expected.rows, {path: rows for _, _, own in reversed(direct) for path, rows in own.items()})
+    vectors = [own for _, own, _ in direct]
+    return [*compare_experts(expected.experts, experts, numbers, relative), *compare_vectors(expected.vectors, vectors, numbers)]
 
 
 def _stored(s: Slices, points: list[Point]) -> list[str]:
