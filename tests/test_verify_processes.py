@@ -7,13 +7,12 @@ import subprocess
 import sys
 import threading
 import time
-from datetime import timedelta
 from pathlib import Path
 
 import pytest
 import torch.distributed as dist
 
-from reshard.errors import FormatError, ReshardError
+from reshard.errors import FormatError
 from reshard.verify.watch import Stopped, Watch
 
 pytest.importorskip("transformers")
@@ -209,10 +208,4 @@ def test_under_torchrun_an_error_on_one_rank_ends_all_and_is_told(script, tmp_pa
                "--reference", str(MODEL[1]), "--device", "cpu", "-q"]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, timeout=150, check=False, env=environment)
     assert done.returncode != 0
-    assert isinstance(ReshardError("x"), ValueError) and re.search("full|rank 1 stopped|lost another rank", done.stderr), done.stderr
-
-
-def test_silence_is_longer_than_the_reference_takes():
-    from reshard.verify.group import SILENCE
-
-    assert SILENCE >= timedelta(hours=1)
+    assert re.search("full|rank 1 stopped|lost another rank", done.stderr), done.stderr
