@@ -25,17 +25,20 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "tests"), str(ROOT)]
 
-import ranks  # noqa: E402
-import test_verify_defects as planters  # noqa: E402
+import ranks
+import test_verify_defects as planters
 
-import reshard  # noqa: E402
-from reshard.formats.megatron_compare import SIZES, VALUES  # noqa: E402
-from reshard.verify.report import Report  # noqa: E402
-from reshard.verify.settings import HARMLESS  # noqa: E402
+import reshard
+from reshard.formats.megatron_compare import SIZES, VALUES
+from reshard.verify.report import Report
+from reshard.verify.settings import HARMLESS
 
 SAMPLES = ROOT.parent / "shared/samples/hf"
 #: fields whose value these models never use, so that no engine computes otherwise: (kind, family or *, field) → why
-EXPLAINED: dict[tuple[str, str, str], str] = {}
+EXPLAINED = {
+    ("config.json", family, "sliding_window"): "use_sliding_window is off, and neither transformers nor vLLM reads the window then"
+    for family in ("qwen2", "qwen3", "qwen3_moe")
+}
 
 
 @dataclass(frozen=True)
@@ -82,13 +85,22 @@ BREAKS: dict[str, Callable] = {
 PLACES = [
     (family, format, mesh)
     for family, formats in {
-        "llama": ("tp", "vllm", "megatron"), "llama-tied": ("tp", "vllm"), "llama-oddvocab": ("megatron",), "qwen2": ("vllm", "megatron"), "qwen3": ("sglang",),
-        "phi3": ("vllm", "rank-pt"), "gpt_neox": ("tp",), "gpt_oss": ("vllm", "megatron"), "qwen3_moe": ("vllm", "megatron"), "mixtral": ("tp",),
+        "llama": ("tp", "vllm", "megatron"),
+        "llama-tied": ("tp", "vllm"),
+        "llama-oddvocab": ("megatron",),
+        "qwen2": ("vllm", "megatron"),
+        "qwen3": ("sglang",),
+        "phi3": ("vllm", "rank-pt"),
+        "gpt_neox": ("tp",),
+        "gpt_oss": ("vllm", "megatron"),
+        "qwen3_moe": ("vllm", "megatron"),
+        "mixtral": ("tp",),
         "deepseek_v3": ("vllm", "megatron"),
     }.items()
     for format in formats
-    for mesh in ((("tp", 2),), (("tp", 2), ("pp", 2))) if format == "megatron" or mesh == (("tp", 2),)
-]  # fmt: skip
+    for mesh in ((("tp", 2),), (("tp", 2), ("pp", 2)))
+    if format == "megatron" or mesh == (("tp", 2),)
+]
 
 
 def random_defects(count: int, rng: random.Random) -> list[Case]:
@@ -101,11 +113,17 @@ def random_defects(count: int, rng: random.Random) -> list[Case]:
         def change(states, way=way, seed=seed):
             rng = random.Random(seed)
             state = rng.choice(states)
-            weights = sorted(name for name, x in state.items() if torch.is_tensor(x) and x.is_floating_point() and x.numel() > 1 and not name.endswith(IGNORED))
+            weights = sorted(
+                name
+                for name, x in state.items()
+                if torch.is_tensor(x) and x.is_floating_point() and x.numel() > 1 and not name.endswith(IGNORED)
+            )
             name = rng.choice(weights)
             state[name] = BREAKS[way](state[name]).to(state[name].dtype).contiguous()
 
-        cases.append(Case("shards, random", family, f"#{number} {format}: a tensor {way} (seed {seed})", _rewritten(change), (format, mesh)))
+        cases.append(
+            Case("shards, random", family, f"#{number} {format}: a tensor {way} (seed {seed})", _rewritten(change), (format, mesh))
+        )
     return cases
 
 
@@ -122,7 +140,9 @@ def idle_experts(count: int, rng: random.Random) -> list[Case]:
             for state in states:
                 next(x for name, x in state.items() if f"layers.{layer}." in name and name.endswith("w2_weight"))[expert] = 0
 
-        cases.append(Case("shards, idle experts", MANY, f"expert {expert} of layer {layer} zeroed", _rewritten(change), ("vllm", (("tp", 2),))))
+        cases.append(
+            Case("shards, idle experts", MANY, f"expert {expert} of layer {layer} zeroed", _rewritten(change), ("vllm", (("tp", 2),)))
+        )
     return cases
 
 
@@ -179,13 +199,26 @@ def config_cases() -> list[Case]:
     for family in ("llama", "llama-tied", "qwen2", "qwen3", "phi3", "gpt_neox", "gpt_oss", "qwen3_moe", "mixtral", "deepseek_v3"):
         config = json.loads((SAMPLES / family / "config.json").read_text())
         fields = [(name, new) for name, value in config.items() for new in otherwise(name, value)]
-        fields += [(f"{table}.{name}", new) for table, values in config.items() if isinstance(values, dict)
-                   for name, value in values.items() for new in otherwise(name, value)[:1]]  # fmt: skip
+        fields += [
+            (f"{table}.{name}", new)
+            for table, values in config.items()
+            if isinstance(values, dict)
+            for name, value in values.items()
+            for new in otherwise(name, value)[:1]
+        ]
         fields += [("scoring_func", "tanh"), ("quantization_config", {"quant_method": "fp8"})]
         for field, new in fields:
             leaf = field.rpartition(".")[2]
-            cases.append(Case("config.json, harmless" if leaf in HARMLESS else "config.json", family, f"{field} = {new!r}", _config(field, new),
-                              ("tp" if family == "gpt_neox" else "vllm", (("tp", 2),)), leaf in HARMLESS))  # fmt: skip
+            cases.append(
+                Case(
+                    "config.json, harmless" if leaf in HARMLESS else "config.json",
+                    family,
+                    f"{field} = {new!r}",
+                    _config(field, new),
+                    ("tp" if family == "gpt_neox" else "vllm", (("tp", 2),)),
+                    leaf in HARMLESS,
+                )
+            )
     return cases
 
 
@@ -205,7 +238,14 @@ def _config(field: str, value: object) -> Callable[[Path], None]:
 def args_cases() -> list[Case]:
     """Every field of Megatron's args that says something of the model, with another value; fields of training must pass."""
     cases = []
-    harmless = {"seq_length": 17, "hidden_dropout": 0.1, "attention_dropout": 0.1, "tokenizer_type": "NullTokenizer", "bf16": False, "iteration": 9}
+    harmless = {
+        "seq_length": 17,
+        "hidden_dropout": 0.1,
+        "attention_dropout": 0.1,
+        "tokenizer_type": "NullTokenizer",
+        "bf16": False,
+        "iteration": 9,
+    }
     for family in ("llama", "qwen2", "gpt_oss", "qwen3_moe", "deepseek_v3", "mixtral"):
         file = next(sound(family, "megatron", (("tp", 2),)).glob("release/*/*.pt"))
         args = vars(torch.load(file, weights_only=False)["args"])
@@ -247,9 +287,12 @@ UNREAD = {
     "moe_": "the model has no experts",
     "rope_type": "the model has no latent attention, which alone reads it",
     "window_attn_skip_freq": "the model has no window",
-    "q_lora_rank": "no latent attention", "kv_lora_rank": "no latent attention", "qk_head_dim": "no latent attention",
-    "qk_pos_emb_head_dim": "no latent attention", "v_head_dim": "no latent attention",
-}  # fmt: skip
+    "q_lora_rank": "no latent attention",
+    "kv_lora_rank": "no latent attention",
+    "qk_head_dim": "no latent attention",
+    "qk_pos_emb_head_dim": "no latent attention",
+    "v_head_dim": "no latent attention",
+}
 
 
 def reason(case: Case) -> str:
@@ -272,7 +315,9 @@ def harmless_shards() -> list[Case]:
         ("mixtral", "tp", "experts with their router's rows", planters.experts_and_router),
         ("llama-oddvocab", "megatron", "padding of the embedding", pad),
     ]
-    return [Case("shards, harmless", family, name, _rewritten(change), (format, (("tp", 2),)), True) for family, format, name, change in table]
+    return [
+        Case("shards, harmless", family, name, _rewritten(change), (format, (("tp", 2),)), True) for family, format, name, change in table
+    ]
 
 
 # --- running ---
@@ -341,9 +386,13 @@ def main() -> int:
     print(f"\n{'kind':24}{'planted':>9}{'found':>8}{'missed':>8}{'of these explained':>20}   harmless that passed / failed")
     for kind, count in counts.items():
         ran = sum(count[name] for name in ("found", "missed", "inconclusive", "crashed"))
-        print(f"{kind:24}{ran:9}{count['found']:8}{ran - count['found']:8}{count['explained']:20}   {count['passed']} / {count['false alarm']}")
+        print(
+            f"{kind:24}{ran:9}{count['found']:8}{ran - count['found']:8}{count['explained']:20}   {count['passed']} / {count['false alarm']}"
+        )
     total = sum(sum(count[name] for name in ("found", "missed", "inconclusive", "crashed")) for count in counts.values())
-    print(f"{total} defects planted, {sum(count['found'] for count in counts.values())} found; seed {options.seed}, {time.monotonic() - start:.0f} s")
+    print(
+        f"{total} defects planted, {sum(count['found'] for count in counts.values())} found; seed {options.seed}, {time.monotonic() - start:.0f} s"
+    )
     rmtree(scratch(), ignore_errors=True)
     return 1 if bad else 0
 

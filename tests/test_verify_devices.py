@@ -181,7 +181,11 @@ def test_both_methods_compute_within_full_precision(method, monkeypatch):
         raise FormatError("far enough")
 
     monkeypatch.setattr(run if method == "tp" else permute, "run_reference", stop)
-    request = Request(SAMPLES / "vllm/llama-tp2", SAMPLES / "vllm/hf/llama") if method == "permute" else Request(SAMPLES / "hf/llama", SAMPLES / "hf/llama")
+    request = (
+        Request(SAMPLES / "vllm/llama-tp2", SAMPLES / "vllm/hf/llama")
+        if method == "permute"
+        else Request(SAMPLES / "hf/llama", SAMPLES / "hf/llama")
+    )
     try:
         with tempfile.TemporaryDirectory() as folder, pytest.raises(FormatError, match="far enough"):
             if method == "tp":
@@ -263,7 +267,9 @@ def test_the_whole_original_on_the_host_is_as_it_is_stored(tmp_path):
     pytest.importorskip("transformers")
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    config = LlamaConfig(vocab_size=4096, hidden_size=1024, intermediate_size=4096, num_hidden_layers=8, num_attention_heads=8, num_key_value_heads=8)
+    config = LlamaConfig(
+        vocab_size=4096, hidden_size=1024, intermediate_size=4096, num_hidden_layers=8, num_attention_heads=8, num_key_value_heads=8
+    )
     LlamaForCausalLM(config).bfloat16().save_pretrained(tmp_path / "hf")
     size = sum(file.stat().st_size for file in (tmp_path / "hf").glob("*.safetensors"))
     assert size > 200e6

@@ -78,7 +78,10 @@ def test_an_expert_that_no_token_reaches_is_found_when_it_is_zeroed(tmp_path):
         report = verify(tmp_path / str(expert), many_experts())
         assert isinstance(report, Report) and not report and not report.shards.passed
         assert f"model.layers.1.mlp.experts.{expert}" in [point.path for point in report.shards.points if point.apart]
-        assert any("w2_weight" in name for name in report.shards.suspects) or report.shards.parted.path != f"model.layers.1.mlp.experts.{expert}"
+        assert (
+            any("w2_weight" in name for name in report.shards.suspects)
+            or report.shards.parted.path != f"model.layers.1.mlp.experts.{expert}"
+        )
 
 
 @pytest.mark.parametrize("format, mesh", [("sglang", {"tp": 2, "ep": 2}), ("megatron", {"tp": 2, "ep": 2}), ("megatron", {"tp": 2, "ep": 2, "etp": 1}),
@@ -91,7 +94,9 @@ def test_sound_experts_pass_wherever_they_are(format, mesh):
     assert len(points) == 2 and max(point.relative for point in points) < 1e-5
 
 
-@pytest.mark.parametrize("family, name, dtype", [("deepseek_v3", "e_score_correction_bias", torch.bfloat16), ("gpt_oss", "router.bias", torch.float8_e4m3fn)])
+@pytest.mark.parametrize(
+    "family, name, dtype", [("deepseek_v3", "e_score_correction_bias", torch.bfloat16), ("gpt_oss", "router.bias", torch.float8_e4m3fn)]
+)
 def test_a_vector_of_a_router_that_is_rounded_is_noticed(family, name, dtype, tmp_path):
     """defects.md D9: a correction bias in bf16, which turns no decision of 64 tokens"""
     original, changed = tmp_path / "hf", []
@@ -126,8 +131,14 @@ def with_prediction_layer() -> Path:
     files = sorted(folder.glob("*.safetensors"))
     state = load_file(files[-1])
     torch.manual_seed(1)
-    extra = {"model.layers.2.eh_proj.weight": torch.randn(64, 128), "model.layers.2.enorm.weight": torch.randn(64), "mtp.fc.weight": torch.randn(64, 128)}
-    save_file({**state, **{name: tensor.to(next(iter(state.values())).dtype) for name, tensor in extra.items()}}, files[-1], {"format": "pt"})
+    extra = {
+        "model.layers.2.eh_proj.weight": torch.randn(64, 128),
+        "model.layers.2.enorm.weight": torch.randn(64),
+        "mtp.fc.weight": torch.randn(64, 128),
+    }
+    save_file(
+        {**state, **{name: tensor.to(next(iter(state.values())).dtype) for name, tensor in extra.items()}}, files[-1], {"format": "pt"}
+    )
     index = folder / "model.safetensors.index.json"
     if index.exists():
         table = json.loads(index.read_text())
@@ -170,5 +181,9 @@ def test_what_cannot_be_compared_is_said(tmp_path):
     report = verify(tmp_path / "out", SAMPLES / "vllm/hf/llama", "vllm")
     assert isinstance(report, Report) and report.passed
     said = "\n".join(report.unexercised)
-    assert "mtp.fused.weight" in said and "1 scale of quantised caches that is not 1" in said and said in report.describe().replace("\n  ", "\n")
+    assert (
+        "mtp.fused.weight" in said
+        and "1 scale of quantised caches that is not 1" in said
+        and said in report.describe().replace("\n  ", "\n")
+    )
     assert report.to_json()["not_exercised"] == report.unexercised

@@ -45,7 +45,9 @@ def script(tmp_path):
         environment = {name: value for name, value in os.environ.items() if name != "GLOO_SOCKET_IFNAME"}
         path = f"{tmp_path}{os.pathsep}{Path(__file__).parents[1]}"
         environment |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": path, "TMPDIR": str(tmp_path)}
-        return subprocess.Popen([sys.executable, str(tmp_path / "main.py")], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, **popen)
+        return subprocess.Popen(
+            [sys.executable, str(tmp_path / "main.py")], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, **popen
+        )
 
     return start
 
@@ -111,7 +113,10 @@ def _descendants(tmp: Path) -> list[int]:
     found = []
     for path in Path("/proc").glob("[0-9]*"):
         try:
-            if f"TMPDIR={tmp}".encode() in (path / "environ").read_bytes() and "Z" not in (path / "stat").read_text().rpartition(")")[2].split()[0]:
+            if (
+                f"TMPDIR={tmp}".encode() in (path / "environ").read_bytes()
+                and "Z" not in (path / "stat").read_text().rpartition(")")[2].split()[0]
+            ):
                 found.append(int(path.name))
         except OSError:
             continue
@@ -195,7 +200,9 @@ def test_a_lost_connection_blames_nobody_by_name():
     store = dist.HashStore()
     watch = Watch(store, 0)
     watch.tell(RuntimeError("[gloo] Connection closed by peer [127.0.0.1]:1"))
-    assert re.match("rank 0 lost another rank, which ended without a word", str(watch.translated(RuntimeError("Connection closed by peer"))))
+    assert re.match(
+        "rank 0 lost another rank, which ended without a word", str(watch.translated(RuntimeError("Connection closed by peer")))
+    )
 
 
 @pytest.mark.models
@@ -203,7 +210,12 @@ def test_under_torchrun_an_error_on_one_rank_ends_all_and_is_told(script, tmp_pa
     """defects.md E10, D12: no rank waits, and one of them says who stopped"""
     process = script(behave("raise MemoryError('full')"))  # writes the files that follow
     process.communicate(timeout=120)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": f"{tmp_path}{os.pathsep}{Path(__file__).parents[1]}"}
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+        "PYTHONPATH": f"{tmp_path}{os.pathsep}{Path(__file__).parents[1]}",
+    }
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "reshard", "verify", str(MODEL[0]),
                "--reference", str(MODEL[1]), "--device", "cpu", "-q"]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, timeout=150, check=False, env=environment)

@@ -109,7 +109,9 @@ def check_memory(devices: list[Device], shards: Mapping[int, int], original: int
             if need > free:
                 problems.append(f"GPU {name} has {human(free)} free, {what} need {human(need)} with what a forward takes")
     if problems:
-        raise FormatError("; ".join(problems), "compute in --dtype bf16, stream the original with --low-memory, give more GPUs, or use --device cpu")
+        raise FormatError(
+            "; ".join(problems), "compute in --dtype bf16, stream the original with --low-memory, give more GPUs, or use --device cpu"
+        )
 
 
 def forward_bytes(ids: tuple[int, int], vocab: int, hidden: int, widest: int, heads: int, size: int) -> int:

@@ -98,7 +98,9 @@ def orders(expected: Mapping[str, torch.Tensor], found: Mapping[str, torch.Tenso
     return out
 
 
-def compare_experts(expected: Mapping[str, torch.Tensor], found: Mapping[str, torch.Tensor], numbers: Mapping[str, torch.Tensor], tolerance: float) -> list[Point]:
+def compare_experts(
+    expected: Mapping[str, torch.Tensor], found: Mapping[str, torch.Tensor], numbers: Mapping[str, torch.Tensor], tolerance: float
+) -> list[Point]:
     """For each layer its worst expert, by the number of it where that one is off, relative to that expert's largest output; `numbers`
     are the shards' of the original's experts."""
     points = []
@@ -116,7 +118,9 @@ def compare_experts(expected: Mapping[str, torch.Tensor], found: Mapping[str, to
     return points
 
 
-def compare_vectors(expected: Mapping[str, torch.Tensor], ranks: list[Mapping[str, torch.Tensor]], numbers: Mapping[str, torch.Tensor]) -> list[Point]:
+def compare_vectors(
+    expected: Mapping[str, torch.Tensor], ranks: list[Mapping[str, torch.Tensor]], numbers: Mapping[str, torch.Tensor]
+) -> list[Point]:
     """Each vector of the original's routers with that of every rank that has it: equal in every bit, or off. `numbers` as above."""
     points = []
     for path, theirs in expected.items():

@@ -44,7 +44,11 @@ def run_processes(request: Request, count: int):
     with tempfile.TemporaryDirectory(prefix="reshard-verify-") as folder:
         try:
             for number in range(count):
-                ranks.append(context.Process(target=_process, args=(number, request, count, folder, inbox, lifeline), name=f"rank {number}", daemon=True))
+                ranks.append(
+                    context.Process(
+                        target=_process, args=(number, request, count, folder, inbox, lifeline), name=f"rank {number}", daemon=True
+                    )
+                )
                 ranks[-1].start()
             inbox.close()
             outcome = _result(ranks, outbox, Path(folder))

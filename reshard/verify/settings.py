@@ -41,7 +41,9 @@ class Difference:
         return {"where": self.where, "field": self.field, "found": _shown(self.found), "expected": _shown(self.expected)}
 
 
-def compare_settings(checkpoint: Path, reference: Path, config: Path | None = None, args: Mapping[str, Mapping] | None = None) -> list[Difference]:
+def compare_settings(
+    checkpoint: Path, reference: Path, config: Path | None = None, args: Mapping[str, Mapping] | None = None
+) -> list[Difference]:
     """Every setting of `checkpoint` that is not the one of `reference`: of its config.json (or `config`, a file or folder, in
     its place), and of Megatron's `args` by file. Raises FormatError for a config.json that can't be read."""
     return [*_configs(checkpoint, reference, config), *_args(args or {}, reference)]
@@ -101,7 +103,9 @@ def _together(differences: list[Difference], count: int) -> list[Difference]:
         groups.setdefault((d.field, _shown(d.found)), []).append(d)
     out = []
     for same in groups.values():
-        out += [Difference("args in every file", same[0].field, same[0].found, same[0].expected)] if count > 1 and len(same) == count else same
+        out += (
+            [Difference("args in every file", same[0].field, same[0].found, same[0].expected)] if count > 1 and len(same) == count else same
+        )
     return out
 
 
@@ -144,5 +148,7 @@ def _flat(settings: Mapping, prefix: str = "") -> dict[str, object]:
 
 
 def _shown(value: object) -> str:
-    text = "absent" if value is None else json.dumps(value, default=str) if isinstance(value, (bool, int, float, str, list)) else repr(value)
+    text = (
+        "absent" if value is None else json.dumps(value, default=str) if isinstance(value, (bool, int, float, str, list)) else repr(value)
+    )
     return quote(text if len(text) <= 100 else f"{text[:97]}...")

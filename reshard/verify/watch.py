@@ -94,5 +94,3 @@ def die_with(lifeline) -> None:
         os._exit(1)
 
     threading.Thread(target=wait, name="reshard-verify-lifeline", daemon=True).start()
-
-
