@@ -5,6 +5,7 @@ The judge of which spellings mean the same is transformers' own reading of confi
 
 import argparse
 import json
+import re
 from pathlib import Path
 from shutil import copytree
 
@@ -159,3 +160,21 @@ def test_a_window_past_the_prompt_fails_the_verdict(tmp_path):
     assert isinstance(report, Report) and report.shards.passed and not report
     assert "sliding_window is 64" in report.verdict() and report.verdict().startswith("FAILED: config.json")
     assert any("positions 32 to" in text for text in report.unexercised)
+
+
+@pytest.mark.parametrize(
+    "family, change, told",
+    [
+        ("llama", {"rope_parameters": {"rope_theta": 1e4, "rope_type": "defaultx"}}, "transformers cannot .*defaultx"),
+        ("phi3", {"partial_rotary_factor": 1.5}, "cannot be run by the settings beside them.*partial_rotary_factor"),
+        ("gpt_neox", {"hidden_act": "gelux"}, "transformers cannot .*gelux"),
+    ],
+)
+def test_a_setting_that_no_model_can_be_run_by_is_a_clear_error(family, change, told, tmp_path):
+    reshard.convert(SAMPLES / family, tmp_path / "out", format="tp", tp=2, fsync=False)
+    config = json.loads((tmp_path / "out/config.json").read_text())
+    if "partial_rotary_factor" in change:
+        change = {"rope_parameters": {**config["rope_parameters"], **change}}
+    (tmp_path / "out/config.json").write_text(json.dumps(config | change))
+    outcome = verify(tmp_path / "out", SAMPLES / family)
+    assert isinstance(outcome, reshard.ReshardError) and re.search(told, str(outcome)), outcome

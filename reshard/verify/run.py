@@ -74,8 +74,11 @@ def _opened(request: Request, world: int):
 
 def _verify(request, shards: Shards, places: list[Seat], number: int, config, differences: list[Difference], groups, device: torch.device, devices: list[Device]) -> Report | None:
     start, dtype, control = time.monotonic(), DTYPES[request.dtype], groups[CONTROL]
-    problems = check(shards, places, number, config)
-    agree(problems and [*problems, *map(str, differences)] if number == 0 else problems, control)
+    try:
+        problems = check(shards, places, number, config)
+    except ReshardError as error:
+        problems = [error]
+    agree([*problems, *map(str, differences)] if problems and number == 0 else problems, control)
     ids = token_ids(request, vocabulary_edges(shards), config)
     check_budget(request, shards, places, config, devices, ids, dtype)
     expected: Original | None = None
@@ -103,7 +106,13 @@ def _verify(request, shards: Shards, places: list[Seat], number: int, config, di
     replay(m, routed[0])
     if number == 0:
         request.say(f"running the shards on {len(places)} process{'es' * (len(places) > 1)}")
-    names, runs = ["shards"], [_forward(m, s, ids, control)]
+    try:
+        names, runs = ["shards"], [_forward(m, s, ids, control)]
+    except RuntimeError as error:
+        if not differences:
+            raise
+        said = "; ".join(map(str, differences[:5]))
+        raise FormatError(f"the shards cannot be run by the settings beside them ({str(error).splitlines()[0]}): {said}", "correct these settings") from error
     experts = run_experts(m, dtype, device, counts)
     direct = gather((experts if s.stage.index == 0 else {}, routing_vectors(m), router_rows(m)), control)  # a stage's ranks have the same sums
     for defect in controls(s, m):
