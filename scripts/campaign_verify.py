@@ -187,7 +187,7 @@ def otherwise(name: str, value: object) -> list:
     if isinstance(value, float):
         return [value * 1.5 if value else 0.5]
     if isinstance(value, str):
-        return [{"silu": "gelu"}.get(value, f"{value}x")]
+        return [{"silu": "gelu", "float32": "bfloat16", "bfloat16": "float32"}.get(value, f"{value}x")]
     if isinstance(value, list):
         return [value[::-1]] if value != value[::-1] else [[*value, value[0]]] if value else []
     return [64] if name == "sliding_window" else []
