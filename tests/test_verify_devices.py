@@ -115,6 +115,28 @@ def test_memory_that_cannot_hold_it_is_refused_with_both_numbers():
     check_memory(gpus("a", "b", "a", "b", free=(2 << 30) + 2 * OVERHEAD), dict.fromkeys(range(4), 1 << 30), 0, 0)
 
 
+@pytest.mark.models
+@pytest.mark.parametrize("low_memory", [False, True])
+def test_a_models_own_sizes_are_held_against_what_is_free(low_memory):
+    """Issue 18: computed beforehand, from config.json and headers, and the same error on every rank"""
+    pytest.importorskip("transformers")
+    from transformers import AutoConfig
+
+    from reshard.verify.group import is_agreed
+    from reshard.verify.request import Request
+    from reshard.verify.run import check_budget
+
+    folder = SAMPLES / "hf/llama"
+    config, ids = AutoConfig.from_pretrained(folder), torch.zeros(2, 32, dtype=torch.long)
+    request = Request(folder, folder, device="cuda", low_memory=low_memory)
+    elements = {rank: 10**9 for rank in range(4)}
+    check_budget(request, elements, config, gpus("a", "a", "b", "b", free=12 << 30), ids, torch.float32)
+    with pytest.raises(FormatError, match=r"GPU a has 9.66 GB free, the shards of 2 ranks need 9.6\d GB") as error:
+        check_budget(request, elements, config, gpus("a", "a", "b", "b", free=9 << 30), ids, torch.float32)
+    assert is_agreed(error.value) and "GPU b" in str(error.value)
+    check_budget(request, elements, config, gpus("a", "a", "b", "b", free=9 << 30), ids, torch.bfloat16)
+
+
 def test_forward_bytes_bound_what_a_forward_holds():
     """Against torch's own count of what a tiny attention and output layer allocate."""
     assert forward_bytes((2, 32), 128256, 4096, 14336, 32, 2) > 2 * 32 * 128256 * (2 + 4)

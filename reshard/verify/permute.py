@@ -19,7 +19,7 @@ from reshard.errors import FormatError
 from reshard.job import place
 from reshard.place import Rank
 from reshard.verify.beyond import Beyond
-from reshard.verify.devices import choose
+from reshard.verify.devices import Device, choose, describe
 from reshard.verify.exact import exact, refuse_override
 from reshard.verify.figures import DTYPES, compare, relative_tolerance
 from reshard.verify.model import parts_of
@@ -27,7 +27,7 @@ from reshard.verify.reference import load_state, run_reference
 from reshard.verify.report import Report, Result, unexercised
 from reshard.verify.request import Request
 from reshard.verify.routers import replay
-from reshard.verify.run import read_config, token_ids
+from reshard.verify.run import check_budget, read_config, token_ids
 from reshard.verify.settings import compare_settings
 
 
@@ -84,10 +84,14 @@ def verify_permuted(request: Request) -> Report:
     """Run the proof in this process. Raises ReshardError where there is nothing to permute."""
     refuse_override(request.device)
     with exact(), torch.no_grad():
-        return _verify(request, choose(request.device, 0))
+        device = choose(request.device, 0)
+        try:
+            return _verify(request, device, [describe(request.device, 0, 0)])
+        except torch.cuda.OutOfMemoryError as error:
+            raise FormatError(f"{device} is full: {str(error).splitlines()[0]}", "use --dtype bf16, or --device cpu") from error
 
 
-def _verify(request: Request, device: torch.device) -> Report:
+def _verify(request: Request, device: torch.device, devices: list[Device]) -> Report:
     start, dtype = time.monotonic(), DTYPES[request.dtype]
     config_at = request.config or (None if (request.checkpoint / "config.json").is_file() else request.reference)
     checkpoint = open_checkpoint(request.checkpoint, format=request.format, layout=request.layout, config=config_at)
@@ -99,6 +103,7 @@ def _verify(request: Request, device: torch.device) -> Report:
     said = formats.get(checkpoint.format).read(request.checkpoint).settings
     differences = compare_settings(request.checkpoint, request.reference, request.config, said)
     ids = token_ids(request, [], config)
+    check_budget(request, {}, config, devices, ids, dtype)
     request.say("running the original")
     original = run_reference(request.reference, ids, dtype, device, request.low_memory)
     results = []

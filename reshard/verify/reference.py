@@ -45,7 +45,7 @@ def load_reference(folder: Path, dtype: torch.dtype, device: torch.device, low_m
     try:
         where = placement(empty_model(AutoConfig.from_pretrained(folder, local_files_only=True)), device, low_memory)
         model, seen = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **EAGER, output_loading_info=True, device_map=where, **options)
-    except torch.OutOfMemoryError as error:
+    except torch.cuda.OutOfMemoryError as error:
         raise FormatError(f"the original does not fit on {device}: {str(error).splitlines()[0]}", "use --dtype bf16, --low-memory or --device cpu") from None
     except (OSError, ValueError, RuntimeError, ImportError) as error:
         raise FormatError(f"transformers cannot load the reference {folder}: {str(error).strip().splitlines()[0]}",

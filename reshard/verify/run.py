@@ -80,7 +80,7 @@ def _verify(request, shards: Shards, places: list[Seat], number: int, config, di
         problems = [error]
     agree([*problems, *map(str, differences)] if problems and number == 0 else problems, control)
     ids = token_ids(request, vocabulary_edges(shards), config)
-    check_budget(request, shards, places, config, devices, ids, dtype)
+    check_budget(request, {rank: shards.elements(seat.rank) for rank, seat in enumerate(places)}, config, devices, ids, dtype)
     expected: Original | None = None
     problem: list = []
     if number == 0:
@@ -153,21 +153,21 @@ def _stored(s: Slices, points: list[Point]) -> list[str]:
     return list(names or {held.name: None for table in s.tables for name, held in table.items() if name.startswith(f"{layer}.")}) or [off]
 
 
-def check_budget(request: Request, shards: Shards, places: list[Seat], config, devices: list[Device], ids: torch.Tensor, dtype: torch.dtype) -> None:
-    """Raise FormatError, the same on every rank, where a GPU can't hold what it must."""
+def check_budget(request: Request, held: dict[int, int], config, devices: list[Device], ids: torch.Tensor, dtype: torch.dtype) -> None:
+    """Raise FormatError, the same on every rank, where a GPU can't hold what it must; `held` are elements of weights by rank, or of a
+    rank that it lacks the whole model's."""
     if request.device == "cpu" or not devices:
         return
     m, text, size = empty_model(config), config.get_text_config(), dtype.itemsize
     weights = [tensor.numel() for tensor in m.module.parameters()]
-    original = sum(weights) * size
+    original = sum(weights)
     if request.low_memory:
         layers = [sum(tensor.numel() for tensor in layer.parameters()) for layer in m.at(m.layers)]
-        original = (max(layers) + sum(tensor.numel() for path in {m.embedding, m.head} for tensor in m.at(path).parameters())) * size
-    running = forward_bytes(tuple(ids.shape), text.vocab_size, text.hidden_size, getattr(text, "intermediate_size", None) or 4 * text.hidden_size,
-                            text.num_attention_heads, size) + max(weights) * 4  # fmt: skip
-    held = {number: shards.elements(seat.rank) * size for number, seat in enumerate(places)}
+        original = max(layers) + sum(tensor.numel() for path in {m.embedding, m.head} for tensor in m.at(path).parameters())
+    widest = getattr(text, "intermediate_size", None) or 4 * text.hidden_size
+    running = forward_bytes(tuple(ids.shape), text.vocab_size, text.hidden_size, widest, text.num_attention_heads, size) + max(weights) * 4
     try:
-        check_memory(devices, held, original, running)
+        check_memory(devices, {device.rank: held.get(device.rank, sum(weights)) * size for device in devices}, original * size, running)
     except ReshardError as error:
         raise agreed(error) from None
 
