@@ -143,6 +143,20 @@ def test_no_rank_outlives_the_process_that_started_it(end, script, tmp_path):
     assert _descendants(tmp_path) == []
 
 
+@pytest.mark.models
+def test_the_command_leaves_no_folder_behind_when_it_is_terminated(tmp_path):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "TMPDIR": str(tmp_path)}
+    command = [sys.executable, "-m", "reshard", "verify", str(MODEL[0]), "--reference", str(MODEL[1]), "-q"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+    deadline = time.monotonic() + 100
+    while not list(tmp_path.glob("reshard-verify-*/*")):
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate(timeout=5)
+        time.sleep(0.02)
+    process.terminate()
+    process.communicate(timeout=60)
+    assert process.returncode == 143 and not list(tmp_path.glob("reshard-verify-*")) and _descendants(tmp_path) == []
+
+
 # --- the watch, with a store and no ranks ---
 
 
