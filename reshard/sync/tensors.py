@@ -87,6 +87,16 @@ def named(tensors: "Mapping[str, torch.Tensor] | Iterable[tuple[str, torch.Tenso
     return dict(tensors.items() if isinstance(tensors, Mapping) else tensors)
 
 
+def identity(given: Mapping[str, torch.Tensor]) -> list:
+    """What the tensors are to their views: as long as this is equal, views made of them are good. A parameter made anew may
+    lie at the address of the one before, in other strides or dtype."""
+    out = []
+    for name, tensor in given.items():
+        local = tensor._local_tensor if hasattr(tensor, "_local_tensor") else tensor
+        out.append((name, local.data_ptr(), local.storage_offset(), local.shape, local.stride(), local.dtype, local.device))
+    return out
+
+
 def bind(given, side: Side, process: int, role: str) -> dict[int, Bound]:
     """Match `given` with what `process` holds on `side`: {id of the stored tensor: Bound}; a tensor's scales under minus its id.
 
