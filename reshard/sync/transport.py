@@ -221,7 +221,8 @@ class Wire:
 
     def abort(self, why: str) -> None:
         """Let peers that wait know at once that this rank takes part no more: they raise PeerLost, with `why` where it reaches them."""
-        _beside(lambda: c10d._world.pg_map[self.group][1].set("reshard/sync/stopped", f"rank {self.rank}: {why}"[:500]))
+        text = f"rank {self.rank}: {why}"[:500]
+        _beside(lambda: c10d._world.pg_map[self.group][1].compare_set("reshard/sync/stopped", "", text))  # the first one's stays
         if self.host and self.size > 1:
             with suppress(RuntimeError):  # a wait that runs out closes gloo's connections, at both ends
                 self.group.recv([torch.empty(1, dtype=torch.uint8)], (self.rank + 1) % self.size, _NEVER).wait(timedelta(milliseconds=1))
