@@ -53,7 +53,6 @@ class Device:
 
     def mark(self):
         """An event that comes when all copies queued so far are done: it has ``query()`` and ``synchronize()``; None if they are."""
-        return None
 
     def finish(self) -> None:
         """Wait for all copies."""
@@ -133,17 +132,23 @@ def load_rank(
 
     plan = join_to(source, placement, dtype, [rank], complete=False)
     kinds, at = torch_dtypes(), device.device if device else torch.device("cpu")
+    free = _free(at)
     try:
         tensors = {s.name: torch.zeros(s.shape, dtype=kinds[s.dtype], device=at) for s in plan.destinations}
     except torch.cuda.OutOfMemoryError:
-        need, free = plan.bytes_held, torch.cuda.mem_get_info(at)[0] if at.type == "cuda" else 0
-        raise ReshardError(
-            f"rank {rank.number} takes {human(need)} on {at}, which has {human(free)} free", "use more ranks, or another device"
-        ) from None
+        held = f"rank {rank.number} takes {human(plan.bytes_held)} on {at}, which has {human(free)} free"
+        raise ReshardError(held, "use more ranks, or another device") from None
     fill(plan, source, tensors, device, jobs=jobs, buffer=buffer)
     for name, constant in placement.constants(rank):
         tensors[name] = torch.full(constant.shape, constant.value, dtype=kinds[constant.dtype], device=at)
     return tensors
+
+
+def _free(device: torch.device) -> int:
+    """Bytes that this process can still have on a GPU; 0 for what has no such number."""
+    if device.type != "cuda":
+        return 0
+    return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
 
 
 def fill(
