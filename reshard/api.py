@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 
 from reshard.checkpoint import Checkpoint, open_checkpoint
@@ -93,6 +94,7 @@ def load(
     return load_rank(ckpt, placement, one_rank(placement, rank), dtype, device_of(device), jobs=jobs, buffer=buffer)
 
 
+@cache
 def torch_dtypes() -> dict[str, "object"]:
     """torch's dtype for each of safetensors' words."""
     import torch

@@ -11,7 +11,7 @@ from reshard.api import Difference, DiffReport
 from reshard.block import Box, Key, Stored, end
 from reshard.checkpoint import Checkpoint
 from reshard.execute import Source, Workspace, in_threads
-from reshard.fetch import Batch, batches, of_pair, workers
+from reshard.fetch import JOBS, Batch, batches, of_pair, workers
 from reshard.join import Copy, Plan, holders, label, move_between
 from reshard.place import Mesh, Placement
 from reshard.rearrange import cast, mapped, strided
@@ -88,7 +88,7 @@ def _look_from_afar(plan: Plan, left: Source, right: Source, look: Callable[[Til
         left.stop()
         right.stop()
 
-    in_threads(workers(8, BUFFER), lambda number: queue.popleft(), work, stopped)
+    in_threads(workers(JOBS, BUFFER), lambda number: queue.popleft(), work, stopped)
 
 
 def _view(source: Source, stored: Stored, box: Box, offset: int, strides: tuple[int, ...]) -> np.ndarray:

@@ -16,6 +16,7 @@ from reshard.tiles import Tile, cut, ordered, tile_limit
 
 GAP = 256 << 10  # bytes
 BATCH = 4 << 20  # bytes
+JOBS = 8  # threads of which most are waiting
 AHEAD = 2  # batches for each worker: how far the fastest may be ahead of the slowest
 
 Reading = tuple[Stored, int, tuple[int, ...], tuple[int, ...]]  # elements of a stored tensor: offset, shape, strides

@@ -10,7 +10,7 @@ from pathlib import Path
 from reshard import formats
 from reshard.checkpoint import Checkpoint, read_config
 from reshard.errors import PlanError
-from reshard.fetch import GAP, Batch, batches, workers
+from reshard.fetch import GAP, JOBS, Batch, batches, workers
 from reshard.fetch import peak as peak_of_fetching
 from reshard.formats import Folder, Target
 from reshard.formats.manifest import NAME as MANIFEST
@@ -157,8 +157,8 @@ def prepare(
 
 
 def default_jobs(source: Checkpoint) -> int:
-    """Threads: of a remote source's, most are waiting."""
-    return 8 if source.remote else 2
+    """Threads, where none are asked for."""
+    return JOBS if source.remote else 2
 
 
 def place(source: Checkpoint, format: str, mesh: Mesh, engine_version: str | None = None) -> Placement:

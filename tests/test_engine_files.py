@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 
 import reshard
 
+pytestmark = pytest.mark.samples
 SAMPLES = Path(__file__).parents[2] / "shared" / "samples"
 
 

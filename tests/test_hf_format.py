@@ -18,6 +18,7 @@ def sharded(folder: Path, original: str = "llama", **options) -> Path:
     return folder
 
 
+@pytest.mark.samples
 def test_index_and_files_agree(tmp_path):
     index = json.loads((sharded(tmp_path / "out") / "model.safetensors.index.json").read_text())
     files = sorted(path.name for path in (tmp_path / "out").glob("*.safetensors"))
@@ -30,12 +31,14 @@ def test_index_and_files_agree(tmp_path):
     assert all(torch.equal(states[index["weight_map"][name]][name], whole[name]) for name in whole)
 
 
+@pytest.mark.samples
 def test_sharded_folders_are_read(tmp_path):
     assert reshard.diff(sharded(tmp_path / "out"), SAMPLES / "hf/llama")
     reshard.convert(tmp_path / "out", tmp_path / "one", format="hf")
     assert (tmp_path / "one/model.safetensors").read_bytes() == (SAMPLES / "hf/llama/model.safetensors").read_bytes()
 
 
+@pytest.mark.samples
 def test_exchanged_files_are_noticed(tmp_path):
     sharded(tmp_path / "out")
     (tmp_path / "out/reshard.json").unlink()
@@ -45,6 +48,7 @@ def test_exchanged_files_are_noticed(tmp_path):
         reshard.open(tmp_path / "out")
 
 
+@pytest.mark.samples
 @pytest.mark.models
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "phi3", "gpt_neox", "mixtral", "qwen3_moe", "gpt_oss", "deepseek_v3"])
 def test_transformers_computes_the_same(tmp_path, family):

@@ -14,7 +14,6 @@ from reshard.layout import Section
 from reshard.place import Mesh, Placement
 
 SAMPLES = Path(__file__).parents[2] / "shared" / "samples"
-pytestmark = pytest.mark.skipif(not SAMPLES.is_dir(), reason="the sample checkpoints are not here")
 
 HF = [f"hf/{name}" for name in (
     "llama", "llama-oddvocab", "llama-tied", "qwen2", "qwen3", "phi3", "gpt_neox", "qwen3_moe", "mixtral", "gpt_oss",
@@ -108,6 +107,7 @@ def wrong_values(name: str, original: str, section: Section | None = None) -> li
     return wrong
 
 
+@pytest.mark.samples
 @pytest.mark.parametrize("folder", HF)
 def test_hf_names_and_shapes(folder):
     layout = bind(SAMPLES / folder)
@@ -130,6 +130,7 @@ def test_names_in_memory_are_variants(model):
     assert made == {name: shape for name, (_, shape) in memory.items()}
 
 
+@pytest.mark.samples
 @pytest.mark.parametrize("name, original", SPLIT)
 def test_split_names_shapes_and_values(name, original):
     layout = bind(SAMPLES / original)
@@ -164,6 +165,7 @@ WRONG = [
 ]  # fmt: skip
 
 
+@pytest.mark.samples
 @pytest.mark.parametrize("name, original, label, changes", WRONG)
 def test_the_value_check_sees_a_wrong_rule(name, original, label, changes):
     section = bind(SAMPLES / original).section(name.split("/")[0])
@@ -173,6 +175,7 @@ def test_the_value_check_sees_a_wrong_rule(name, original, label, changes):
     assert wrong and all(pattern in tensor for tensor in wrong)
 
 
+@pytest.mark.samples
 def test_more_ranks_than_heads_repeat_them_in_order():
     """rank // (tp / heads), as vLLM does; rank % heads would exchange the middle two of four."""
     layout = bind(SAMPLES / "vllm/hf/llama-kv2")
@@ -191,6 +194,7 @@ def test_every_builtin_descriptor_loads():
         assert descriptor.architectures
 
 
+@pytest.mark.samples
 @pytest.mark.parametrize("format, folder", [
     (format, folder) for format in FORMATS for folder in HF
     if "vllm" not in folder and format not in LACKS.get(folder.partition("/")[2], set())])  # fmt: skip
@@ -254,6 +258,7 @@ DEEPSEEK_V3 = {
 }
 
 
+@pytest.mark.samples
 @pytest.mark.parametrize("model, version, names", [
     (model, version, names) for model, releases in (("qwen3-moe", QWEN3_MOE), ("deepseek-v3", DEEPSEEK_V3))
     for version, names in releases.items()])  # fmt: skip
@@ -268,6 +273,7 @@ def test_variants_by_engine_release(model, version, names):
     assert scales == {f"model.layers.{i}.self_attn.{inner}._k_scale" for i in range(layout.layers) if version is None or version >= (0, 14)}
 
 
+@pytest.mark.samples
 @pytest.mark.parametrize("name", ["mixtral", "gpt_oss"])
 def test_expert_names_by_engine_release(name):
     layout = bind(SAMPLES / "hf" / name)
@@ -278,6 +284,7 @@ def test_expert_names_by_engine_release(name):
         assert experts and all(holder in name for name in experts)
 
 
+@pytest.mark.samples
 @pytest.mark.parametrize("version, prefix, head", [
     ((0, 11, 2), "gpt_neox.", "embed_out.weight"), ((0, 31, 0), "gpt_neox.", "embed_out.weight"), ((0, 32, 0), "model.", "lm_head.weight"), (None, "model.", "lm_head.weight"),
 ])  # fmt: skip
@@ -305,6 +312,7 @@ def test_gpt_neox_by_engine_release(version, prefix, head):
         raise AssertionError(f"no fused attention in {sorted(names)}")
 
 
+@pytest.mark.samples
 def test_sglang_keeps_biases_in_f32():
     """In SGLang's gpt-oss the biases of experts, in its DeepSeek the router's; nothing else."""
     for name, wide in (("gpt_oss", {"w13_weight_bias", "w2_weight_bias"}), ("deepseek_v3", {"e_score_correction_bias"})):
@@ -313,6 +321,7 @@ def test_sglang_keeps_biases_in_f32():
         assert {e.dtype for e in entries} == {None, "F32"}
 
 
+@pytest.mark.samples
 @pytest.mark.parametrize("engine, count", [((0, 11, 2), 0), ((0, 14, 1), 4), (None, 4)])
 def test_constants_by_engine_release(engine, count):
     layout = bind(SAMPLES / "vllm/hf/llama")
@@ -320,6 +329,7 @@ def test_constants_by_engine_release(engine, count):
     assert len(dict(place.constants(place.ranks[0]))) == count * layout.layers
 
 
+@pytest.mark.samples
 def test_megatron_grouped_experts_are_transposed_stacks():
     """GroupedMLP's weight1 says [hidden, experts·2·ffn] but lies as [experts, hidden, 2·ffn]; weight2 as [experts, ffn, hidden]."""
     layout = bind(SAMPLES / "megatron/qwen3_moe/hf")

@@ -87,7 +87,7 @@ def test_order_of_the_input_does_not_matter():
     assert compose(specs, {"x": "1", "a": "2"}) == compose(specs[::-1], {"a": "2", "x": "1"})
 
 
-@pytest.mark.skipif(not SAMPLES.is_dir(), reason="no samples")
+@pytest.mark.samples
 @pytest.mark.parametrize("pattern", ["vllm/*/model-*.safetensors", "hf/*/model.safetensors", "lora/*/*.safetensors"])
 def test_genuine_files_compose_to_their_own_header(pattern):
     files = sorted(SAMPLES.glob(pattern))

@@ -58,6 +58,7 @@ def test_dcp_sees_exchanged_shards(tmp_path):
     assert [name for name in whole if not torch.equal(found[name], whole[name])] == [one.name]
 
 
+@pytest.mark.samples
 @pytest.mark.models
 @pytest.mark.parametrize("family", ["llama", "llama-oddvocab", "qwen3", "gpt_oss"])
 def test_transformers_opens_our_shards(tmp_path, family):
@@ -74,6 +75,7 @@ def test_transformers_opens_our_shards(tmp_path, family):
     assert torch.equal(*logits)
 
 
+@pytest.mark.samples
 def test_a_fused_piece_is_refused_not_misread(tmp_path):
     """Phi-3 fuses on disk: a rank's rows are several boxes, which the offsets can't say, so they say nothing of it."""
     from torch.distributed.checkpoint import CheckpointException
@@ -85,6 +87,7 @@ def test_a_fused_piece_is_refused_not_misread(tmp_path):
     assert reshard.diff(tmp_path / "tp", original)
 
 
+@pytest.mark.samples
 @pytest.mark.parametrize("name, original", GENUINE)
 def test_genuine_shards_are_read(tmp_path, name, original):
     source = reshard.open(SAMPLES / name, config=SAMPLES / "hf" / original)
@@ -94,6 +97,7 @@ def test_genuine_shards_are_read(tmp_path, name, original):
     assert whole.keys() == back.keys() and all(torch.equal(whole[n], back[n]) for n in whole)
 
 
+@pytest.mark.samples
 def test_a_lost_genuine_shard_is_noticed(tmp_path):
     """torch's own reader takes the rest for a smaller tensor; config.json tells us better."""
     shutil.copytree(SAMPLES / "transformers_dist/llama-tp2-fsdp2", tmp_path / "lost")

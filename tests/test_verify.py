@@ -28,7 +28,7 @@ from reshard.verify.report import Report
 from reshard.verify.run import vocabulary_edges
 from reshard.verify.shards import open_shards
 
-pytestmark = pytest.mark.models
+pytestmark = [pytest.mark.models, pytest.mark.samples]
 
 SAMPLES = Path(__file__).parents[2] / "shared" / "samples"
 MOE = ("gpt_oss", "qwen3_moe", "mixtral", "deepseek_v3")

@@ -31,6 +31,7 @@ def test_without_transformers_it_says_what_to_install(monkeypatch, capsys):
     assert err == "Error: verify needs transformers and accelerate to run the original model\n\nhint: pip install 'reshard[verify]'\n"
 
 
+@pytest.mark.samples
 @pytest.mark.models
 def test_sound_shards_pass_and_are_told_so(tmp_path):
     done = run(f"verify {GOOD} --report {tmp_path}/out.html --trace")
@@ -52,6 +53,7 @@ def test_sound_shards_pass_and_are_told_so(tmp_path):
     assert not re.search(r"(src|href)=|@import|url\(", page), "self-contained"
 
 
+@pytest.mark.samples
 @pytest.mark.models
 def test_json_and_exit_code_of_shards_that_differ(tmp_path):
     """Two ranks' files exchanged: the verdict is no, exit code 3, and the part that is off is named."""
@@ -72,6 +74,7 @@ def test_json_and_exit_code_of_shards_that_differ(tmp_path):
     assert [rank["rank"] for rank in result["ranks"]] == [0, 1]
 
 
+@pytest.mark.samples
 @pytest.mark.models
 def test_under_torchrun_one_rank_speaks():
     launcher = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
@@ -84,6 +87,7 @@ def test_under_torchrun_one_rank_speaks():
     assert len(re.findall("has 4 ranks .tp4., but 2 processes run", wrong.stderr)) == 1
 
 
+@pytest.mark.samples
 @pytest.mark.models
 def test_prompts_low_memory_and_half_precision():
     prompt = run(f"verify {SAMPLES}/vllm/phi3-tp2 --reference {SAMPLES}/vllm/hf/phi3 --json --dtype bf16 --low-memory")
@@ -91,6 +95,7 @@ def test_prompts_low_memory_and_half_precision():
     assert result["passed"] and result["dtype"] == "bf16" and result["tolerance"] > 1e-2 * result["max_abs_logit"]
 
 
+@pytest.mark.samples
 @pytest.mark.models
 @pytest.mark.parametrize(
     "command, message",
@@ -110,6 +115,7 @@ def test_what_cannot_be_run_is_one_clear_error(command, message):
     assert done.stderr.startswith("Error: ") and "Traceback" not in done.stderr and done.stderr.count("Error: ") == 1
 
 
+@pytest.mark.samples
 @pytest.mark.models
 def test_the_tensor_with_a_wrong_shape_is_named_before_anything_runs(tmp_path):
     """Shards for another tp: vLLM would load these and produce garbage."""

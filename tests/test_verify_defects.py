@@ -22,7 +22,7 @@ from ranks import verify
 
 from reshard.verify.report import Report
 
-pytestmark = pytest.mark.models
+pytestmark = [pytest.mark.models, pytest.mark.samples]
 
 SAMPLES = Path(__file__).parents[2] / "shared" / "samples/hf"
 L = "model.layers.1."  # where most defects go: hidden states are right until there

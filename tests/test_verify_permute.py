@@ -10,6 +10,7 @@ import pytest
 import reshard
 from reshard.errors import FormatError
 
+pytestmark = pytest.mark.samples
 SAMPLES = Path(__file__).parents[2] / "shared" / "samples"
 FAMILIES = ("llama", "llama-oddvocab", "llama-tied", "qwen2", "qwen3", "phi3", "gpt_neox", "gpt_oss", "qwen3_moe", "mixtral", "deepseek_v3")
 CASES = (("tp", 2), ("vllm", 8), ("sglang", 4), ("megatron", 8))

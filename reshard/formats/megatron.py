@@ -10,7 +10,6 @@ import re
 from collections import defaultdict
 from collections.abc import Mapping
 from itertools import islice
-from math import lcm
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,7 +19,7 @@ from reshard.formats import Contents, Folder, Format, OutFile, Target, safe_join
 from reshard.formats.hf import tensors_of, torch_tree
 from reshard.formats.manifest import read_manifest
 from reshard.formats.megatron_args import megatron_args
-from reshard.place import Mesh, Rank, Rules, even_stages
+from reshard.place import Mesh, Rank, Rules, even_stages, stage_order
 
 TRACKER = "latest_checkpointed_iteration.txt"
 FILE = "model_optim_rng.pt"
@@ -41,10 +40,8 @@ def mp_ranks(mesh: Mesh) -> list[Rank]:
         raise PlanError([f"etp={etp} is larger than tp={mesh.tp}: a file holds one tp rank's and one etp rank's tensors"])
     out, number = [], 0
     for p in range(mesh.pp):
-        seen: dict[tuple[int, int], int] = {}
-        for g in range(lcm(mesh.tp, mesh.ep * etp)):
-            seen.setdefault((g % mesh.tp, g // etp % mesh.ep), g % etp)
-        for (t, e), x in sorted(seen.items(), key=lambda item: (item[0][1], item[0][0])):
+        held = {(t, e): x for t, e, x in reversed(stage_order(mesh, etp))}  # several processes may share a file: the first writes it
+        for (t, e), x in sorted(held.items(), key=lambda item: item[0][::-1]):
             out.append(Rank(number, t, p, e, x))
             number += 1
     return out

@@ -21,7 +21,7 @@ from reshard.sync.checks import sums
 from reshard.sync.messages import RankPlan, rank_plan, windows
 from reshard.sync.plan import SyncPlan
 from reshard.sync.staging import Copies, Peers, Staging, source_view, straight
-from reshard.sync.tensors import Bound, bind, named
+from reshard.sync.tensors import DTYPES, Bound, bind, named
 from reshard.sync.transport import Mapped, Wire, can_share, node, publish
 
 _TEXT = 480  # bytes of a refusal that all ranks get to read
@@ -253,7 +253,7 @@ class Sync:
                 self._published = True
             for r, data in enumerate(self._wire.gather_bytes(mine, "exchanging handles")):
                 if data and r in peers.out_of and self._sides:
-                    self._peers[r] = Mapped(json.loads(data), torch_dtypes())
+                    self._peers[r] = Mapped(json.loads(data), DTYPES)
                     self._ready = None
         if self._mapping != peers:
             self._mapping, self._ready = peers, None

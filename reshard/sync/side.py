@@ -7,7 +7,7 @@ framework's order of ranks. ``Side.sharded`` is HF tensors cut as DTensors are: 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import product
-from math import lcm, prod
+from math import prod
 from pathlib import Path
 
 from reshard import formats
@@ -17,7 +17,7 @@ from reshard.descriptors import find_descriptor, load_descriptor
 from reshard.errors import LayoutError, PlanError
 from reshard.job import DTYPES, split_hint
 from reshard.layout import Layout, Section, parse_version
-from reshard.place import Mesh, Placement, Rank, slice_dim
+from reshard.place import Mesh, Placement, Rank, slice_dim, stage_order
 from reshard.sync.fp8_blocks import Fp8, linear_tensors, scale_shape
 
 #: how one dimension of a device mesh cuts a tensor: None replicates, a number is Shard(dim), a pair is _StridedShard(dim, split_factor)
@@ -215,16 +215,14 @@ def _nested(flat: list[int], sizes: list[int]) -> tuple:
 def _numbers(format: str, placement: Placement, count: int) -> list[int]:
     """For each process in the framework's order, the number of the format's rank whose tensors it holds."""
     mesh, places = placement.mesh, len(placement.ranks)
-    unit = places
-    if format == "megatron":
-        etp = mesh.etp or mesh.tp
-        unit = mesh.pp * lcm(mesh.tp, mesh.ep * etp)
+    order = stage_order(mesh, placement.etp)
+    unit = mesh.pp * len(order) if format == "megatron" else places
     if count == 0 or count % unit:
         raise PlanError([f"{format} {mesh} needs a multiple of {unit} ranks, got {count}"])
     if format != "megatron":
         return [i % places for i in range(count)]
     by_place: dict[tuple[int, int, int], Rank] = {(r.pp, r.tp, r.ep): r for r in placement.ranks}
-    return [by_place[p, g % mesh.tp, g // etp % mesh.ep].number for p in range(mesh.pp) for g in range(count // mesh.pp)]
+    return [by_place[p, *order[g % len(order)][:2]].number for p in range(mesh.pp) for g in range(count // mesh.pp)]
 
 
 def _spelled(section: Section, known: Section, variants: Sequence[str]) -> Section:

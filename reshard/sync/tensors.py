@@ -15,8 +15,8 @@ from reshard.block import Stored, end, row_major
 from reshard.errors import PlanError
 from reshard.sync.side import Cut, Sharding, Side, intervals
 
-WORDS = {dtype: word for word, dtype in torch_dtypes().items()}
 DTYPES = torch_dtypes()
+WORDS = {dtype: word for word, dtype in DTYPES.items()}
 
 
 class Bound:

@@ -5,8 +5,11 @@ from math import isfinite, sqrt
 
 import torch
 
+from reshard.api import torch_dtypes
+from reshard.job import DTYPES as WORDS
+
 #: dtypes that verify computes in, by the command line's word
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES = {word: torch_dtypes()[name] for word, name in WORDS.items()}
 
 
 @dataclass(frozen=True)

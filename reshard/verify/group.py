@@ -6,12 +6,11 @@ dense model form a tensor-parallel group; experts are summed over the whole stag
 
 from dataclasses import dataclass
 from datetime import timedelta
-from math import lcm
 
 import torch
 import torch.distributed as dist
 
-from reshard.place import Mesh, Rank
+from reshard.place import Mesh, Rank, expert_cut, stage_order
 
 #: ranks that are silent for so long are given up: the reference may take its time, and a rank that dies ends the run at once
 SILENCE = timedelta(hours=6)
@@ -98,18 +97,16 @@ class Seat:
 
 
 def seats(mesh: Mesh, ranks: list[Rank]) -> list[Seat]:
-    """A seat for every rank of the checkpoint, in the order of processes: Megatron's own, in which the tensor-parallel
-    rank runs fastest, and then the expert-parallel one (``parallel_state.py``; other formats have one dense model)."""
-    etp = mesh.etp or (1 if mesh.ep > 1 and ranks[-1].etp == 0 else mesh.tp)
-    width = lcm(mesh.tp, mesh.ep * etp)
+    """A seat for every rank of the checkpoint, in Megatron's order of processes (other formats have one dense model)."""
+    order = stage_order(mesh, expert_cut(mesh, ranks))
+    width = len(order)
     at = {(rank.pp, rank.tp, rank.ep): rank for rank in ranks}
     out = []
     for stage in range(mesh.pp):
         first = stage * width
-        for place in range(width):
+        for place, (t, e, _) in enumerate(order):
             dense = first + place // mesh.tp * mesh.tp
-            rank = at[stage, place % mesh.tp, place // etp % mesh.ep]
-            out.append(Seat(rank, tuple(range(dense, dense + mesh.tp)), tuple(range(first, first + width)),
+            out.append(Seat(at[stage, t, e], tuple(range(dense, dense + mesh.tp)), tuple(range(first, first + width)),
                             first + place - width if stage else None,
                             first + place + width if stage + 1 < mesh.pp else None, place // mesh.tp))  # fmt: skip
     return out
