@@ -251,7 +251,7 @@ def _verify(b: Bench, folder: Path, name: str, options: list[str], more: dict[st
     missed = [control["name"] for control in found["controls"] if control["passed"]]
     value = f"{'passed' if found['passed'] else 'NOT PASSED'}: {relative:.2g} of the largest logit; {len(found['controls']) - len(missed)} of {len(found['controls'])} defects found; "
     b.row(case, value + f"{found['seconds']:.1f} s; peak {gb(peak)}; {where}", "passed", found["passed"] and not done.returncode and found["device"] == b.device.type,
-          relative=relative, seconds=found["seconds"], peak=peak, tf32=found.get("tf32"))  # fmt: skip
+          relative=relative, seconds=found["seconds"], peak=peak, precision=found.get("precision"))  # fmt: skip
 
 
 def tests(b: Bench) -> None:

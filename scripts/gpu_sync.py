@@ -35,6 +35,7 @@ class Case:
     verify: bool = False
     backend: str = "gloo"
     apart: bool = False
+    careless: bool = False  # control: nobody waits for the GPU, which the check must see
     steps: int = 200
     large: int = 0
     timeout: int = 100  # seconds
@@ -56,6 +57,7 @@ def cases(b: Bench) -> list[Case]:
     one = Case("auto", large=5)
     return [
         one,
+        Case("auto", careless=True, steps=30),
         Case("mapped", 2, 2, large=5),
         Case("auto", 2, 2, verify=True, large=5),
         Case("p2p", large=2),
@@ -174,7 +176,10 @@ def _tell(b: Bench, case: Case, found: list[dict], expected: bool) -> None:
             sum(one["checked"] for one in takers),
         )
         value = f"{wrong} elements of another step in {steps} steps ({checked / 1e9:.3g} billion looked at); {max(one['ms'] for one in takers):.2f} ms a step"
-        b.row(case.name, value, f"0 in {case.steps}", wrong == 0 and steps == case.steps, wrong=wrong, steps=steps)
+        if case.careless:
+            b.row(case.name, value, "some: the check sees them", wrong > 0, wrong=wrong, steps=steps)
+        else:
+            b.row(case.name, value, f"0 in {case.steps}", wrong == 0 and steps == case.steps, wrong=wrong, steps=steps)
     for one in takers:
         if "rate" in one:
             value = f"rank {one['rank']}: {gb(one['size'])} in {one['seconds'] * 1e3:.2f} ms, {gb(one['rate'])}/s; mapped {gb(one['mapped'])}, messages {gb(one['taken'])}, local {gb(one['local'])}; bits {one['bits']}"
@@ -246,6 +251,8 @@ class Rank:
     def race(self, config: dict) -> None:
         """Steps of one number for each step and sender, written late and overwritten early."""
         s, mine, into = self.start(config)
+        if self.case.careless and self.cuda:
+            torch.cuda.synchronize = torch.cuda.Stream.synchronize = torch.cuda.Event.synchronize = lambda *some: None
         size = 4096 if self.cuda else 64
         busy, wrong, checked, taken = (
             torch.randn(size, size, device=self.device),
@@ -259,7 +266,7 @@ class Rank:
                 for _ in range(8):  # some 20 ms of an H200 before the weights are written
                     busy = torch.mm(busy, busy).clamp_(-1, 1)
                 for t in mine.values():
-                    t.fill_(number + self.rank / 8)
+                    t.fill_(number + (self.rank / 8 if t.dim() > 1 else 0))  # replicas, which vectors are, must be equal
             stats = self.step(s, mine, into, step)
             if mine is not None:
                 for t in mine.values():
