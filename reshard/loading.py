@@ -138,10 +138,9 @@ def load_rank(
     except torch.cuda.OutOfMemoryError:
         held = f"rank {rank.number} takes {human(plan.bytes_held)} on {at}, which has {human(free)} free"
         raise ReshardError(held, "use more ranks, or another device") from None
+    constants = {name: torch.full(c.shape, c.value, dtype=kinds[c.dtype], device=at) for name, c in placement.constants(rank)}
     fill(plan, source, tensors, device, jobs=jobs, buffer=buffer)
-    for name, constant in placement.constants(rank):
-        tensors[name] = torch.full(constant.shape, constant.value, dtype=kinds[constant.dtype], device=at)
-    return tensors
+    return tensors | constants
 
 
 def _free(device: torch.device) -> int:

@@ -2,9 +2,11 @@
 
 import threading
 import warnings
+from itertools import pairwise
 
 import pytest
 import torch
+from hubcases import hub  # noqa: F401  a fixture
 
 import reshard
 from reshard import loading
@@ -133,7 +135,7 @@ def test_the_last_wait_is_for_all_copies(model, monkeypatch):
     """Negative control: without it, the stub shows tensors that were never filled."""
     device = Late()
     on(device, model, format="hf")
-    assert device.log[0] == "begin" and device.log[-1] == "finish" and "begin" not in device.log[1:]
+    assert device.log.index("begin") < device.log.index("copy") and device.log[-1] == "finish" and device.log.count("begin") == 1
     monkeypatch.setattr(Late, "finish", lambda self: None)
     assert not same(on(Late(), model, format="hf"), load(model, format="hf"))
 
@@ -143,7 +145,7 @@ def test_an_event_follows_the_copies_of_each_buffer(model):
     on(device, model, format="hf")
     steps = [step for step in device.log if step in ("copy", "mark")]
     assert steps[0] == "copy" and steps[-1] == "mark"
-    assert not any(a == b == "mark" for a, b in zip(steps, steps[1:])), "an event behind nothing"
+    assert not any(a == b == "mark" for a, b in pairwise(steps)), "an event behind nothing"
     assert "wait" in device.log  # two buffers for some dozen fillings
 
 
@@ -241,3 +243,20 @@ def test_shapes_alone_on_the_meta_device(model):
 
 def test_threads_and_buffers_are_the_callers_choice(model):
     assert same(load(model, format="vllm", tp=2, jobs=3, buffer=1 << 20), load(model, format="vllm", tp=2))
+
+
+def test_what_is_on_the_hub_goes_to_a_device_the_same_way(model, hub):  # noqa: F811
+    hub.add_folder("org/name", model)
+    device = Late()
+    assert same(on(device, "hf://org/name", tp=2, rank=1, jobs=4), load(model, format="vllm", tp=2, rank=1))
+    assert device.host_bytes <= 5 * 4096  # one more buffer than threads, of the smallest size
+
+
+def test_constants_are_made_before_the_copies_begin(model, monkeypatch):
+    """They are queued on the caller's stream, which is waited for when the copies begin, and not afterwards."""
+    device, made = Late(), torch.full
+    monkeypatch.setattr(
+        torch, "full", lambda *args, **kw: (device.log.append("constant" if "device" in kw else "host"), made(*args, **kw))[1]
+    )
+    on(device, model, format="vllm", tp=2)
+    assert "constant" not in device.log[device.log.index("begin") :] and "constant" in device.log
