@@ -17,7 +17,7 @@ _TOP_KEYS = {"architectures", "extends", "description", "defaults", "conditions"
 _TENSOR_KEYS = {"dims", "when", "stage", "dtype"}
 _ENTRY_KEYS = {"name", "of", "within", "dims", "dim", "cut", "split", "pad", "when", "stage", "alias", "only_rank0", "view", "dtype"}
 _CONSTANT_KEYS = {"value", "dtype", "shape", "when"}
-_SECTION_KEYS = {"constants", "drop", "variants", "args"}
+_SECTION_KEYS = {"constants", "drop", "omit", "variants", "args"}
 _STAGES = ("first", "last", "all")
 
 
@@ -206,6 +206,7 @@ def _section(name: str, format: str, table: object, tensors: Mapping[str, Tensor
     table = dict(table)
     constants = tuple(_constant(name, format, key, value) for key, value in table.pop("constants", {}).items())
     drop = _list(name, f"[{format}] drop", table.pop("drop", []))
+    omit = _list(name, f"[{format}] omit", table.pop("omit", []))
     args = tuple(_strings(name, f"{format}.args", table.pop("args", {})).items())
     variants = []
     for label, variant in table.pop("variants", {}).items():
@@ -213,7 +214,7 @@ def _section(name: str, format: str, table: object, tensors: Mapping[str, Tensor
         until = variant.pop("until", None)
         variants.append((label, until, _section(name, f"{format}.variants.{label}", variant, tensors, axes)))
     entries = tuple(_entry(name, format, key, value, tensors, axes) for key, value in table.items())
-    return Section(entries, constants, drop, args, tuple(variants))
+    return Section(entries, constants, drop, omit, args, tuple(variants))
 
 
 def _constant(name: str, format: str, key: str, value: object) -> Constant:

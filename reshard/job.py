@@ -18,7 +18,7 @@ from reshard.formats.manifest import manifest_bytes
 from reshard.join import Plan, join
 from reshard.layout import parse_version
 from reshard.place import Mesh, Placement, Rank
-from reshard.text import human, some, table
+from reshard.text import count, human, some, table
 from reshard.tiles import BUFFER, peak_buffer
 
 DTYPES = {"bf16": "BF16", "fp16": "F16", "fp32": "F32"}
@@ -58,6 +58,18 @@ class Job:
     def dropped(self) -> list[str]:
         return self.source.dropped
 
+    @property
+    def left_out(self) -> list[str]:
+        """Names of weights in the source that no conversion carries."""
+        return left_out(self.source)["tensors"]
+
+    def what_is_left_out(self) -> str | None:
+        """The weights that the result will lack, in words; None where it lacks none."""
+        names = self.left_out
+        if not names:
+            return None
+        return f"left out: {count(len(names), 'tensor')}, {human(self.source.left_out_bytes)}, which layout {self.source.layout.name} does not carry: {some(names)}"
+
     def ranks(self) -> list[dict[str, int]]:
         """Per destination rank: bytes it needs read, bytes of its files, bytes of its tensors."""
         written: dict[int, int] = {}
@@ -78,7 +90,11 @@ class Job:
             f"reads {human(self.bytes_read)}, {_above(self.bytes_read, plan.least_bytes_read, self._why_more())}",
             f"writes {human(self.bytes_written)}, {_above(self.bytes_written, plan.bytes_held, 'headers')}",
         ]
-        lines += [f"{word}: {some(names)}" for word, names in (("dropped", self.dropped), ("padded", plan.padded)) if names]
+        computed = sorted(set(self.dropped) - set(self.left_out))
+        lines += [self.what_is_left_out()] if self.left_out else []
+        if computed:
+            lines.append(f"dropped: {count(len(computed), 'buffer')}, {human(source.dropped_bytes - source.left_out_bytes)}: {some(computed)}")
+        lines += [f"padded: {some(plan.padded)}"] if plan.padded else []
         return "\n".join(lines)
 
     __str__ = describe
@@ -101,6 +117,9 @@ class Job:
             "peak_buffer_bytes": self.peak_buffer_bytes,
             "files": [{"path": file.path, "bytes": file.image.size} for file in self.folder.files],
             "dropped": self.dropped,
+            "dropped_bytes": source.dropped_bytes,
+            "left_out": self.left_out,
+            "left_out_bytes": source.left_out_bytes,
             "padded": self.plan.padded,
         }
 
@@ -144,7 +163,7 @@ def prepare(
     assert used == {id(s) for s in plan.destinations}, "a format left tensors out of its files"
     sizes = {file.path: file.image.size for file in folder.files}
     native = native_dtypes(source, plan)
-    folder.small[MANIFEST] = manifest_bytes(format, placement.mesh, source.layout.name, engine_version, sizes, native, source.origin, rank)
+    folder.small[MANIFEST] = manifest_bytes(format, placement.mesh, source.layout.name, engine_version, sizes, native, source.origin, rank, left_out(source))
     if dtype:
         config = dict(read_config(source.config_path))
         key = "dtype" if "dtype" in config or "torch_dtype" not in config else "torch_dtype"
@@ -154,6 +173,11 @@ def prepare(
     fetched = batches(plan) if source.remote else None
     peak = peak_buffer(plan, jobs, buffer) if fetched is None else peak_of_fetching(workers(jobs, buffer))
     return Job(source, format, placement.mesh, plan, folder, companions, engine_version, dtype, peak, fetched)
+
+
+def left_out(source: Checkpoint) -> dict:
+    """Weights in the files of `source` that no conversion carries: their names, and their bytes."""
+    return {"tensors": sorted({stored.name for stored in source.left_out}), "bytes": source.left_out_bytes}
 
 
 def default_jobs(source: Checkpoint) -> int:
@@ -187,7 +211,8 @@ def join_to(source: Checkpoint, placement: Placement, dtype: str | None, ranks=N
     if placement.problems:
         raise PlanError(placement.problems, split_hint(placement))
     keep = [t.name for t in source.layout.descriptor.tensors.values() if t.dtype]
-    return join(source.stored, destinations, cast=DTYPES.get(dtype or ""), keep=keep, native=source.native, complete=complete, check=complete)
+    sizes = {t.name: source.layout.shape(t) for t in source.layout.descriptor.tensors.values()}
+    return join(source.stored, destinations, cast=DTYPES.get(dtype or ""), keep=keep, native=source.native, sizes=sizes, complete=complete, check=complete)
 
 
 def native_dtypes(source: Checkpoint, plan: Plan) -> dict[str, str]:

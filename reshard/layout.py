@@ -74,13 +74,15 @@ class Constant:
 
 @dataclass(frozen=True)
 class Section:
-    """All that one format says of one architecture. `variants` are other ways it is written; each entry of one takes
+    """All that one format says of one architecture. `drop` are names of buffers that can be computed again, `omit` those of
+    weights that the descriptor does not describe: they are left out, and the user is told so. `variants` are other ways it is written; each entry of one takes
     the place of the entries that hold the same tensors. `until` is the newest engine release that wants the variant.
     `args` are settings, as expressions over config.json, that the format keeps beside the weights (Megatron's args)."""
 
     entries: tuple[Entry, ...] = ()
     constants: tuple[Constant, ...] = ()
     drop: tuple[str, ...] = ()
+    omit: tuple[str, ...] = ()
     args: tuple[tuple[str, str], ...] = ()
     variants: tuple[tuple[str, str | None, "Section"], ...] = ()
 
@@ -90,7 +92,7 @@ class Section:
         kept = tuple(e for e in self.entries if e.alias or not covered.intersection(e.of) or not other.entries)
         names = {c.name for c in other.constants}
         constants = tuple(c for c in self.constants if c.name not in names) + other.constants
-        return replace(self, entries=kept + other.entries, constants=constants, drop=self.drop + other.drop)
+        return replace(self, entries=kept + other.entries, constants=constants, drop=self.drop + other.drop, omit=self.omit + other.omit)
 
     def for_version(self, version: tuple[int, ...] | None) -> "Section":
         """As engine release `version` wants it; None is the newest known."""

@@ -148,7 +148,10 @@ class Placement:
             experts = list(range(low, high))
         if not any(self.layout.exists(tensor, layer) for layer in layers for tensor in tensors):
             return
-        shape, blocks = self._blocks(entry, tensors, rank, "expert" in index)
+        if "expert" in index and not self.layout.sizes["expert"]:
+            self._problem(entry, f"axis expert has size 0 by config.json ({self.layout.descriptor.axes['expert']})")
+            return
+        shape, blocks, pad = self._blocks(entry, tensors, rank, "expert" in index)
         size = prod(shape)
         stacked_layers, stacked_experts = "{layer}" not in entry.name, "{expert}" not in entry.name
         present: list[tuple] = []
@@ -164,27 +167,34 @@ class Placement:
             if stacked_layers and layer is not None:
                 present += here
             elif stacked_experts and index[-1:] == ("expert",):
-                yield self._stack(entry, rank, shape, size, blocks, here, (len(here),))
+                yield self._stack(entry, rank, shape, size, blocks, pad, here, (len(here),))
             else:
                 for (layer_, number_), (expert_, local) in here:
                     key = tuple(x for x in (layer_, expert_) if x is not None)
                     name = entry.name.format(layer=number_, expert=local) if index else entry.name
-                    yield Stored(rank.number, name, "", shape, tuple([((t, *key), block) for t, block in blocks]), entry)
+                    held = tuple([((t, *key), block) for t, block in blocks])
+                    yield Stored(rank.number, name, "", self._viewed(entry, shape), held, entry, pad=pad)
         if present:
             lead = (len(present) // len(experts), len(experts)) if "expert" in index else (len(present),)
-            yield self._stack(entry, rank, shape, size, blocks, present, lead)
+            yield self._stack(entry, rank, shape, size, blocks, pad, present, lead)
 
-    def _stack(self, entry, rank, shape, size, blocks, numbered, lead) -> Stored:
+    def _stack(self, entry, rank, shape, size, blocks, pad, numbered, lead) -> Stored:
         """One stored tensor that holds many layers' or experts' tensors one after another."""
         out = []
         for i, ((layer, number), (expert, _)) in enumerate(numbered):
             key = tuple(x for x in (layer, expert) if x is not None)
             out += [((tensor, *key), self._moved(block, i * size)) for tensor, block in blocks]
         name = entry.name.format(layer=numbered[0][0][1]) if numbered else entry.name
-        dims = lead + shape
-        if entry.view is not None:
-            dims = tuple(prod(dims[d] for d in group) for group in entry.view)
-        return Stored(rank.number, name, "", dims, tuple(out), entry)
+        return Stored(rank.number, name, "", self._viewed(entry, lead + shape), tuple(out), entry, pad=pad * len(numbered))
+
+    def _viewed(self, entry: Entry, dims: tuple[int, ...]) -> tuple[int, ...]:
+        """The dimensions that a stored tensor of `dims` is declared under: the same elements in the same order."""
+        if entry.view is None:
+            return dims
+        if sorted(d for group in entry.view for d in group) != list(range(len(dims))):
+            self._problem(entry, f"view = {[list(group) for group in entry.view]} must join each of its {len(dims)} dimensions once (0 to {len(dims) - 1})")
+            return dims
+        return tuple(prod(dims[d] for d in group) for group in entry.view)
 
     def _moved(self, block: Block, elements: int) -> Block:
         at = ("moved", id(block), elements)
@@ -193,7 +203,8 @@ class Placement:
         return self._geometry[at]
 
     def _blocks(self, entry: Entry, tensors: list[Tensor], rank: Rank, expert: bool):
-        """Shape and blocks of one stored tensor; the same object for every layer and expert."""
+        """Shape and blocks of one stored tensor, and how many of its elements are padding; the same objects for every
+        layer and expert."""
         index, count = (rank.etp, self.etp) if expert else (rank.tp, self.mesh.tp)
         if entry.only_rank0 and index:
             index = -index  # the same shape with nothing in it
@@ -201,11 +212,30 @@ class Placement:
         if at not in self._geometry:
             whole = entry.cut == "whole"
             boxes = [self._box(entry, t, 0 if whole else abs(index), 1 if whole else count) for t in tensors]
-            shape, blocks = fuse(self.layout, entry, tensors, boxes)
-            if whole and count > 1:
-                shape, blocks = self._slice(entry, shape, blocks, index, count)
-            self._geometry[at] = shape, [] if index < 0 else blocks
+            self._sized(entry, tensors)
+            shape, blocks = self._fused(entry, tensors, boxes, index, count)
+            pad = 0
+            if index < 0:
+                blocks, pad = [], prod(shape)
+            elif entry.pad:  # what the parts would fill if their padded axes were as long as that
+                padded = [{axis: (extent, extent[1]) for axis, (extent, _) in box.items()} for box in boxes]
+                filled = self._fused(entry, tensors, padded, index, count)[1]
+                pad = sum(block.size for _, block in filled) - sum(block.size for _, block in blocks)
+            self._geometry[at] = shape, blocks, pad
         return self._geometry[at]
+
+    def _fused(self, entry: Entry, tensors: list[Tensor], boxes: list[dict], index: int, count: int):
+        shape, blocks = fuse(self.layout, entry, tensors, boxes)
+        if entry.cut == "whole" and count > 1:
+            return self._slice(entry, shape, blocks, abs(index), count)
+        return shape, blocks
+
+    def _sized(self, entry: Entry, tensors: list[Tensor]) -> None:
+        """A tensor that the model has, of no elements, is a mistake in config.json: nothing could be said of its place."""
+        for tensor in tensors:
+            for axis in tensor.axes:
+                if self.layout.sizes[axis] == 0:
+                    self._problem(entry, f"axis {axis} of {tensor.name} has size 0 by config.json ({self.layout.descriptor.axes[axis]})")
 
     def _box(self, entry: Entry, tensor: Tensor, index: int, count: int):
         """Per axis of `tensor`, (range of this rank in the padded tensor, true size)."""

@@ -51,6 +51,8 @@ def run_conversion(source, dst, push=None, *, to, tp, pp, ep, etp, dtype, engine
         with progress_bar(job.bytes_read, quiet or as_json) as tell:
             done = convert_and_push(job, dst, overwrite=overwrite, jobs=jobs, buffer=buffer, progress=tell, **push)
         say_pushed(done, {**job.to_json(dst), "bytes_written": job.bytes_written}, as_json, quiet)
+        if not (as_json or quiet):
+            say_left_out(job)
         return
     if dry_run:
         click.echo(json.dumps({"ok": True, **job.to_json(dst)})) if as_json else click.echo(job.describe(dst))
@@ -69,6 +71,12 @@ def run_conversion(source, dst, push=None, *, to, tp, pp, ep, etp, dtype, engine
         came = f"; {human(report.bytes_received)} came from {source.revision[:12]}" if source.remote else ""
         came += f", sha256 of {count(report.checked_files, 'file')} checked" if report.checked_files else ""
         click.echo(f"{went_on}wrote {count(files - report.resumed_files, 'file')}, {human(report.bytes_written)} in {report.seconds:.1f}s ({rate}/s): {dst}, {job.format} {job.mesh}{came}")
+        say_left_out(job)
+
+
+def say_left_out(job) -> None:
+    if job.left_out:
+        click.echo(job.what_is_left_out())
 
 
 def say_pushed(done, result: dict, as_json: bool, quiet: bool) -> None:

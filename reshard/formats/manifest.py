@@ -78,7 +78,8 @@ def mesh_of(manifest: dict) -> Mesh:
 
 
 def manifest_bytes(format: str, mesh: Mesh, layout: str, engine_version: str | None, files: dict[str, int], dtypes: dict[str, str],
-                   source: Mapping[str, str] | None = None, rank: int | None = None) -> bytes:  # fmt: skip
+                   source: Mapping[str, str] | None = None, rank: int | None = None, left_out: Mapping = {}) -> bytes:  # fmt: skip
+    """`left_out`: under "tensors" and "bytes", weights of the source that are not here."""
     from reshard import __version__
 
     sizes = {"tp": mesh.tp, "pp": mesh.pp, "ep": mesh.ep} | ({"etp": mesh.etp} if mesh.etp else {})
@@ -91,4 +92,6 @@ def manifest_bytes(format: str, mesh: Mesh, layout: str, engine_version: str | N
         table["source"] = dict(source)
     if rank is not None:
         table["rank"] = rank
+    if left_out.get("tensors"):
+        table["left_out"] = dict(left_out)
     return (json.dumps({**table, "files": files}, indent=1) + "\n").encode()

@@ -261,7 +261,7 @@ def _is_alias(name: str, others: Mapping[tuple[str, ...], tuple[str, ...]]) -> b
 def _ignored(layout: Layout, section: Section) -> tuple[str, ...]:
     """Buffers that are no weights: rotary caches, TransformerEngine's extra state, and what the layout drops."""
     return ("*.inv_freq", "*.original_inv_freq", "*.cos_sin_cache", "*.cos_cached", "*.sin_cached", "*._extra_state", *(
-        pattern.format_map({"layer": layout.layers, **layout.scope}) for pattern in section.drop))  # fmt: skip
+        pattern.format_map({"layer": layout.layers, **layout.scope}) for pattern in (*section.drop, *section.omit)))  # fmt: skip
 
 
 def intervals(size: int, cuts: Sequence[tuple[int, int, int]]) -> list[tuple[int, int]]:
