@@ -4,6 +4,7 @@ import argparse
 import json
 import os
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -13,6 +14,8 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
+
+_CASE = 150  # seconds: one run of the command line
 
 #: a vocabulary that Megatron pads (249 × 128); matrices as large as a 7B model's
 LLAMA = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 4096, "intermediate_size": 11008, "num_attention_heads": 32,
@@ -112,3 +115,19 @@ def environment(**more: str) -> dict[str, str]:
     """For processes that run reshard from this checkout, on one machine."""
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     return {**os.environ, "PYTHONPATH": path, "GLOO_SOCKET_IFNAME": "lo", "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1", **more}
+
+
+def reshard(*words, **more: str) -> subprocess.CompletedProcess:
+    """The command line of this checkout. One that takes too long counts as failed."""
+    command = [sys.executable, "-m", "reshard", *map(str, words)]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment(**more), timeout=_CASE, check=False)
+    except subprocess.TimeoutExpired as error:
+        done = subprocess.CompletedProcess(command, 124, "", f"{(error.stderr or b'').decode()[-300:]}\nnot done after {_CASE} s")
+    if done.returncode:
+        print("$", *command[2:], f"\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}", flush=True)
+    return done
+
+
+def last(done: subprocess.CompletedProcess) -> str:
+    return ((done.stderr if done.returncode else "").strip() or done.stdout.strip() or "no output").splitlines()[-1][:300]

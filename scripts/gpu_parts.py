@@ -1,20 +1,17 @@
 """The parts of gpu_check.py, each run by itself: python scripts/gpu_parts.py PART --device cuda --work DIR --rows FILE."""
 
 import argparse
-import json
 import os
 import resource
 import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
 import torch
-from gpu_common import ROOT, Bench, environment, gb
-
-_CASE = 150  # seconds: one verification, or one conversion
+from gpu_common import ROOT, Bench, environment, gb, last, reshard
+from gpu_verify import cuts, verify
 
 
 def env(b: Bench) -> None:
@@ -111,18 +108,10 @@ def model(b: Bench) -> None:
         done = reshard("convert", folder, b.work / name, *options, "-q")
         b.row(
             f"cut: {' '.join(options)}",
-            f"{time.perf_counter() - began:.1f} s" if not done.returncode else _last(done),
+            f"{time.perf_counter() - began:.1f} s" if not done.returncode else last(done),
             "done",
             not done.returncode,
         )
-
-
-def cuts(b: Bench) -> dict[str, list[str]]:
-    return {
-        "vllm-tp4": ["--to", "vllm", "--tp", "4"],
-        "megatron-tp2pp2": ["--to", "megatron", "--tp", "2", "--pp", "2"],
-        "vllm-tp1": ["--to", "vllm"],
-    }
 
 
 def load(b: Bench) -> None:
@@ -185,7 +174,7 @@ def size_of(folder: Path) -> int:
 
 def pack(b: Bench) -> None:
     """Packing messages from a trainer's tensors and unpacking them into an engine's, against a copy within the device."""
-    from gpu_sync import sides, tensors
+    from gpu_rank import sides, tensors
 
     from reshard import sync
     from reshard.sync.messages import rank_plan
@@ -218,42 +207,6 @@ def pack(b: Bench) -> None:
             del bound, source, into, staging, runs
 
 
-def verify(b: Bench) -> None:
-    """The proof by forward, of every cut, in both dtypes; what it must refuse; three at a time."""
-    folder = b.model()
-    for name, options in cuts(b).items():
-        if not (b.work / name).exists():
-            reshard("convert", folder, b.work / name, *options, "-q")
-    ways = [(name, ["--dtype", kind], {}) for kind in ("fp32", "bf16") for name in cuts(b)]
-    ways += [("vllm-tp4", ["--low-memory"], {}), ("vllm-tp4", ["--method", "permute"], {})]
-    ways += [("vllm-tp4", [], {"NVIDIA_TF32_OVERRIDE": "1"})] if b.cuda else []
-    with ThreadPoolExecutor(3 if b.cuda else 1) as pool:
-        list(pool.map(lambda way: _verify(b, folder, *way), ways))
-
-
-def _verify(b: Bench, folder: Path, name: str, options: list[str], more: dict[str, str]) -> None:
-    case = " ".join([name, *options, *(f"{k}={v}" for k, v in more.items())])
-    done = reshard("verify", b.work / name, "--reference", folder, "--device", b.device.type, "--json", *options, **more)
-    try:
-        found = json.loads(done.stdout.strip().splitlines()[-1])
-    except (IndexError, ValueError):
-        found = {}
-    if more:
-        refused = done.returncode not in (0, 3) and "TF32" in done.stdout + done.stderr
-        b.row(case, f"exit code {done.returncode}: {found.get('error') or _last(done)}"[:300], "refused", refused)
-        return
-    if "passed" not in found:
-        b.row(case, f"exit code {done.returncode}: {found.get('error') or _last(done)}"[:300], "passed", False)
-        return
-    relative = float("inf") if found["max_abs_diff"] is None else found["max_abs_diff"] / (found["max_abs_logit"] or 1)
-    peak = max((rank["peak_bytes"] for rank in found["ranks"]), default=0)
-    where = f"{found['device']}, {found['backend']}, {found['nproc']} ranks, up to {found['ranks_per_device']} to a device"
-    missed = [control["name"] for control in found["controls"] if control["passed"]]
-    value = f"{'passed' if found['passed'] else 'NOT PASSED'}: {relative:.2g} of the largest logit; {len(found['controls']) - len(missed)} of {len(found['controls'])} defects found; "
-    b.row(case, value + f"{found['seconds']:.1f} s; peak {gb(peak)}; {where}", "passed", found["passed"] and not done.returncode and found["device"] == b.device.type,
-          relative=relative, seconds=found["seconds"], peak=peak, precision=found.get("precision"))  # fmt: skip
-
-
 def tests(b: Bench) -> None:
     """The tests that are marked for a GPU."""
     file = ROOT / "tests/test_gpu.py"
@@ -269,23 +222,7 @@ def tests(b: Bench) -> None:
         check=False,
     )
     print(done.stdout[-6000:], done.stderr[-2000:], flush=True)
-    b.row("tests/test_gpu.py", _last(done), "all passed", done.returncode == 0)
-
-
-def reshard(*words, **more: str) -> subprocess.CompletedProcess:
-    """The command line of this checkout. One that takes too long counts as failed."""
-    command = [sys.executable, "-m", "reshard", *map(str, words)]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment(**more), timeout=_CASE, check=False)
-    except subprocess.TimeoutExpired as error:
-        done = subprocess.CompletedProcess(command, 124, "", f"{(error.stderr or b'').decode()[-300:]}\nnot done after {_CASE} s")
-    if done.returncode:
-        print("$", *command[2:], f"\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}", flush=True)
-    return done
-
-
-def _last(done: subprocess.CompletedProcess) -> str:
-    return ((done.stderr if done.returncode else "").strip() or done.stdout.strip() or "no output").splitlines()[-1][:300]
+    b.row("tests/test_gpu.py", last(done), "all passed", done.returncode == 0)
 
 
 def _output(command: list[str]) -> str:
