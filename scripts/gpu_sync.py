@@ -100,7 +100,7 @@ def run(b: Bench, case: Case, layers: int | None = None, expected: bool = True) 
                 "rank": rank,
                 "device": b.device.type,
                 "folder": folder,
-                "layers": layers,
+                "config": config,
                 "model": str(b.work / "model"),
             }
             command = [sys.executable, str(Path(__file__).with_name("gpu_rank.py")), json.dumps(order)]
