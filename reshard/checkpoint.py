@@ -21,6 +21,7 @@ from reshard.layout import Entry, Layout, Section
 from reshard.place import Mesh, Placement, slice_dim
 from reshard.stores import DTYPE_SIZE
 from reshard.stores.foreign import parse, quote
+from reshard.stores.identity import Identity, identity, noting
 
 if TYPE_CHECKING:
     from reshard.execute import Source
@@ -48,6 +49,7 @@ class Checkpoint:
     config_path: Path | None = None
     origin: Mapping[str, str] | None = None  # repo and revision on the Hub that it comes from, where that is known
     native: Mapping[str, str] = field(default_factory=dict)  # the model's dtype of tensors that this format's engine widened
+    identities: Mapping[str, Identity] = field(default_factory=dict)  # of local files, by path, when their headers were read
 
     @property
     def architecture(self) -> str:
@@ -88,7 +90,7 @@ class Checkpoint:
         from reshard.execute import Source
 
         if not self.remote:
-            return Source(self.path)
+            return Source(self.path, self.identities)
         from reshard.hub.source import HubSource
 
         return HubSource(self.path, whole, jobs)
@@ -121,8 +123,11 @@ def open_checkpoint(
     folder = folder_of(path, cache)
     kind = formats.get(format) if format else formats.recognise(folder)
     config_path = find_config(folder, config)
-    settings = read_config(config_path)
-    contents = kind.read(folder)
+    with noting() as identities:
+        if isinstance(config_path, Path):
+            identities[str(config_path)] = identity(config_path.stat())
+        settings = read_config(config_path)
+        contents = kind.read(folder)
     descriptor = load_descriptor(Path(layout)) if layout else find_descriptor(settings)
     if descriptor is None:
         raise unknown_architecture(settings, contents)
@@ -136,6 +141,7 @@ def open_checkpoint(
     checkpoint = Checkpoint(folder, kind.name, contents.mesh, bound, [], engine_version=contents.engine_version, config_path=config_path)
     manifest = read_manifest(folder) or {}
     checkpoint.native = manifest.get("dtypes", {})
+    checkpoint.identities = identities
     checkpoint.origin = {"repo": folder.repository.location.repo, "revision": folder.revision} if checkpoint.remote else manifest.get("source")
     _match(checkpoint, kind, contents)
     return checkpoint

@@ -17,10 +17,10 @@ from reshard.block import Block, Box, Key, Stored, end, volume
 from reshard.checkpoint import Checkpoint
 from reshard.coverage import Coverage, label, union_volume
 from reshard.execute import Source, Workspace, in_threads
-from reshard.fetch import JOBS, Batch, batches, of_pair, workers
+from reshard.fetch import JOBS, Batch, batches, of_pair, runs, workers
 from reshard.join import Copy, Move, Plan, holders, move_between
 from reshard.place import Mesh, Placement
-from reshard.rearrange import cast, mapped, strided
+from reshard.rearrange import GAP, cast, mapped, strided
 from reshard.stores import DTYPE_SIZE
 from reshard.tiles import BUFFER, Tile, tiles
 
@@ -215,9 +215,10 @@ def _look_from_afar(plan: Plan, left: Source, right: Source, look: Callable[[Til
 
 
 def _view(source: Source, stored: Stored, box: Box, offset: int, strides: tuple[int, ...]) -> np.ndarray:
-    """One box of a stored tensor, mapped for as long as the array lives."""
+    """One box of a stored tensor."""
     shape = tuple(stop - start for start, stop in box)
-    return strided(mapped(source, stored, offset, end(offset, shape, strides)), box, strides)
+    needed = runs(offset, shape, strides, GAP // DTYPE_SIZE[stored.dtype])
+    return strided(mapped(source, stored, offset, end(offset, shape, strides), needed), box, strides)
 
 
 def _volume(sizes: tuple[int, ...]) -> int:

@@ -4,7 +4,7 @@
 """
 
 import json
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from reshard import formats
@@ -18,8 +18,9 @@ from reshard.formats.manifest import manifest_bytes
 from reshard.join import Plan, join
 from reshard.layout import parse_version
 from reshard.place import Mesh, Placement, Rank
+from reshard.stores.identity import Identity, identity
 from reshard.text import count, human, some, table
-from reshard.tiles import BUFFER, peak_buffer
+from reshard.tiles import BUFFER, Portion, peak_buffer, portions
 
 DTYPES = {"bf16": "BF16", "fp16": "F16", "fp32": "F32"}
 #: files beside the weights that every folder gets, when the source has them
@@ -41,6 +42,18 @@ class Job:
     dtype: str | None
     peak_buffer_bytes: int
     batches: list[Batch] | None = None  # of a remote source: what is fetched together
+    rank: int | None = None  # the one that is written, where there are others
+    max_file: int | None = None
+    identities: dict[str, Identity] = field(default_factory=dict)  # of the companions, by path
+
+    @property
+    def section(self) -> str:
+        """The descriptors' table that the format follows."""
+        return formats.get(self.format).section
+
+    def portions(self) -> list[Batch] | list[Portion]:
+        """The whole work in pieces that a journal notes by number."""
+        return portions(self.plan) if self.batches is None else self.batches
 
     @property
     def bytes_read(self) -> int:
@@ -163,7 +176,9 @@ def prepare(
     assert used == {id(s) for s in plan.destinations}, "a format left tensors out of its files"
     sizes = {file.path: file.image.size for file in folder.files}
     native = native_dtypes(source, plan)
-    folder.small[MANIFEST] = manifest_bytes(format, placement.mesh, source.layout.name, engine_version, sizes, native, source.origin, rank, left_out(source))
+    alone = rank is not None and len(placement.ranks) > 1
+    folder.small[MANIFEST] = manifest_bytes(format, placement.mesh, source.layout.name, engine_version, sizes, native, source.origin,
+                                            (rank, len(placement.ranks)) if alone else None, left_out(source))  # fmt: skip
     if dtype:
         config = dict(read_config(source.config_path))
         key = "dtype" if "dtype" in config or "torch_dtype" not in config else "torch_dtype"
@@ -172,7 +187,8 @@ def prepare(
     companions = {name: path for name, path in companion_files(source).items() if name not in folder.small}
     fetched = batches(plan) if source.remote else None
     peak = peak_buffer(plan, jobs, buffer) if fetched is None else peak_of_fetching(workers(jobs, buffer))
-    return Job(source, format, placement.mesh, plan, folder, companions, engine_version, dtype, peak, fetched)
+    seen = {str(path): identity(path.stat()) for path in companions.values() if isinstance(path, Path)}
+    return Job(source, format, placement.mesh, plan, folder, companions, engine_version, dtype, peak, fetched, rank if alone else None, max_file, seen)
 
 
 def left_out(source: Checkpoint) -> dict:
