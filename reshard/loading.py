@@ -175,12 +175,14 @@ def fill(
                 raw[stored.name][start : start + len(data)] = np.frombuffer(data, np.uint8)
 
             run(plan, files, write, jobs=jobs, buffer=buffer)
+            files.check_unchanged()
             return
         staged = Staged(device, flat, jobs, buffer)
         device.begin()
         try:
             run(plan, files, staged.write, jobs=jobs, buffer=buffer)
             staged.flush()
+            files.check_unchanged()
         except BaseException:
             with suppress(Exception):  # the first error is the one to tell
                 device.finish()

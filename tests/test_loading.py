@@ -13,6 +13,7 @@ from reshard import loading
 from reshard.api import load
 from reshard.checkpoint import open_checkpoint
 from reshard.demo import make_model
+from reshard.execute import Source
 from reshard.job import one_rank, place
 from reshard.place import Mesh
 
@@ -164,20 +165,36 @@ def test_by_default_host_buffers_take_at_most_a_quarter_of_a_gigabyte():
         assert staged.size * staged._most <= 256 << 20 and staged._most > threads
 
 
-def test_a_failed_read_waits_for_the_copies_under_way(model, tmp_path):
+def test_a_failed_read_waits_for_the_copies_under_way(model, monkeypatch):
     """Memory that a copy still goes to must not be freed: it may be another tensor's next."""
-    folder = tmp_path / "short"
-    folder.mkdir()
-    for path in model.iterdir():
-        (folder / path.name).write_bytes(path.read_bytes())
-    source = open_checkpoint(folder)
-    file = next(folder.glob("*.safetensors"))
-    file.write_bytes(file.read_bytes()[:-9000])
-    placement = place(source, "hf", Mesh())
-    device = Late()
-    with pytest.raises(reshard.FormatError, match="shorter"):
-        loading.load_rank(source, placement, one_rank(placement, 0), None, device, jobs=1, buffer=1)
-    assert device.log[-1] == "finish" and device.done == device.queued > 0
+    device, read = Late(), Source.read
+
+    def fails(self, *args):
+        if device.queued > 20:
+            raise OSError(5, "Input/output error")
+        return read(self, *args)
+
+    monkeypatch.setattr(Source, "read", fails)
+    with pytest.raises(OSError, match="Input/output error"):
+        on(device, model, format="hf")
+    assert device.log[-1] == "finish" and device.done == device.queued > 20
+
+
+@pytest.mark.parametrize("device", [None, Late()])
+def test_a_file_that_changes_meanwhile_is_an_error(tmp_path, monkeypatch, device):
+    """As for a conversion, defects.md H2: what was read is then a mixture."""
+    make_model(tmp_path / "m", CONFIG)
+    file, read = next((tmp_path / "m").glob("*.safetensors")), Source.read
+
+    def disturbed(self, *args):
+        with open(file, "r+b") as other:
+            other.seek(-2, 2)
+            other.write(b"xy")
+        return read(self, *args)
+
+    monkeypatch.setattr(Source, "read", disturbed)
+    with pytest.raises(reshard.FormatError, match="was changed after its header was read"):
+        on(device, tmp_path / "m", format="hf")
 
 
 def test_short_runs_at_even_distances_are_one_copy():
