@@ -7,13 +7,13 @@ that can be had; one is written to again only when the event behind its copies h
 that exist; ``load_rank`` makes them. ``Device`` is all that is asked of torch: tests put another in its place.
 """
 
+import os
 import threading
 import warnings
 from collections import deque
 from collections.abc import Mapping
 from contextlib import closing, suppress
 from dataclasses import dataclass, field
-from os import cpu_count
 
 import numpy as np
 import torch
@@ -164,7 +164,7 @@ def fill(
     Elements under no block (padding) are left as they are. `jobs` threads read. `buffer` bytes are used for reading, and as
     many again for what is on its way to a device. The bytes are there when this returns, whatever stream looks.
     """
-    jobs = jobs or (default_jobs(source) if device is None else max(default_jobs(source), min(8, (cpu_count() or 2) // 2)))
+    jobs = jobs or (default_jobs(source) if device is None else max(default_jobs(source), min(8, _cores() // 2)))
     flat = {name: tensor.view(-1).view(torch.uint8) for name, tensor in tensors.items()}
     with closing(source.source()) as files:
         if device is None:
@@ -188,6 +188,11 @@ def fill(
                 device.finish()
             raise
         device.finish()  # before the tensors' memory, or the buffers', can be anyone else's
+
+
+def _cores() -> int:
+    """Processor cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @dataclass(slots=True)
