@@ -86,7 +86,8 @@ def load(
     `buffer` bytes of buffers; on the way to a device as many again stage them, page-locked where the system has such memory:
     the host never holds the rank. Raises ReshardError.
     """
-    from reshard.loading import device_of, load_rank
+    from reshard.devices import device_of
+    from reshard.loading import load_rank
 
     ckpt = _opened(source, options)
     if options:

@@ -4,12 +4,11 @@
 
 Threads read files while the device takes what they read before. Host buffers are few and of fixed size, page-locked where
 that can be had; one is written to again only when the event behind its copies has come. ``fill`` does the work on tensors
-that exist; ``load_rank`` makes them. ``Device`` is all that is asked of torch: tests put another in its place.
+that exist; ``load_rank`` makes them. What is asked of a device is in ``devices.py``.
 """
 
 import os
 import threading
-import warnings
 from collections import deque
 from collections.abc import Mapping
 from contextlib import closing, suppress
@@ -20,6 +19,7 @@ import torch
 
 from reshard.block import Stored
 from reshard.checkpoint import Checkpoint
+from reshard.devices import Device, free_bytes
 from reshard.errors import ReshardError
 from reshard.execute import run
 from reshard.job import default_jobs, join_to
@@ -32,89 +32,6 @@ from reshard.tiles import BUFFER
 _LARGEST = 16 << 20  # bytes of one host buffer: a copy of it takes long enough to hide what starting one costs
 _SMALLEST = 64 << 10
 _SHORT = 64 << 10  # bytes: evenly spaced runs shorter than this are one strided copy, not one copy each
-
-
-class Device:
-    """Where tensors are filled by way of host buffers. Copies of this one end before they return; ``Cuda``'s are queued."""
-
-    def __init__(self, device: torch.device):
-        self.device = device
-
-    def begin(self) -> None:
-        """The tensors to be filled are made; copies follow."""
-
-    def host(self, size: int) -> torch.Tensor:
-        """A host buffer of `size` bytes, as uint8."""
-        return torch.empty(size, dtype=torch.uint8)
-
-    def copy(self, into: torch.Tensor, value: torch.Tensor) -> None:
-        """Queue a copy of `value`, in a host buffer, to `into`, on the device."""
-        into.copy_(value)
-
-    def mark(self):
-        """An event that comes when all copies queued so far are done: it has ``query()`` and ``synchronize()``; None if they are."""
-
-    def finish(self) -> None:
-        """Wait for all copies."""
-
-
-class Cuda(Device):
-    """A GPU, with a stream of its own for the copies."""
-
-    def __init__(self, device: torch.device):
-        if not torch.cuda.is_available():
-            raise ReshardError(f"device {str(device)!r}, but torch sees no GPU here", 'use device="cpu"')
-        count = torch.cuda.device_count()
-        if device.index is not None and device.index >= count:
-            raise ReshardError(
-                f"device {str(device)!r}, but torch sees {count} GPU{'s' * (count > 1)} here", f"use cuda:0 to cuda:{count - 1}"
-            )
-        super().__init__(torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index))
-        self._stream = torch.cuda.Stream(self.device)
-        self._pins = True
-
-    def begin(self) -> None:
-        # what allocated and zeroed the tensors, and what last used their memory, is queued on the caller's stream
-        self._stream.wait_stream(torch.cuda.current_stream(self.device))
-
-    def host(self, size: int) -> torch.Tensor:
-        if self._pins:
-            try:
-                with torch.cuda.device(self.device):
-                    return page_locked(size)
-            except RuntimeError as error:
-                self._pins = False
-                reason = str(error).strip().splitlines()[0]
-                warnings.warn(
-                    f"no page-locked memory is to be had ({reason}): what goes to {self.device} goes slower", RuntimeWarning, stacklevel=2
-                )
-        return super().host(size)
-
-    def copy(self, into: torch.Tensor, value: torch.Tensor) -> None:
-        with torch.cuda.stream(self._stream):
-            into.copy_(value, non_blocking=True)
-
-    def mark(self):
-        event = torch.cuda.Event(blocking=True)  # a thread that waits for it leaves the core to those that read
-        event.record(self._stream)
-        return event
-
-    def finish(self) -> None:
-        self._stream.synchronize()
-
-
-def page_locked(size: int) -> torch.Tensor:
-    """`size` bytes that a device can fetch by itself. Raises RuntimeError where the system has none."""
-    return torch.empty(size, dtype=torch.uint8, pin_memory=True)
-
-
-def device_of(name: "str | int | torch.device") -> Device | None:
-    """What fills tensors on a device by that name; None for the CPU, whose memory needs no copies."""
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ReshardError(f"unknown device {name!r}: {str(error).splitlines()[0]}", "use cpu, cuda or cuda:N") from None
-    return None if device.type == "cpu" else Cuda(device) if device.type == "cuda" else Device(device)
 
 
 def load_rank(
@@ -132,7 +49,7 @@ def load_rank(
 
     plan = join_to(source, placement, dtype, [rank], complete=False)
     kinds, at = torch_dtypes(), device.device if device else torch.device("cpu")
-    free = _free(at)
+    free = free_bytes(at)
     try:
         tensors = {s.name: torch.zeros(s.shape, dtype=kinds[s.dtype], device=at) for s in plan.destinations}
     except torch.cuda.OutOfMemoryError:
@@ -141,13 +58,6 @@ def load_rank(
     constants = {name: torch.full(c.shape, c.value, dtype=kinds[c.dtype], device=at) for name, c in placement.constants(rank)}
     fill(plan, source, tensors, device, jobs=jobs, buffer=buffer)
     return tensors | constants
-
-
-def _free(device: torch.device) -> int:
-    """Bytes that this process can still have on a GPU; 0 for what has no such number."""
-    if device.type != "cuda":
-        return 0
-    return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
 
 
 def fill(

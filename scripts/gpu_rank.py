@@ -149,7 +149,7 @@ class Rank:
         for step in range(self.case.large):
             stats = self.step(s, mine, into, step + 1)
             taken.append(stats.seconds)
-        self.found["staging"] = stats.staging
+        self.found |= {"staging": stats.staging, "note": getattr(stats, "note", "")}
         if into is not None:
             seconds = sorted(taken[1:] or taken)[len(taken[1:]) // 2]  # the first makes buffers and opens peers' memory
             bits = "not compared"

@@ -149,7 +149,10 @@ def _tell(b: Bench, case: Case, found: list[dict], expected: bool) -> None:
             b.row(case.name, value, f"0 in {case.steps}", wrong == 0 and steps == case.steps, wrong=wrong, steps=steps)
     for one in takers:
         if "rate" in one:
-            value = f"rank {one['rank']}: {gb(one['size'])} in {one['seconds'] * 1e3:.2f} ms, {gb(one['rate'])}/s; mapped {gb(one['mapped'])}, messages {gb(one['taken'])}, local {gb(one['local'])}; bits {one['bits']}"
+            value = (
+                f"rank {one['rank']}: {gb(one['size'])} in {one['seconds'] * 1e3:.2f} ms, {gb(one['rate'])}/s; mapped {gb(one['mapped'])}, messages {gb(one['taken'])}, local {gb(one['local'])}; bits {one['bits']}"
+                + (f"; {one['note']}" if one.get("note") else "")
+            )
             compared = one["bits"] != "not compared"
             b.row(f"{case.name}: large", value, "bits equal" if compared else "", one["bits"] == "equal" if compared else None)
     if b.cuda and case.large:

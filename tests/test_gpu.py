@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import reshard
-from reshard import loading
+from reshard import devices, loading
 from reshard.demo import make_model
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: torch sees none here")]
@@ -47,7 +47,7 @@ def test_a_reader_on_another_stream_needs_no_wait(model):
 
 
 def test_host_buffers_are_page_locked():
-    assert loading.device_of("cuda").host(1 << 20).is_pinned()
+    assert devices.device_of("cuda").host(1 << 20).is_pinned()
 
 
 def test_a_model_that_does_not_fit_is_refused_with_both_numbers(model):

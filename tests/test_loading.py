@@ -9,7 +9,7 @@ import torch
 from hubcases import hub  # noqa: F401  a fixture
 
 import reshard
-from reshard import loading
+from reshard import devices, loading
 from reshard.api import load
 from reshard.checkpoint import open_checkpoint
 from reshard.demo import make_model
@@ -34,7 +34,7 @@ class Event:
         self.device.run_until(self.after)
 
 
-class Late(loading.Device):
+class Late(devices.Device):
     """Copies are done when something waits for them, and not a moment before: what their buffer holds by then arrives."""
 
     def __init__(self):
@@ -233,7 +233,7 @@ def test_long_runs_and_uneven_ones_are_copied_where_they_belong():
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="pinning succeeds where there is a GPU")
 def test_memory_that_cannot_be_pinned_is_replaced_and_said(monkeypatch):
-    gpu = object.__new__(loading.Cuda)
+    gpu = object.__new__(devices.Cuda)
     gpu.device, gpu._pins = torch.device("cuda", 0), True
     monkeypatch.setattr(torch.cuda, "device", lambda device: warnings.catch_warnings())  # any context; torch's own refuses without CUDA
     with pytest.warns(RuntimeWarning, match="no page-locked memory is to be had"):
