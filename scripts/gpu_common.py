@@ -18,9 +18,12 @@ sys.path.insert(0, str(ROOT))
 _CASE = 150  # seconds: one run of the command line
 
 #: a vocabulary that Megatron pads (249 × 128); matrices as large as a 7B model's
-LLAMA = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 4096, "intermediate_size": 11008, "num_attention_heads": 32,
-         "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 31872, "num_hidden_layers": 8, "max_position_embeddings": 4096, "rms_norm_eps": 1e-5,
-         "rope_theta": 10000.0, "hidden_act": "silu", "tie_word_embeddings": False, "dtype": "bfloat16", "bos_token_id": 1, "eos_token_id": 2}  # fmt: skip
+LLAMA = {
+    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 8,
+    "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 31872, "max_position_embeddings": 4096,
+    "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "hidden_act": "silu", "tie_word_embeddings": False, "dtype": "bfloat16",
+    "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
 #: less than a megabyte, for a run without a GPU, which shows that nothing is misspelt
 TINY = {
     **LLAMA,

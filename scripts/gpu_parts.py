@@ -194,7 +194,8 @@ def pack(b: Bench) -> None:
             straight = sum(p.bytes.numel() for r in staging.rounds for p in (r.sends if role == "pack" else r.takes) if p.straight)
             seconds = b.seconds(lambda runs=runs: [c.run() for c in runs], 9) if count else 0
             share = size / seconds / rate if count else 1
-            value = f"{gb(size)} in {count} copies, {seconds * 1e3:.2f} ms, {share:.0%} of {gb(rate)}/s; {gb(straight)} straight; buffers {staging.bytes >> 20} MiB"
+            value = f"{gb(size)} in {count} copies, {seconds * 1e3:.2f} ms, {share:.0%} of {gb(rate)}/s; "
+            value += f"{gb(straight)} straight; buffers {staging.bytes >> 20} MiB"
             large = b.cuda and size > 1e8
             b.row(
                 f"TP{trainers} to TP{engines}: {role}",

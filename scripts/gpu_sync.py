@@ -142,7 +142,8 @@ def _tell(b: Bench, case: Case, found: list[dict], expected: bool) -> None:
             min(one["steps"] for one in takers),
             sum(one["checked"] for one in takers),
         )
-        value = f"{wrong} elements of another step in {steps} steps ({checked / 1e9:.3g} billion looked at); {max(one['ms'] for one in takers):.2f} ms a step"
+        value = f"{wrong} elements of another step in {steps} steps ({checked / 1e9:.3g} billion looked at); "
+        value += f"{max(one['ms'] for one in takers):.2f} ms a step"
         if case.careless:
             b.row(case.name, value, "some: the check sees them", wrong > 0, wrong=wrong, steps=steps)
         else:
@@ -150,16 +151,16 @@ def _tell(b: Bench, case: Case, found: list[dict], expected: bool) -> None:
     for one in takers:
         if "rate" in one:
             value = (
-                f"rank {one['rank']}: {gb(one['size'])} in {one['seconds'] * 1e3:.2f} ms, {gb(one['rate'])}/s; mapped {gb(one['mapped'])}, messages {gb(one['taken'])}, local {gb(one['local'])}; bits {one['bits']}"
-                + (f"; {one['note']}" if one.get("note") else "")
+                f"rank {one['rank']}: {gb(one['size'])} in {one['seconds'] * 1e3:.2f} ms, {gb(one['rate'])}/s; mapped {gb(one['mapped'])}, "
+            )
+            value += f"messages {gb(one['taken'])}, local {gb(one['local'])}; bits {one['bits']}" + (
+                f"; {one['note']}" if one["note"] else ""
             )
             compared = one["bits"] != "not compared"
             b.row(f"{case.name}: large", value, "bits equal" if compared else "", one["bits"] == "equal" if compared else None)
     if b.cuda and case.large:
         peak = max(found, key=lambda one: one["peak"])
-        b.row(
-            f"{case.name}: memory",
-            f"at most {gb(peak['peak'])} at rank {peak['rank']}, whose tensors take {gb(peak['held'])}; staging {gb(max(one['staging'] for one in found))}",
-        )
+        value = f"at most {gb(peak['peak'])} at rank {peak['rank']}, whose tensors take {gb(peak['held'])}; "
+        b.row(f"{case.name}: memory", value + f"staging {gb(max(one['staging'] for one in found))}")
         left = [f"rank {one['rank']} {one['left'] >> 20} MiB" for one in found]
         b.row(f"{case.name}: held when all is deleted", ", ".join(left), "≤ 64 MiB", all(one["left"] <= 64 << 20 for one in found))

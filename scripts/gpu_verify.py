@@ -46,6 +46,9 @@ def _verify(b: Bench, folder: Path, name: str, options: list[str], more: dict[st
     peak = max((rank["peak_bytes"] for rank in found["ranks"]), default=0)
     where = f"{found['device']}, {found['backend']}, {found['nproc']} ranks, up to {found['ranks_per_device']} to a device"
     missed = [control["name"] for control in found["controls"] if control["passed"]]
-    value = f"{'passed' if found['passed'] else 'NOT PASSED'}: {relative:.2g} of the largest logit; {len(found['controls']) - len(missed)} of {len(found['controls'])} defects found; "
-    b.row(case, value + f"{found['seconds']:.1f} s; peak {gb(peak)}; {where}", "passed", found["passed"] and not done.returncode and found["device"] == b.device.type,
-          relative=relative, seconds=found["seconds"], peak=peak, precision=found.get("precision"))  # fmt: skip
+    controls = len(found["controls"])
+    value = ("passed" if found["passed"] else "NOT PASSED") + f": {relative:.2g} of the largest logit; "
+    value += f"{controls - len(missed)} of {controls} defects found; "
+    value += f"{found['seconds']:.1f} s; peak {gb(peak)}; {where}"
+    passed = found["passed"] and not done.returncode and found["device"] == b.device.type
+    b.row(case, value, "passed", passed, relative=relative, seconds=found["seconds"], peak=peak, precision=found.get("precision"))

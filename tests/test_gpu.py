@@ -9,9 +9,11 @@ from reshard.demo import make_model
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: torch sees none here")]
 
-CONFIG = {"architectures": ["LlamaForCausalLM"], "hidden_size": 256, "intermediate_size": 640, "num_attention_heads": 8, "num_key_value_heads": 4,
-          "head_dim": 32, "vocab_size": 4001, "num_hidden_layers": 3, "max_position_embeddings": 64, "rms_norm_eps": 1e-5,
-          "tie_word_embeddings": False, "dtype": "bfloat16"}  # fmt: skip
+CONFIG = {
+    "architectures": ["LlamaForCausalLM"], "hidden_size": 256, "intermediate_size": 640,
+    "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 32, "vocab_size": 4001, "num_hidden_layers": 3,
+    "max_position_embeddings": 64, "rms_norm_eps": 1e-5, "tie_word_embeddings": False, "dtype": "bfloat16",
+}  # fmt: skip
 TARGETS = [{"format": "vllm", "tp": 4, "rank": 3}, {"format": "megatron", "tp": 2, "pp": 3, "rank": 5, "dtype": "fp32"}, {"format": "hf"}]
 
 
