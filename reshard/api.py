@@ -10,7 +10,7 @@ from reshard.checkpoint import Checkpoint, open_checkpoint
 from reshard.hub import is_remote
 from reshard.job import Job, one_rank, place, prepare
 from reshard.place import Mesh
-from reshard.tiles import BUFFER
+from reshard.planner.tiles import BUFFER
 
 open = open_checkpoint
 

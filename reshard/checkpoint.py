@@ -7,12 +7,13 @@ import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from reshard import formats
-from reshard.block import Block, Stored, restride, row_major
-from reshard.coverage import Coverage
+from reshard.block import Block, Stored, restride, row_major, singles
+from reshard.coverage import faults_of
 from reshard.descriptors import architectures, builtin_descriptors, find_descriptor, load_descriptor
 from reshard.errors import FormatError, LayoutError, PlanError
 from reshard.formats.manifest import read_manifest
@@ -222,7 +223,6 @@ def _match(checkpoint: Checkpoint, kind: formats.Format, contents: formats.Conte
     placement = Placement(layout, section, rules, mesh)
     placement.pads = _pads(placement, contents)
     problems: list[str] = []
-    coverage = Coverage()
     left = [dict(rank) for rank in contents.tensors]
     stored: list[Stored] = []
     for s in (_pieces(placement, contents) if contents.boxes is not None else placement.stored(aliases=True)):
@@ -235,11 +235,11 @@ def _match(checkpoint: Checkpoint, kind: formats.Format, contents: formats.Conte
         if info.shape != s.shape:
             problems.append(f"{s.name} ({file}): shape {list(info.shape)}, expected {list(s.shape)} by layout {layout.name}")
             continue
-        problems += [f"{s.name} ({file}): {fault}" for fault in coverage.faults(s)]
+        problems += [f"{s.name} ({file}): {fault}" for fault in faults_of(s)]
+        parts = s.parts
         if info.strides is not None:
-            s.blocks = tuple((key, restride(block, s.shape, info.strides)) for key, block in s.blocks)
-        s.dtype, s.file, s.start = info.dtype, file, info.offset
-        stored.append(s)
+            parts = singles((key, restride(block, s.shape, info.strides)) for key, block in s.blocks)
+        stored.append(Stored(s.rank, s.name, info.dtype, s.shape, parts, s.entry, file, info.offset, s.pad))
     problems = placement.problems + problems
     ignore, omit = ([pattern.format_map({"layer": layout.layers, **layout.scope}) for pattern in own] for own in (section.drop, section.omit))
     ignore += contents.ignore
@@ -255,7 +255,7 @@ def _match(checkpoint: Checkpoint, kind: formats.Format, contents: formats.Conte
             if not computed:
                 key = (name if rank == 0 else f"{name} (rank {rank})",)
                 block = Block(tuple((0, size) for size in info.shape), 0, info.strides or row_major(info.shape))
-                checkpoint.left_out.append(Stored(rank, name, info.dtype, info.shape, ((key, block),), file=file, start=info.offset))
+                checkpoint.left_out.append(Stored(rank, name, info.dtype, info.shape, singles([(key, block)]), file=file, start=info.offset))
     if problems:
         raise PlanError(list(dict.fromkeys(problems)), f"is config.json ({checkpoint.config_path}) this model's? `reshard layouts show {layout.name}` tells what is expected")
     checkpoint.stored = stored
@@ -307,13 +307,13 @@ def _pieces(placement: Placement, contents: formats.Contents):
             shape, blocks = s.shape, [(key, block) for key, block in s.blocks]
             origin = offsets.get(name, (0,) * len(shape))
             if len(origin) != len(shape) or len(info.shape) != len(shape) or any(o + n > size for o, n, size in zip(origin, info.shape, shape)):
-                yield Stored(rank, name, "", shape, s.blocks, s.entry)  # does not fit: reported as such
+                yield Stored(rank, name, "", shape, s.parts, s.entry)  # does not fit: reported as such
                 continue
             for dim, (begin, size) in enumerate(zip(origin, info.shape)):
                 shape, blocks = slice_dim(shape, blocks, dim, begin, begin + size, axes_in(placement, s, dim))
-            piece = Stored(rank, name, "", shape, tuple(blocks), s.entry)
-            piece.pad = piece.padding if s.pad else 0
-            yield piece
+            parts = singles(blocks)
+            padding = prod(shape) - sum(part.block.size for part in parts) if s.pad else 0
+            yield Stored(rank, name, "", shape, parts, s.entry, pad=padding)
     for name, s in whole.items():
         if name not in found:
             yield s

@@ -20,10 +20,11 @@ from typing import TYPE_CHECKING
 from reshard.block import Box, Stored, volume
 from reshard.errors import FormatError
 from reshard.handles import Handles, allowed
-from reshard.join import Copy, Plan, union_volume
+from reshard.planner.pieces import union_volume
+from reshard.planner.plan import Copy, Plan
+from reshard.planner.tiles import BUFFER, Portion, Tile, portions, split, tile_limit
 from reshard.stores import DTYPE_SIZE
 from reshard.stores.identity import Identity, changed, difference, identity
-from reshard.tiles import BUFFER, Portion, Tile, portions, split, tile_limit
 
 if TYPE_CHECKING:
     from reshard.fetch import Batch
@@ -155,13 +156,13 @@ def _runs_of(tile: Tile) -> list[Runs] | None:
     """The tile as long runs, where it needs no arithmetic and no element would be read twice; else None."""
     if tile.checks:
         return None
-    sharing: dict[tuple[int, tuple, Box], list[Copy]] = defaultdict(list)
-    boxes: dict[tuple[int, tuple], set[Box]] = defaultdict(set)
+    sharing: dict[tuple, list[Copy]] = defaultdict(list)
+    boxes: dict[tuple, set[Box]] = defaultdict(set)
     for copy in tile.copies:
         if copy.src.dtype != copy.dst.dtype:
             return None
-        sharing[id(copy.src), copy.key, copy.move.box].append(copy)
-        boxes[id(copy.src), copy.key].add(copy.move.box)
+        sharing[copy.src.id, copy.key, copy.move.box].append(copy)
+        boxes[copy.src.id, copy.key].add(copy.move.box)
     if any(len(held) > 1 and union_volume(held) != sum(map(volume, held)) for held in boxes.values()):
         return None
     out = []

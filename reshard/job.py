@@ -15,12 +15,13 @@ from reshard.fetch import peak as peak_of_fetching
 from reshard.formats import Folder, Target
 from reshard.formats.manifest import NAME as MANIFEST
 from reshard.formats.manifest import manifest_bytes
-from reshard.join import Plan, join
+from reshard.planner.plan import Plan
+from reshard.planner.plan import plan as make_plan
+from reshard.planner.tiles import BUFFER, Portion, peak_buffer, portions
 from reshard.layout import parse_version
 from reshard.place import Mesh, Placement, Rank
 from reshard.stores.identity import Identity, identity
 from reshard.text import count, human, some, table
-from reshard.tiles import BUFFER, Portion, peak_buffer, portions
 
 DTYPES = {"bf16": "BF16", "fp16": "F16", "fp32": "F32"}
 #: files beside the weights that every folder gets, when the source has them
@@ -172,8 +173,7 @@ def prepare(
     engine_version = engine_version or kind.newest
     target = Target(placement, ranks, engine_version, max_file)
     folder = kind.write(target, plan.destinations)
-    used = {id(s) for file in folder.files for s in file.tensors.values()}
-    assert used == {id(s) for s in plan.destinations}, "a format left tensors out of its files"
+    plan = plan.located({s.id: (file.path, file.image.tensors[name].offset) for file in folder.files for name, s in file.tensors.items()})
     sizes = {file.path: file.image.size for file in folder.files}
     native = native_dtypes(source, plan)
     alone = rank is not None and len(placement.ranks) > 1
@@ -228,7 +228,7 @@ def join_to(source: Checkpoint, placement: Placement, dtype: str | None, ranks=N
         raise PlanError(placement.problems, split_hint(placement))
     keep = [t.name for t in source.layout.descriptor.tensors.values() if t.dtype]
     sizes = {t.name: source.layout.shape(t) for t in source.layout.descriptor.tensors.values()}
-    return join(source.stored, destinations, cast=DTYPES.get(dtype or ""), keep=keep, native=source.native, sizes=sizes, complete=complete, check=complete)
+    return make_plan(source.stored, destinations, cast=DTYPES.get(dtype or ""), keep=keep, native=source.native, sizes=sizes, complete=complete, check=complete)
 
 
 def native_dtypes(source: Checkpoint, plan: Plan) -> dict[str, str]:

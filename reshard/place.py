@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from math import lcm, prod
 
-from reshard.block import Block, Stored, chunk, cut, restride, row_major
+from reshard.block import Block, Part, Stored, chunk, cut, restride, row_major
 from reshard.errors import LayoutError, PlanError
 from reshard.expr import evaluate, holds
 from reshard.layout import Constant, Entry, Layout, Section, Tensor
@@ -172,7 +172,7 @@ class Placement:
                 for (layer_, number_), (expert_, local) in here:
                     key = tuple(x for x in (layer_, expert_) if x is not None)
                     name = entry.name.format(layer=number_, expert=local) if index else entry.name
-                    held = tuple([((t, *key), block) for t, block in blocks])
+                    held = tuple([Part((t, *key), block) for t, block in blocks])
                     yield Stored(rank.number, name, "", self._viewed(entry, shape), held, entry, pad=pad)
         if present:
             lead = (len(present) // len(experts), len(experts)) if "expert" in index else (len(present),)
@@ -180,10 +180,12 @@ class Placement:
 
     def _stack(self, entry, rank, shape, size, blocks, pad, numbered, lead) -> Stored:
         """One stored tensor that holds many layers' or experts' tensors one after another."""
-        out = []
-        for i, ((layer, number), (expert, _)) in enumerate(numbered):
-            key = tuple(x for x in (layer, expert) if x is not None)
-            out += [((tensor, *key), self._moved(block, i * size)) for tensor, block in blocks]
+        out: list[Part] = []
+        for tensor, block in blocks:
+            for i, count in _stretches(numbered):
+                (layer, _), (expert, _) = numbered[i]
+                key = tuple(x for x in (layer, expert) if x is not None)
+                out.append(Part((tensor, *key), block.moved(i * size), count, size if count > 1 else 0))
         name = entry.name.format(layer=numbered[0][0][1]) if numbered else entry.name
         return Stored(rank.number, name, "", self._viewed(entry, lead + shape), tuple(out), entry, pad=pad * len(numbered))
 
@@ -195,12 +197,6 @@ class Placement:
             self._problem(entry, f"view = {[list(group) for group in entry.view]} must join each of its {len(dims)} dimensions once (0 to {len(dims) - 1})")
             return dims
         return tuple(prod(dims[d] for d in group) for group in entry.view)
-
-    def _moved(self, block: Block, elements: int) -> Block:
-        at = ("moved", id(block), elements)
-        if at not in self._geometry:
-            self._geometry[at] = block.moved(elements)
-        return self._geometry[at]
 
     def _blocks(self, entry: Entry, tensors: list[Tensor], rank: Rank, expert: bool):
         """Shape and blocks of one stored tensor, and how many of its elements are padding; the same objects for every
@@ -288,6 +284,20 @@ class Placement:
         line = f"{entry.name}: {text}"
         if line not in self.problems:
             self.problems.append(line)
+
+
+def _stretches(numbered: list) -> Iterator[tuple[int, int]]:
+    """(position, count) of the tensors of a stack whose last numbers count up by one."""
+    start = 0
+    for i in range(1, len(numbered) + 1):
+        before = numbered[i - 1]
+        if i < len(numbered):
+            (layer, _), (expert, _) = numbered[i]
+            (last, _), (at, _) = before
+            if (layer == last and expert == at + 1) if expert is not None else layer == last + 1:
+                continue
+        yield start, i - start
+        start = i
 
 
 def fuse(layout: Layout, entry: Entry, tensors: list[Tensor], boxes: list[dict]):

@@ -10,13 +10,14 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from reshard.block import Box, Stored, end
+from reshard.coverage import label
 from reshard.errors import FormatError
 from reshard.execute import Source, Workspace, contiguous_from
 from reshard.fetch import _split as cut_until
 from reshard.fetch import runs
-from reshard.join import Copy, label, where
+from reshard.planner.plan import Copy, where
+from reshard.planner.tiles import Tile, between, sides, spans
 from reshard.stores import DTYPE_SIZE
-from reshard.tiles import Tile, between, sides, source_bytes, spans
 
 GAP = 16 << 10  # bytes between runs of a file that are rather read than left out
 
@@ -26,7 +27,7 @@ def rearrange(tile: Tile, source: Source, write: Callable[[Stored, int, memoryvi
 
     One rank's columns lie far apart: a tile that spans much more than it needs is cut, so that its span fits in its own bytes.
     """
-    if not source.in_memory and between(tile) > (most := max(source_bytes(tile), 1 << 20)):
+    if not source.in_memory and between(tile) > (most := max(tile.source_bytes, 1 << 20)):
         parts = list(cut_until(tile, most, between))
         if len(parts) > 1:
             mark, read = space.mark(), 0
@@ -44,9 +45,9 @@ def rearrange(tile: Tile, source: Source, write: Callable[[Stored, int, memoryvi
                 f"{where(check.src)} and {where(check.dst)} both hold {label(check.key)}, with different values",
                 "the ranks are not of one checkpoint, or its replicas drifted apart; take the files of one step",
             )
-    by_target: dict[int, list[Copy]] = defaultdict(list)
+    by_target: dict[tuple[int, str], list[Copy]] = defaultdict(list)
     for copy in tile.copies:
-        by_target[id(copy.dst)].append(copy)
+        by_target[copy.dst.id].append(copy)
     mark = space.mark()
     for copies in by_target.values():
         _fill(copies, windows, write, space)
@@ -58,10 +59,10 @@ def rearrange(tile: Tile, source: Source, write: Callable[[Stored, int, memoryvi
 class Windows:
     """The source bytes of one tile: per stored tensor, the element at which its window begins, and the words from there."""
 
-    words: dict[int, tuple[int, np.ndarray]] = field(default_factory=dict)
+    words: dict[tuple[int, str], tuple[int, np.ndarray]] = field(default_factory=dict)
 
     def view(self, stored: Stored, box: Box, offset: int, strides: tuple[int, ...]) -> np.ndarray:
-        low, words = self.words[id(stored)]
+        low, words = self.words[stored.id]
         return strided(words[offset - low :], box, strides)
 
 
@@ -102,13 +103,13 @@ def _read_runs(source: Source, stored: Stored, low: int, runs: Iterable[tuple[in
 
 def _windows(tile: Tile, source: Source, space: Workspace) -> tuple[Windows, int]:
     """Read what a tile needs, each source once. And count it."""
-    needed: dict[int, set] = defaultdict(set)
+    needed: dict[tuple[int, str], set] = defaultdict(set)
     windows, total = Windows(), 0
     found = spans(tile)
     for stored, copy, offset, strides in sides(tile):
-        _, low, high, used = found[id(stored)]
+        _, low, high, used = found[stored.id]
         if used != high - low and not source.in_memory:
-            needed[id(stored)].update(runs(offset, copy.move.shape, strides, GAP // DTYPE_SIZE[stored.dtype]))
+            needed[stored.id].update(runs(offset, copy.move.shape, strides, GAP // DTYPE_SIZE[stored.dtype]))
     for at, (stored, low, high, used) in found.items():
         width = DTYPE_SIZE[stored.dtype]
         total += used * width

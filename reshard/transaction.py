@@ -20,18 +20,16 @@ from reshard.errors import DestinationError, FormatError
 from reshard.execute import Source, run_batches, run_portions
 from reshard.fetch import Batch
 from reshard.fingerprint import conversion, fingerprint, options, source_state
-from reshard.formats import OutFile
 from reshard.formats.manifest import NAME as MANIFEST
 from reshard.formats.manifest import merged, of_conversion, read_incomplete
 from reshard.job import Job, default_jobs
-from reshard.join import Plan
+from reshard.planner.tiles import BUFFER, Portion, tile_limit
 from reshard.journal import NAME as JOURNAL
 from reshard.journal import Done, Journal, notes_in, opened
 from reshard.output import Output
 from reshard.stores import DTYPE_SIZE
 from reshard.stores.identity import changed
 from reshard.text import human
-from reshard.tiles import BUFFER, Portion, tile_limit
 
 _DURABLE_EVERY = 30  # seconds: how much of the work a loss of power may cost
 
@@ -220,8 +218,7 @@ def _resume(journal: Journal, job: Job, partial: Path, first: dict) -> Work:
     _clean(partial, whole if done.batches else done.files)
     left = list(enumerate(work))
     if done.files or done.batches:
-        finished = {id(s) for file in job.folder.files if file.path in done.files for s in file.tensors.values()}
-        left = [(number, portion.without(finished)) for number, portion in left if number not in done.batches]
+        left = [(number, portion.without(done.files)) for number, portion in left if number not in done.batches]
         left = [(number, portion) for number, portion in left if portion.tiles]
         return Work(work, done, left, job.bytes_read - sum(portion.size for _, portion in left))
     return Work(work, done, left, 0)
@@ -241,12 +238,11 @@ def _clean(partial: Path, keep: set[str]) -> None:
 
 def written_by(job: Job, portions: list[Batch] | list[Portion], batches: set[int]) -> dict[str, int]:
     """How many bytes of each output file those portions write."""
-    file_of = {id(stored): file.path for file in job.folder.files for stored in file.tensors.values()}
-    size = dict.fromkeys(file_of.values(), 0)
+    size = {file.path: 0 for file in job.folder.files}
     for number in batches:
         for tile in portions[number].tiles:
             for copy in tile.copies:
-                size[file_of[id(copy.dst)]] += copy.move.size * DTYPE_SIZE[copy.dst.dtype]
+                size[copy.dst.file] += copy.move.size * DTYPE_SIZE[copy.dst.dtype]
     return size
 
 
@@ -256,8 +252,7 @@ def _give_up(job: Job, work: Work, journal: Journal, place: Place, error: Format
     if not job.source.remote or file is None:
         shutil.rmtree(place.partial)
         return
-    wrong = {id(copy.dst) for copy in job.plan.copies if copy.src.file == file}
-    outputs = [out.path for out in job.folder.files if any(id(s) in wrong for s in out.tensors.values())]
+    outputs = sorted({copy.dst.file for copy in job.plan.copies if copy.src.file == file})
     journal.redo(outputs, [n for n, portion in enumerate(work.portions) if any(c.src.file == file for tile in portion.tiles for c in tile.copies)])
 
 
@@ -278,14 +273,6 @@ def _check_space(job: Job, place: Place) -> None:
     free = status.f_bavail * status.f_frsize
     if need > free:
         raise DestinationError(f"{above} has {free:,} bytes free, the conversion writes {need:,}", "free some space, or write to another disk")
-
-
-def only(plan: Plan, files: list[OutFile]) -> Plan:
-    """What of `plan` fills `files`."""
-    wanted = {id(s) for file in files for s in file.tensors.values()}
-    left = [copy for copy in plan.copies if id(copy.dst) in wanted]
-    keys = {copy.key for copy in left}
-    return Plan([s for s in plan.destinations if id(s) in wanted], left, [c for c in plan.checks if c.key in keys])
 
 
 def _small_files(job: Job) -> dict[str, bytes]:

@@ -110,12 +110,15 @@ def _offsets(target: Target) -> Callable[[Stored], tuple[int, ...] | None]:
     """``whole_offsets`` for the tensors of `target`, worked out once for all layers and experts, whose blocks they share."""
     single = Placement(target.placement.layout, target.placement.section, target.placement.rules, Mesh())
     wholes = {s.name: s for s in single.stored()}
-    known: dict[tuple[int, ...], tuple[int, ...] | None] = {}
+    known: dict[tuple, tuple[int, ...] | None] = {}
 
     def offset_of(stored: Stored) -> tuple[int, ...] | None:
-        shared = tuple(id(block) for _, block in stored.blocks)
+        whole = wholes.get(stored.name)
+        if whole is None:
+            return None
+        shared = tuple([(side.shape, *[(part.first[0], part.block, part.count) for part in side.parts]) for side in (stored, whole)])
         if shared not in known:
-            known[shared] = whole_offsets(stored, wholes[stored.name]) if stored.name in wholes else None
+            known[shared] = whole_offsets(stored, whole)
         return known[shared]
 
     return offset_of

@@ -54,10 +54,13 @@ def permuted(checkpoint: Checkpoint, left_out: str | None = None) -> Checkpoint:
             raise FormatError(f"{s.name}: rank {s.rank} holds {list(s.shape)}, rank {rank.number if rank else '?'} "
                               f"{list(source.shape) if source else 'no such tensor'}: ranks that hold unlike pieces can't be permuted",
                               "use --method tp")  # fmt: skip
-        blocks = s.blocks
-        if len(source.blocks) == len(blocks):  # as their file has them: torch files may be strided
-            blocks = tuple((key, replace(block, offset=theirs.offset, strides=theirs.strides)) for (key, block), (_, theirs) in zip(blocks, source.blocks))
-        out.append(replace(s, blocks=blocks, file=source.file, start=source.start, dtype=source.dtype))
+        parts = s.parts
+        if len(source.parts) == len(parts):  # as their file has them: torch files may be strided
+            parts = tuple(
+                replace(part, block=replace(part.block, offset=theirs.block.offset, strides=theirs.block.strides), step=theirs.step)
+                for part, theirs in zip(parts, source.parts)
+            )
+        out.append(replace(s, parts=parts, file=source.file, start=source.start, dtype=source.dtype))
     return replace(checkpoint, stored=out)
 
 
