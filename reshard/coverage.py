@@ -28,15 +28,18 @@ class Coverage:
 
     def faults(self, stored: Stored) -> list[str]:
         """What is wrong with the blocks of one stored tensor: every element must lie under one of them or be declared padding."""
-        at = (stored.shape, stored.pad, *[id(block) for _, block in stored.blocks])
-        if at not in self._stored:
-            self._stored[at] = _faults(stored), stored.blocks
-        found = self._stored[at][0]
+        blocks = stored.blocks
+        ids = id(blocks[0][1]) if len(blocks) == 1 else tuple([id(block) for _, block in blocks])
+        at = ids, stored.shape, stored.pad
+        known = self._stored.get(at)
+        if known is None:
+            known = self._stored[at] = _faults(stored), blocks
+        found = known[0]
         return [text.format(*(label(stored.blocks[i][0]) for i in which)) for text, which in found] if found else found
 
     def covered(self, blocks: list[Block], shape: tuple[int, ...]) -> tuple[int, bool]:
         """Elements of a tensor of `shape` that lie in any of `blocks`; and whether none lies outside."""
-        at = (shape, *sorted({id(block) for block in blocks}))
+        at = shape, tuple(map(id, blocks))
         if at not in self._covered:
             boxes = frozenset(block.box for block in blocks)
             inside = all(0 <= start < stop <= size for box in boxes for (start, stop), size in zip(box, shape, strict=True))
@@ -46,10 +49,10 @@ class Coverage:
     def lost(self, placed: Mapping[Key, list[Block]], sizes: Mapping[str, tuple[int, ...]], where: str) -> list[str]:
         """Tensors of the model that the blocks `placed` do not cover wholly, and those that reach out of them."""
         problems = []
+        wholes = {name: volume(tuple((0, size) for size in shape)) for name, shape in sizes.items()}
         for key, blocks in placed.items():
-            shape = sizes[key[0]]
+            shape, whole = sizes[key[0]], wholes[key[0]]
             count, inside = self.covered(blocks, shape)
-            whole = volume(tuple((0, size) for size in shape))
             if not inside:
                 problems.append(f"{label(key)}: the {where} has elements of it past its sizes, {list(shape)}")
             elif count != whole:

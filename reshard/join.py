@@ -128,7 +128,7 @@ def join(
     cast: str | None = None,
     keep: Iterable[str] = (),
     native: Mapping[str, str] = {},
-    sizes: Mapping[str, tuple[int, ...]] = {},
+    sizes: Mapping[str, tuple[int, ...]],
     complete: bool = True,
     check: bool = True,
 ) -> Plan:
@@ -136,7 +136,7 @@ def join(
 
     `cast`: store floats as this dtype, but narrow none of the tensors named in `keep`. `native`: the model's own dtype
     of tensors that the source's engine wanted in another. `sizes`: per tensor of the model, its size along each axis.
-    `complete`: every element of every source must have a place (off when only some ranks are asked for; needs `sizes`).
+    `complete`: every element of every source must have a place (off when only some ranks are asked for).
     `check`: compare replicas. Raises PlanError with all problems.
     """
     keep = set(keep)
@@ -171,13 +171,17 @@ def join(
                 problems.append(f"{label(key)}: {where(held[0][0])} and other ranks hold overlapping parts of it")
         primaries[key] = held
     used: dict[Key, list[Block]] = defaultdict(list)
-    coverage, names = Coverage(), set()
+    coverage, names, rank = Coverage(), set(), None
     for stored in destinations:
         plan.destinations.append(stored)
-        if (stored.rank, stored.name) in names:
+        if stored.rank != rank:  # destinations come rank by rank
+            names, rank = set(), stored.rank
+        if stored.name in names:
             problems.append(f"{where(stored)}: two entries of the layout store something under this name")
-        names.add((stored.rank, stored.name))
-        problems += [f"{where(stored)}: {fault}" for fault in coverage.faults(stored)]
+        names.add(stored.name)
+        faults = coverage.faults(stored)
+        if faults:
+            problems += [f"{where(stored)}: {fault}" for fault in faults]
         if stored.pad and stored.size - stored.pad != max((end(b.offset, b.shape, b.strides) for _, b in stored.blocks), default=0):
             problems.append(f"{where(stored)}: its padding would lie between its elements; only the first axis of its first dimension can be padded")
         dtypes = {}
@@ -217,7 +221,7 @@ def join(
     if complete:
         lost = [key for key in primaries if key not in used]
         problems += [f"{label(key)} ({where(primaries[key][0][0])}) has no place in the destination" for key in lost]
-        problems += coverage.lost({key: blocks for key, blocks in used.items() if key[0] in sizes}, sizes, "destination")
+        problems += coverage.lost(used, sizes, "destination")
     if problems:
         raise PlanError(list(dict.fromkeys(problems)))
     if check:
