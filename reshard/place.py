@@ -185,7 +185,7 @@ class Placement:
                     key = tuple(x for x in (layer_, expert_) if x is not None)
                     name = entry.name.format(layer=number_, expert=local) if index else entry.name
                     held = tuple([Part((t, *key), block) for t, block in blocks])
-                    yield Stored(rank.number, name, "", self._viewed(entry, shape), held, entry, pad=pad)
+                    yield Stored(rank.number, name, "", shape if entry.view is None else self._viewed(entry, shape), held, entry, pad=pad)
         if present:
             lead = (len(present) // len(experts), len(experts)) if "expert" in index else (len(present),)
             yield self._stack(entry, rank, shape, size, blocks, pad, present, lead)
