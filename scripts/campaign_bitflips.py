@@ -25,7 +25,13 @@ from reshard.fetch import runs
 from reshard.stores import DTYPE_SIZE
 from reshard.text import table
 
-TARGETS = ({"format": "vllm", "tp": 2}, {"format": "megatron", "tp": 2}, {"format": "tp", "tp": 2}, {"format": "rank-pt", "tp": 2}, {"format": "hf"})
+TARGETS = (
+    {"format": "vllm", "tp": 2},
+    {"format": "megatron", "tp": 2},
+    {"format": "tp", "tp": 2},
+    {"format": "rank-pt", "tp": 2},
+    {"format": "hf"},
+)
 
 
 def conversions(models: dict[str, Path], root: Path) -> list[tuple[Path, Path]]:
@@ -48,7 +54,9 @@ def tensor_bytes(folder: Path) -> dict[str, list[tuple[int, int]]]:
     for stored in reshard.open(folder).stored:
         width = DTYPE_SIZE[stored.dtype]
         for _, block in stored.blocks:
-            found[stored.file] += [(stored.start + a * width, stored.start + b * width) for a, b in runs(block.offset, block.shape, block.strides, 0)]
+            found[stored.file] += [
+                (stored.start + a * width, stored.start + b * width) for a, b in runs(block.offset, block.shape, block.strides, 0)
+            ]
     return found
 
 
@@ -116,8 +124,17 @@ def main() -> None:
         shutil.rmtree(root / "out")
     keys = ("flips", "diff", "inspect")
     lines = [(kind, *(row[key] for key in keys)) for kind, row in sorted(rows.items())]
-    print(table([*lines, ("all", *(sum(row[key] for row in rows.values()) for key in keys))], ("where", "flips", "found by diff", "found by inspect")))
-    print(*(f"VIOLATION {text}" for text in violations), f"{len(violations)} violations, {len(pairs)} folders, seed {args.seed}, {time.monotonic() - began:.0f} s", sep="\n")
+    print(
+        table(
+            [*lines, ("all", *(sum(row[key] for row in rows.values()) for key in keys))],
+            ("where", "flips", "found by diff", "found by inspect"),
+        )
+    )
+    print(
+        *(f"VIOLATION {text}" for text in violations),
+        f"{len(violations)} violations, {len(pairs)} folders, seed {args.seed}, {time.monotonic() - began:.0f} s",
+        sep="\n",
+    )
     sys.exit(1 if violations else 0)
 
 
