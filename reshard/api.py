@@ -103,6 +103,7 @@ def load(
 
     with closing(ckpt.source()) as source_files:
         run(todo, source_files, write, jobs=8 if ckpt.remote else 2)
+        source_files.check_unchanged()
     for name, constant in placement.constants(chosen):
         state[name] = torch.full(constant.shape, constant.value, dtype=kinds[constant.dtype])
     return {name: tensor.to(device) for name, tensor in state.items()}

@@ -177,7 +177,7 @@ def test_load_reads_one_ranks_bytes_only(tmp_path, monkeypatch):
               "vocab_size": 512, "num_hidden_layers": 2}  # fmt: skip
     make_model(tmp_path / "a", config)
     sources = []
-    monkeypatch.setattr(execute, "Source", lambda folder, real=execute.Source: sources.append(real(folder)) or sources[-1])
+    monkeypatch.setattr(execute, "Source", lambda *args, real=execute.Source: sources.append(real(*args)) or sources[-1])
     reshard.load(tmp_path / "a", format="vllm", tp=8, rank=3)
     whole = load_file(tmp_path / "a/model.safetensors")
     want = sum(t.nbytes if "norm" in name else t.nbytes // 8 for name, t in whole.items())
