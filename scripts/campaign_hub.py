@@ -52,7 +52,14 @@ def draw(number: int, seed: int) -> Case:
     random_ = random.Random(f"{seed}-{number}")
     kind = CASES[number % len(CASES)]
     moments = tuple(random_.uniform(0.0, 1.0) for _ in range(random_.choice((1, 1, 1, 2))))
-    return Case(number, kind, random_.random() < 0.5, random_.random() < 0.3, random_.choice((signal.SIGKILL, signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT)), moments)
+    return Case(
+        number,
+        kind,
+        random_.random() < 0.5,
+        random_.random() < 0.3,
+        random_.choice((signal.SIGKILL, signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT)),
+        moments,
+    )
 
 
 class World:

@@ -32,8 +32,8 @@ def pull(src, dst, from_, layout, config, cache, **options):
     if given:
         raise click.UsageError(f"--{given[0].replace('_', '-')} needs --to: without it, files are fetched as they are")
     from reshard.hub.folder import open_folder
-    from reshard.hub.pull import pull as run
     from reshard.hub.pull import left_out, wanted
+    from reshard.hub.pull import pull as run
 
     folder = open_folder(src, cache)
     files = wanted(folder)
