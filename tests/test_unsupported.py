@@ -224,7 +224,7 @@ def test_hints_name_the_users_own_layout(hf, tmp_path, capsys):
     own.write_text('extends = "llama"\narchitectures = ["Olmo9ForCausalLM"]\n[hf]\nattn_norm = "model.layers.{layer}.other.weight"\n')
     with pytest.raises(PlanError) as caught:
         reshard.open(hf, layout=own)
-    assert f"`reshard layouts show {own}`" in caught.value.hint and f"is it right" in caught.value.hint
+    assert f"`reshard layouts show {own}`" in caught.value.hint and "is it right" in caught.value.hint
     with pytest.raises(SystemExit) as exit:
         main(["layouts", "show", str(own)])
     assert exit.value.code == 0 and "model.layers.{layer}.other.weight" in capsys.readouterr().out
