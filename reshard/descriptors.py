@@ -84,7 +84,8 @@ def _read(path: Path, seen: tuple[str, ...] = ()) -> dict:
 
 
 def _known() -> str:
-    return f"known: {', '.join(sorted(path.stem for path in layout_dir().glob('*.toml')))}; or a file beside this one, by its name without .toml"
+    names = ", ".join(sorted(path.stem for path in layout_dir().glob("*.toml")))
+    return f"known: {names}; or a file beside this one, by its name without .toml"
 
 
 def _merge(base: dict, over: dict) -> dict:

@@ -10,6 +10,7 @@ import ast
 import operator
 from collections.abc import Mapping
 from functools import lru_cache
+from typing import Self
 
 from reshard.errors import LayoutError
 from reshard.stores.foreign import quote
@@ -35,7 +36,7 @@ class Expression(str):
     __slots__ = ("where",)
     where: str
 
-    def __new__(cls, text: str, where: str = "") -> "Expression":
+    def __new__(cls, text: str, where: str = "") -> Self:
         self = super().__new__(cls, text)
         self.where = where
         return self
