@@ -24,11 +24,11 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
-from sync_world import LLAMA, QWEN3_MOE, Failure, World, blank, loaded  # noqa: E402
+from sync_world import LLAMA, QWEN3_MOE, Failure, World, blank, loaded
 
-from reshard import PlanError, sync  # noqa: E402
-from reshard.demo import make_model  # noqa: E402
-from reshard.sync import staging  # noqa: E402
+from reshard import PlanError, sync
+from reshard.demo import make_model
+from reshard.sync import staging
 
 SIZE = 8
 MODELS = {
@@ -39,7 +39,22 @@ MODELS = {
     "moe": QWEN3_MOE,
     "blocks": {**LLAMA, "num_attention_heads": 8, "num_key_value_heads": 8, "hidden_size": 64, "intermediate_size": 128},
 }
-KINDS = ("megatron", "megatron pp", "megatron ep", "fsdp", "fsdp × tp", "replicas", "stacked experts", "tied", "fp8", "lora", "select", "replan", "masters", "buckets")
+KINDS = (
+    "megatron",
+    "megatron pp",
+    "megatron ep",
+    "fsdp",
+    "fsdp × tp",
+    "replicas",
+    "stacked experts",
+    "tied",
+    "fp8",
+    "lora",
+    "select",
+    "replan",
+    "masters",
+    "buckets",
+)
 LINEAR = frozenset({"q", "k", "v", "o", "gate", "up", "down"})
 ROW_PARALLEL = ("o_proj.weight", "down_proj.weight")
 
@@ -50,7 +65,9 @@ ROW_PARALLEL = ("o_proj.weight", "down_proj.weight")
 def drawn(number: int, dice: random.Random) -> dict:
     """One pair, as plain data. Kinds take turns, so that each comes about as often."""
     kind = KINDS[number % len(KINDS)]
-    model = {"megatron ep": "moe", "stacked experts": "moe", "tied": "tied", "fp8": "blocks"}.get(kind) or dice.choice(["llama", "wide", "few kv", "moe"])
+    model = {"megatron ep": "moe", "stacked experts": "moe", "tied": "tied", "fp8": "blocks"}.get(kind) or dice.choice(
+        ["llama", "wide", "few kv", "moe"]
+    )
     if kind == "lora":
         model = "llama"
     if kind in ("fsdp", "lora"):
@@ -59,7 +76,9 @@ def drawn(number: int, dice: random.Random) -> dict:
         model = dice.choice(["llama", "wide", "few kv"])
         source = {"rule": "fsdp", "dp": dice.choice([2, 3, 4]), "tp": 2}
     elif kind == "tied":
-        source = dice.choice([{"rule": "fsdp", "dp": dice.randint(1, 8), "tp": 1}, {"rule": "megatron", "tp": 2, "pp": dice.choice([1, 2]), "dp": 1}])
+        source = dice.choice(
+            [{"rule": "fsdp", "dp": dice.randint(1, 8), "tp": 1}, {"rule": "megatron", "tp": 2, "pp": dice.choice([1, 2]), "dp": 1}]
+        )
     elif kind == "stacked experts":
         source = {"rule": "stacked", "dp": dice.choice([2, 4, 8]), "tp": 1}
     elif kind == "megatron ep":
@@ -199,7 +218,12 @@ def engine_fp8(path: Path, wanted: dict[str, torch.Tensor], tp: int, place: int,
     whole = load_file(path / "model.safetensors")
     for layer in range(4):
         at = f"model.layers.{layer}."
-        for fused, names, dim in (("self_attn.qkv_proj", "qkv", 0), ("self_attn.o_proj", "o", 1), ("mlp.gate_up_proj", ("gate", "up"), 0), ("mlp.down_proj", ("down",), 1)):
+        for fused, names, dim in (
+            ("self_attn.qkv_proj", "qkv", 0),
+            ("self_attn.o_proj", "o", 1),
+            ("mlp.gate_up_proj", ("gate", "up"), 0),
+            ("mlp.down_proj", ("down",), 1),
+        ):
             parts = [quantised(whole[f"{at}{fused.split('.')[0]}.{n}_proj.weight"] * factor, 8) for n in names]
             wanted[f"{at}{fused}.weight"] = torch.cat([p.chunk(tp, dim)[place] for p, _ in parts])
             wanted[f"{at}{fused}.weight_scale_inv"] = torch.cat([s.chunk(tp, dim)[place] for _, s in parts])
@@ -207,7 +231,11 @@ def engine_fp8(path: Path, wanted: dict[str, torch.Tensor], tp: int, place: int,
 
 
 def equal(a: torch.Tensor, b: torch.Tensor) -> bool:
-    return a.dtype == b.dtype and a.shape == b.shape and torch.equal(a.contiguous().view(-1).view(torch.uint8), b.contiguous().view(-1).view(torch.uint8))
+    return (
+        a.dtype == b.dtype
+        and a.shape == b.shape
+        and torch.equal(a.contiguous().view(-1).view(torch.uint8), b.contiguous().view(-1).view(torch.uint8))
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------- one pair
@@ -316,7 +344,6 @@ def breaking(rank: int, root: Path, how: str, who: int, moment: float, transport
         seen["after"] = into is None or all((into[name] == 5).all() for name in names)
     left = time.monotonic()
     session.close()
-    del session
     dist.destroy_process_group()
     seen["left"] = time.monotonic() - left
     return seen
@@ -347,7 +374,9 @@ def broken(root: Path, dice: random.Random) -> tuple[str, list[str], float, floa
                 wrong.append(f"rank {r} waited {seen['seconds']:.1f} s")
             if seen["left"] > 2:
                 wrong.append(f"rank {r} took {seen['left']:.1f} s to leave")
-            if how == "raise" and (f"rank {who}: MemoryError: no room" not in seen["text"] or not seen["after"] or seen["seconds"] > TIMEOUT):
+            if how == "raise" and (
+                f"rank {who}: MemoryError: no room" not in seen["text"] or not seen["after"] or seen["seconds"] > TIMEOUT
+            ):
                 wrong.append(f"rank {r}: {seen['text'][:200]}")
             if r > 1 and not seen["whole"] and seen["state"] != "mixed":
                 wrong.append(f"rank {r}: neither whole nor told to be mixed")
@@ -397,16 +426,23 @@ def main() -> int:
         for kind, row in rows.items():
             print(f"| {kind} | {row['pairs']} | {row['right']} | {row['tensors']:,} | {row['bytes']:,} |")
         total = sum(rows.values(), Counter())
-        print(f"| all ({drawn_out} drawn that no mesh can cut) | {total['pairs']} | {total['right']} | {total['tensors']:,} | {total['bytes']:,} |\n", flush=True)
+        print(
+            f"| all ({drawn_out} drawn that no mesh can cut) | {total['pairs']} | {total['right']} | {total['tensors']:,} | {total['bytes']:,} |\n",
+            flush=True,
+        )
         breaks: dict[str, list] = defaultdict(list)
         for number in range(args.breaks):
             how, wrong, longest, leaving = broken(root, dice)
             breaks[how].append((not wrong, longest, leaving))
             failures += [f"break {number} ({how}): {text}" for text in wrong]
         if breaks:
-            print(f"| breaks, time-out {TIMEOUT:g} s | count | right | longest wait, s | longest to leave, s |\n| --- | --- | --- | --- | --- |")
+            print(
+                f"| breaks, time-out {TIMEOUT:g} s | count | right | longest wait, s | longest to leave, s |\n| --- | --- | --- | --- | --- |"
+            )
         for how, own in sorted(breaks.items()):
-            print(f"| {how} | {len(own)} | {sum(ok for ok, _, _ in own)} | {max(s for _, s, _ in own):.2f} | {max(s for _, _, s in own):.2f} |")
+            print(
+                f"| {how} | {len(own)} | {sum(ok for ok, _, _ in own)} | {max(s for _, s, _ in own):.2f} | {max(s for _, _, s in own):.2f} |"
+            )
     print(f"\n{time.monotonic() - began:.0f} s, seed {args.seed}", *failures, sep="\n")
     return bool(failures)
 
