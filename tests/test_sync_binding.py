@@ -103,6 +103,7 @@ def test_plans_that_differ_in_a_later_block_have_other_fingerprints():
     """defects.md A4: only the first block of each tensor was hashed; q, k, v and q, v, k were one plan."""
     layout = sync.layout(LLAMA)
     src, dst = sync.Side.placed(layout, "megatron", tp=2, ranks=range(2)), sync.Side.placed(layout, "vllm", tp=2, ranks=(2, 3))
+
     def exchanged(side, which):
         """`side` whose fused qkv has two of its blocks in each other's places."""
         members = []
