@@ -23,11 +23,11 @@ from reshard.devices import Device, free_bytes
 from reshard.errors import ReshardError
 from reshard.execute import run
 from reshard.job import default_jobs, join_to
-from reshard.join import Plan
 from reshard.place import Placement, Rank
+from reshard.planner.plan import Plan
+from reshard.planner.tiles import BUFFER
 from reshard.stores import DTYPE_SIZE
 from reshard.text import human
-from reshard.tiles import BUFFER
 
 _LARGEST = 16 << 20  # bytes of one host buffer: a copy of it takes long enough to hide what starting one costs
 _SMALLEST = 64 << 10

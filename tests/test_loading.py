@@ -171,7 +171,7 @@ def test_host_memory_is_a_few_buffers_whatever_the_size_of_the_rank(model, jobs)
 
 
 def test_by_default_host_buffers_take_at_most_a_quarter_of_a_gigabyte():
-    from reshard.tiles import BUFFER
+    from reshard.planner.tiles import BUFFER
 
     for threads in (1, 2, 8, 16):
         staged = loading.Staged(Late(), {"w": torch.empty(10**12, dtype=torch.uint8, device="meta")}, threads, BUFFER)
