@@ -14,6 +14,7 @@ import numpy as np
 
 from reshard.api import Difference, DiffReport
 from reshard.block import Box, Key, Stored, end, volume
+from reshard.casts import cast
 from reshard.checkpoint import Checkpoint
 from reshard.coverage import label
 from reshard.execute import Source, Workspace, in_threads
@@ -23,7 +24,7 @@ from reshard.planner.join import Join, Pattern, join
 from reshard.planner.pieces import union_volume
 from reshard.planner.plan import Copy, Plan
 from reshard.planner.tiles import BUFFER, Tile, tiles
-from reshard.rearrange import GAP, cast, mapped, strided
+from reshard.rearrange import GAP, mapped, strided
 from reshard.stores import DTYPE_SIZE
 
 _INTEGERS = {"BOOL": "?", "U8": "u1", "I8": "i1", "U16": "u2", "I16": "i2", "U32": "u4", "I32": "i4", "U64": "u8", "I64": "i8"}

@@ -11,15 +11,18 @@ a bound layout means for one rank of one format is in ``place.py``. README, *Wri
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from math import prod
 
 from reshard.errors import LayoutError
-from reshard.expr import evaluate, holds
+from reshard.expr import Expression, evaluate, holds
 from reshard.stores.foreign import quote
 
 #: axes that number tensors instead of lying in their dimensions: pipeline parallelism deals out the one, expert parallelism the other
 INDEX_AXES = ("layer", "expert")
 #: layers, or experts of a layer: no model comes near, and a wrong config.json must not keep us busy for hours
 _MOST_NUMBERED = 4096
+#: layers × experts of a layer: five times those of the largest model
+_MOST_TENSORS = 200_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,11 +119,14 @@ class Descriptor:
     tensors: Mapping[str, Tensor]
     replicate: tuple[str, ...]
     formats: Mapping[str, Section]
+    conditions: Mapping[str, Expression] = field(default_factory=dict)  # names that `when`s use
+    path: str = ""  # of the user's own file; empty for those that come with reshard
 
     def section(self, format: str) -> Section:
         if format not in self.formats:
             known = ", ".join(sorted(self.formats))
-            raise LayoutError(f"layout {self.name} says nothing of format {format}", f"it knows {known}; add a [{format}] table to {self.name}.toml")
+            raise LayoutError(f"layout {self.name} says nothing of format {format}",
+                              f"it knows {known}; add a [{format}] table to {self.path or f'a descriptor that extends {self.name}'}")  # fmt: skip
         return self.formats[format]
 
     def bind(self, config: Mapping[str, object]) -> "Layout":
@@ -138,7 +144,16 @@ class Descriptor:
             if axis in INDEX_AXES and size > _MOST_NUMBERED:
                 raise LayoutError(f"layout {self.name}: axis {axis} = {text!r} is {quote(size)}, more than the {_MOST_NUMBERED} allowed", "check config.json")
             sizes[axis] = size
-        return Layout(self, config, scope, sizes)
+        count = prod(max(1, sizes.get(axis, 1)) for axis in INDEX_AXES)
+        if count > _MOST_TENSORS:
+            raise LayoutError(f"layout {self.name}: {' × '.join(f'{sizes[axis]} {axis}s' for axis in INDEX_AXES if axis in sizes)} are {count}, "
+                              f"more than the {_MOST_TENSORS} allowed", "check config.json")  # fmt: skip
+        layout = Layout(self, config, {**scope, **self.conditions}, sizes)
+        for tensor in self.tensors.values():
+            empty = next((axis for axis in tensor.axes if not sizes[axis]), None)
+            if empty and any(layout.exists(tensor, layer) for layer in (range(layout.layers) if "layer" in tensor.index else [None])):
+                raise LayoutError(f"layout {self.name}: [tensors] {tensor.name} has no elements: axis {empty} = {self.axes[empty]!r} is 0", "check config.json")
+        return layout
 
 
 @dataclass(frozen=True)
@@ -175,7 +190,8 @@ class Layout:
 
 
 def parse_version(text: str) -> tuple[int, ...]:
-    numbers = re.findall(r"\d+", text)
-    if not numbers:
-        raise LayoutError(f"{text!r} is not a version", "write it like 0.32")
-    return tuple(int(n) for n in numbers[:3])
+    """(0, 11, 2) of "0.11.2", "v0.11.2" or "0.11.2rc1+cu128"; as many numbers as are said, up to three."""
+    match = re.fullmatch(r"v?([0-9]{1,9}(?:\.[0-9]{1,9}){1,2})(?:[.+-]?[a-z][\w.+-]{0,80}|\.[0-9]+)?", text, re.ASCII) if isinstance(text, str) else None
+    if not match:
+        raise LayoutError(f"{quote(repr(text))} is not a version", "write it like 0.32")
+    return tuple(map(int, match[1].split(".")))

@@ -22,7 +22,7 @@ from reshard.checkpoint import Checkpoint
 from reshard.devices import Device, free_bytes
 from reshard.errors import ReshardError
 from reshard.execute import run
-from reshard.job import default_jobs, join_to
+from reshard.job import counting, default_jobs, join_to
 from reshard.place import Placement, Rank
 from reshard.planner.plan import Plan
 from reshard.planner.tiles import BUFFER
@@ -43,6 +43,7 @@ def load_rank(
     *,
     jobs: int | None = None,
     buffer: int = BUFFER,
+    allow_overflow: bool = False,
 ) -> dict[str, torch.Tensor]:
     """{stored name: tensor} of one rank of `placement`, its constants among them, made on `device` (None: the CPU)."""
     from reshard.api import torch_dtypes
@@ -56,7 +57,7 @@ def load_rank(
         held = f"rank {rank.number} takes {human(plan.bytes_held)} on {at}, which has {human(free)} free"
         raise ReshardError(held, "use more ranks, or another device") from None
     constants = {name: torch.full(c.shape, c.value, dtype=kinds[c.dtype], device=at) for name, c in placement.constants(rank)}
-    fill(plan, source, tensors, device, jobs=jobs, buffer=buffer)
+    fill(plan, source, tensors, device, jobs=jobs, buffer=buffer, allow_overflow=allow_overflow)
     return tensors | constants
 
 
@@ -68,6 +69,7 @@ def fill(
     *,
     jobs: int | None = None,
     buffer: int = BUFFER,
+    allow_overflow: bool = False,
 ) -> None:
     """Run `plan` into `tensors`: contiguous, {name of a destination: tensor} of its shape and dtype, all on `device` (None: the CPU).
 
@@ -77,6 +79,7 @@ def fill(
     jobs = jobs or (default_jobs(source) if device is None else max(default_jobs(source), min(8, _cores() // 2)))
     flat = {name: tensor.view(-1).view(torch.uint8) for name, tensor in tensors.items()}
     with closing(source.source()) as files:
+        files.casts = counting(allow_overflow)
         if device is None:
             raw = {name: bytes_.numpy() for name, bytes_ in flat.items()}
 

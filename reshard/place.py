@@ -13,6 +13,10 @@ from reshard.block import Block, Part, Stored, chunk, cut, restride, row_major
 from reshard.errors import LayoutError, PlanError
 from reshard.expr import evaluate, holds
 from reshard.layout import Constant, Entry, Layout, Section, Tensor
+from reshard.stores.foreign import quote
+
+#: ranks of one mesh: more than any model was ever spread over, and few enough to be counted one by one
+MOST_RANKS = 65536
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +27,14 @@ class Mesh:
     pp: int = 1
     ep: int = 1
     etp: int = 0
+
+    def __post_init__(self):
+        for name, least in (("tp", 1), ("pp", 1), ("ep", 1), ("etp", 0)):
+            size = getattr(self, name)
+            if type(size) is not int or not least <= size <= MOST_RANKS:
+                raise PlanError([f"{name} is {quote(repr(size))}, expected a whole number from {least} to {MOST_RANKS}"])
+        if self.pp * max(self.tp, self.ep) > MOST_RANKS:
+            raise PlanError([f"tp={self.tp}, pp={self.pp}, ep={self.ep} is a mesh of more than {MOST_RANKS} ranks"])
 
     def __str__(self) -> str:
         sizes = [f"{name}{size}" for name, size in (("pp", self.pp), ("ep", self.ep)) if size > 1]
@@ -260,8 +272,13 @@ class Placement:
     def _padded(self, entry: Entry, axis: str) -> int:
         for padded, text in entry.pad:
             if padded == axis:
-                return self.pads.get(axis) or int(evaluate(text, self.scope))
+                return self.pads.get(axis) or self._padding(entry, axis, evaluate(text, self.scope))
         return self.layout.sizes[axis]
+
+    def _padding(self, entry: Entry, axis: str, size: object) -> int:
+        if type(size) is not int or size < self.layout.sizes[axis]:
+            raise LayoutError(f"layout {self.layout.name}: {entry.name}: pad of {axis} is {quote(repr(size))}, its size {self.layout.sizes[axis]}")
+        return size
 
     def _slice(self, entry: Entry, shape, blocks, index: int, count: int):
         """A plain chunk of the fused dimension, which may begin and end inside a part."""

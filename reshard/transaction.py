@@ -16,8 +16,8 @@ from pathlib import Path
 from reshard import __version__
 from reshard.checkpoint import Checkpoint
 from reshard.destination import Place, modes, sync_folder
-from reshard.errors import DestinationError, FormatError
-from reshard.execute import Source, run_batches, run_portions
+from reshard.errors import DestinationError, FormatError, HubError
+from reshard.execute import Source, casts_judged, run_batches, run_portions
 from reshard.fetch import Batch
 from reshard.fingerprint import conversion, fingerprint, options, source_state
 from reshard.formats.manifest import NAME as MANIFEST
@@ -86,6 +86,10 @@ def convert(
         progress(job.bytes_read)
         return Report(place.given, names, 0, 0, time.monotonic() - began, len(names), resumed_bytes=job.bytes_read, notes=notes)
     if _ranks_there(job, place) is None:
+        other = read_incomplete(place.path) if job.rank is not None and not overwrite else None
+        if other:
+            held = ", ".join(map(str, other["ranks"]["held"]))
+            raise DestinationError(f"{place.given} holds rank {held} of another conversion: other source files, layout or options", "choose another destination, or use --overwrite to replace it")
         place.check_free(overwrite, "".join(f"; {note}" for note in notes))
     first = {"fingerprint": fingerprint(job), "reshard": __version__, "source": job.source.name, "options": options(job), "state": source_state(job)}
     _check_leftover(notes_in(place.partial), first, job, place, overwrite)
@@ -99,6 +103,7 @@ def convert(
         left = [file for file in job.folder.files if file.path not in work.done.files]
         there = written_by(job, work.portions, work.done.batches) if work.done.batches else {}
         output = Output(place.partial, left, journal.file if fsync else None, there, files_mode, folders_mode)
+        source.casts = job.casts
         try:
             _move(job, work, source, output, journal, jobs=jobs, buffer=buffer, progress=progress)
             output.finish()
@@ -121,6 +126,7 @@ def convert(
         with place.locked():
             there = _ranks_there(job, place)
             if there is not None:
+                journal.publish(place.path.stat().st_ino, place.partial.name)
                 place.add([*names, *(name for name in small if name != MANIFEST)], merged(there, small[MANIFEST]), fsync)
             else:
                 place.publish(journal, overwrite, fsync)
@@ -139,10 +145,11 @@ def _move(job: Job, work: Work, source: Source, output: Output, journal: Journal
             marked[0], mark = time.monotonic(), journal.mark()
             output.sync(lambda: journal.durable(mark))
 
-    if source.remote:
-        run_batches(work.left, source, output.write, jobs=jobs, buffer=buffer, progress=progress, moved=moved)
-    else:
-        run_portions(work.left, source, output.write, limit=tile_limit(job.plan, jobs, buffer), jobs=jobs, progress=progress, moved=moved)
+    with casts_judged(job.plan, source):
+        if source.remote:
+            run_batches(work.left, source, output.write, jobs=jobs, buffer=buffer, progress=progress, moved=moved)
+        else:
+            run_portions(work.left, source, output.write, limit=tile_limit(job.plan, jobs, buffer), jobs=jobs, progress=progress, moved=moved)
 
 
 def received(source: Checkpoint) -> int:
@@ -154,11 +161,19 @@ def _finished(job: Job, place: Place, healed: dict | None) -> bool:
     """Whether an earlier run of this very job did all: it was killed when its folder had its name already, or its rank is in the folder."""
     if healed and healed["fingerprint"] == fingerprint(job):
         return _whole(job, place.path)
-    there = _ranks_there(job, place)
-    if there is None or job.rank not in there["ranks"]["held"] or not _whole(job, place.path):
+    if job.rank is None or not _whole(job, place.path):
         return False
-    if place.partial.is_dir() and not place.partial.is_symlink() and notes_in(place.partial):
+    there = _ranks_there(job, place)
+    left = [] if place.partial.is_symlink() else notes_in(place.partial)
+    if there is None or job.rank not in there["ranks"]["held"]:
+        # or it was the last: the folder is whole and says nothing of ranks any more, but what the run left does
+        moved = bool(left) and left[0]["fingerprint"] == fingerprint(job) and any("publish" in note for note in left)
+        if not moved or read_incomplete(place.path) or any((place.partial / file.path).exists() for file in job.folder.files):
+            return False
+    if left:
         shutil.rmtree(place.partial)
+    with place.locked():
+        pass  # which removes a lock file that the run left
     return True
 
 
@@ -249,6 +264,8 @@ def written_by(job: Job, portions: list[Batch] | list[Portion], batches: set[int
 def _give_up(job: Job, work: Work, journal: Journal, place: Place, error: FormatError) -> None:
     """What is kept of a run whose source turned out to be wrong: where one file of the Hub's came wrong, all that is not made of it; else nothing."""
     file = getattr(error, "source_file", None)
+    if file is None and isinstance(error, HubError):  # a small file of the Hub's came wrong: nothing was made of it
+        return
     if not job.source.remote or file is None:
         shutil.rmtree(place.partial)
         return
