@@ -16,7 +16,7 @@ from pathlib import Path
 from reshard import __version__
 from reshard.checkpoint import Checkpoint
 from reshard.destination import Place, modes, sync_folder
-from reshard.errors import DestinationError, FormatError
+from reshard.errors import CastError, DestinationError, FormatError
 from reshard.execute import Source, casts_judged, run_batches, run_portions
 from reshard.fingerprint import conversion, fingerprint, options, source_state
 from reshard.formats.manifest import NAME as MANIFEST
@@ -112,7 +112,7 @@ def convert(
             if fsync:
                 for folder in sorted({path.parent for path in place.partial.rglob("*")}):
                     sync_folder(folder)
-        except FormatError as error:
+        except (FormatError, CastError) as error:
             give_up(job, work, journal, place, error)
             raise
         finally:

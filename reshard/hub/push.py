@@ -25,7 +25,6 @@ from reshard.hub.selection import CARD, Selection, check_links, is_side_file, se
 from reshard.hub.target import Target, prepare
 from reshard.job import Job, default_jobs
 from reshard.output import Output
-from reshard.transaction import only
 
 _REGULAR = 32 << 20  # bytes: the Hub keeps larger files in LFS; those that it does not wait for the commit in memory
 
@@ -131,8 +130,9 @@ def _written(job: Job, scratch: Path, jobs: int | None, buffer: int, progress: C
     for file in job.folder.files:
         with closing(job.source.source()) as source, closing(Output(scratch, [file], None)) as output:
             source.casts = job.casts
-            run(only(job.plan, [file]), source, output.write, jobs=jobs or default_jobs(job.source), buffer=buffer, progress=progress)
+            run(job.plan.only([file.path]), source, output.write, jobs=jobs or default_jobs(job.source), buffer=buffer, progress=progress)
             output.finish()
+            source.check_unchanged()
         yield file.path, scratch / file.path
         (scratch / file.path).unlink()
 
