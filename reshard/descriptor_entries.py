@@ -5,8 +5,8 @@ import struct
 from collections.abc import Mapping
 
 from reshard.descriptor_values import STAGES, At, dtype_of, read_dims
+from reshard.foreign import quote
 from reshard.layout import Constant, Entry, Tensor
-from reshard.stores.foreign import quote
 
 _ENTRY_KEYS = ("name", "of", "within", "dims", "dim", "cut", "split", "pad", "when", "stage", "alias", "only_rank0", "view", "dtype")
 _CONSTANT_KEYS = ("value", "dtype", "shape", "when")
