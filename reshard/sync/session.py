@@ -72,7 +72,7 @@ class Sync:
         verify: bool = False,
         devices: Devices | None = None,
     ):
-        if transport not in ("auto", "p2p", "mapped"):
+        if transport not in agreement.TRANSPORTS:
             raise PlanError([f"unknown transport {transport!r}"], "use auto, p2p or mapped")
         self._devices = devices or Devices()
         self._wire = Wire(group, timeout, self._devices)
@@ -192,6 +192,7 @@ class Sync:
         source_bound: dict[int, Bound] = {}
         into_bound: dict[int, Bound] = {}
         intent = Intent(int(self.plan.fingerprint[:15], 16), held=-1 if self.version is None else self.version)
+        intent.transport, intent.verify = agreement.TRANSPORTS.index(self._transport), int(self._verify)
         try:
             intent.mode = 0 if not self._sides else 1 + MODES.index(mode)
             self._check_roles(source, into, mode)
