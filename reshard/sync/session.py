@@ -8,7 +8,7 @@ an engine's weights are ``mixed``, and they stay so when a step fails.
 
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
@@ -23,8 +23,19 @@ from reshard.sync.moving import Bucket, Ready, compare, make, room
 from reshard.sync.plan import SyncPlan
 from reshard.sync.sharing import Sharing
 from reshard.sync.staging import Copies, Staging
-from reshard.sync.tensors import Bound, bind, identity, named
+from reshard.sync.tensors import Bound, bind, identity, named, unchanged
 from reshard.sync.transport import Wire, attempt
+
+
+@dataclass
+class Binding:
+    """Tensors that were given, what they were then, and what they are on a side; `devices` where they lie."""
+
+    given: dict[str, torch.Tensor] = field(default_factory=dict)
+    keys: list[tuple] = field(default_factory=list)
+    bound: dict[int, Bound] = field(default_factory=dict)
+    devices: frozenset[torch.device] = frozenset()
+
 
 #: what is new since the last step, added up: the source's tensors, the destination's, all (a plan, or what a failed step left)
 _SOURCE, _INTO, _ALL = 1, 2, 4
@@ -92,7 +103,7 @@ class Sync:
         if len(self._sides) > 1:
             raise PlanError([f"rank {me} is in {len(self._sides)} destinations"], "sync them one after another")
         self._is_source = me in plan.source.processes
-        self._bound: dict[str, tuple[list, dict[int, Bound]]] = {}
+        self._bound: dict[str, Binding] = {}
         self._parts: dict[str, list[RankPlan]] = {}
         self._mode = ""  # of the last step
         self._ready: Ready | None = None  # made once, until a tensor moves
@@ -189,22 +200,21 @@ class Sync:
     def _begin(self, source, into, version, mode: str) -> tuple[dict[int, Bound], dict[int, Bound], str, int]:
         """Bind the tensors, and go on only if every rank can, for the same plan and version."""
         failure: Exception | None = None
-        source_bound: dict[int, Bound] = {}
-        into_bound: dict[int, Bound] = {}
+        own, fill = Binding(), Binding()
         intent = Intent(int(self.plan.fingerprint[:15], 16), held=-1 if self.version is None else self.version)
         intent.transport, intent.verify = agreement.TRANSPORTS.index(self._transport), int(self._verify)
         try:
             intent.mode = 0 if not self._sides else 1 + MODES.index(mode)
             self._check_roles(source, into, mode)
             if source is not None:
-                source_bound = self._bind("source", source, self.plan.source)
+                own = self._bind("source", source, self.plan.source)
             if into is not None:
-                into_bound = self._bind("destination", into, self._sides[0])
-            found = {b.tensor.device for b in (*source_bound.values(), *into_bound.values())}
+                fill = self._bind("destination", into, self._sides[0])
+            found = own.devices | fill.devices
             self._devices.synchronize(found)  # the weights are written, and the engine's old ones read, before anyone goes on
             intent.version = agreement.number((self.version or 0) + 1 if version is None else version)
-            intent.source_place = place((b.tensor.device for b in source_bound.values()), self._transport, self._devices)
-            taking = [b.tensor.device for b in into_bound.values()] or ([self._wire.device] if intent.mode else [])
+            intent.source_place = place(own.devices, self._transport, self._devices)
+            taking = fill.devices or ({self._wire.device} if intent.mode else set())
             intent.into_place = place(taking, self._transport, self._devices)
             intent.fresh, intent.lies = self._fresh, self._lies(found)
         except Exception as error:  # noqa: BLE001  whatever a framework passed, all ranks must hear of it
@@ -213,8 +223,8 @@ class Sync:
         self._refuse(failure, table, first=True)
         mode = MODES[(set(Intent.column(table, "mode")) - {0}).pop() - 1]
         if any(Intent.column(table, "fresh")) or mode != self._mode:
-            self._prepare(table, mode, source_bound, into_bound, found)
-        return source_bound, into_bound, mode, intent.version
+            self._prepare(table, mode, own.bound, fill.bound, found)
+        return own.bound, fill.bound, mode, intent.version
 
     def _check_roles(self, source, into, mode: str) -> None:
         me = self._wire.rank
@@ -253,6 +263,8 @@ class Sync:
                 raise SyncError("the sync was refused before its first byte: " + "; ".join(refused)) from failure
             if self._sharing.memory:
                 self._ready = None
+            for known in self._bound.values() if self._sharing.peers.to else ():
+                known.keys = identity(known.given)  # storages may have moved to shared memory
         if own_fresh or before != (self._wire.device, self._staged, self._sharing.peers, self._mode):
             self._ready = None
         self._mode, self._places = mode, places
@@ -278,8 +290,7 @@ class Sync:
     def _end(self, failure: BaseException | None, version: int) -> None:
         """Every rank says whether all went well; raise what any rank failed at, at the failing one from its own error."""
         try:
-            bound = [b for _, own in self._bound.values() for b in own.values()]
-            self._devices.synchronize({self._wire.device} | {b.tensor.device for b in bound})
+            self._devices.synchronize({self._wire.device}.union(*(own.devices for own in self._bound.values())))
         except Exception as error:  # noqa: BLE001  what a kernel did wrong shows here
             failure = failure or error
         try:
@@ -304,15 +315,16 @@ class Sync:
 
     # -------------------------------------------------------------------------------------------------- tensors, peers
 
-    def _bind(self, role: str, tensors, side) -> dict[int, Bound]:
+    def _bind(self, role: str, tensors, side) -> Binding:
         """As ``bind``; tensors that are what they were are not looked at twice."""
         given = named(tensors)
-        now = identity(given)
-        if role not in self._bound or self._bound[role][0] != now:
-            self._bound.pop(role, None)
-            self._bound[role] = now, bind(given, side, self._wire.rank, role)
+        known = self._bound.pop(role, None)
+        if known is None or not unchanged(given, known.keys):
+            bound = bind(given, side, self._wire.rank, role)
+            known = Binding(given, identity(given), bound, frozenset(b.tensor.device for b in bound.values()))
             self._fresh |= _SOURCE if role == "source" else _INTO
-        return self._bound[role][1]
+        self._bound[role] = known
+        return known
 
     def _lies(self, found: set[torch.device]) -> int:
         if not found:
@@ -368,7 +380,7 @@ class Sync:
         if failed:
             raise failed[0]
         if self._sides:
-            for bound in self._bound.get("destination", ((), {}))[1].values():
+            for bound in self._bound["destination"].bound.values() if "destination" in self._bound else ():
                 if bound.padded:
                     bound.zero_padding()
 
