@@ -5,8 +5,8 @@ from math import prod
 
 import torch
 
+from reshard.dtypes import DTYPE_SIZE
 from reshard.errors import SyncError
-from reshard.stores import DTYPE_SIZE
 from reshard.sync.checks import Sums, differing, replicated, sent_and_taken
 from reshard.sync.device import Devices
 from reshard.sync.messages import RankPlan

@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 import torch
 import torch.distributed as dist
 
-from reshard.dtypes import DTYPE_SIZE
 from reshard.errors import PeerLost, PlanError, SyncError
 from reshard.sync import agreement
 from reshard.sync.agreement import MODES, Intent
