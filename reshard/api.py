@@ -9,7 +9,7 @@ from pathlib import Path
 from reshard.checkpoint import Checkpoint, open_checkpoint
 from reshard.hub import is_remote
 from reshard.job import Job, default_jobs, join_to, one_rank, place, prepare
-from reshard.place import Mesh
+from reshard.layout import Mesh
 from reshard.tiles import BUFFER
 
 open = open_checkpoint

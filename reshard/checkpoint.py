@@ -12,12 +12,11 @@ from typing import TYPE_CHECKING
 
 from reshard import formats
 from reshard.block import Stored, restride
-from reshard.descriptors import architectures, builtin_descriptors, find_descriptor, load_descriptor
+from reshard.layout import Entry, Layout, Mesh, Placement, Section, architectures, builtin_descriptors, find_descriptor, load_descriptor
+from reshard.layout.fusion import slice_dim
 from reshard.errors import FormatError, LayoutError, PlanError
 from reshard.formats.manifest import read_manifest
 from reshard.hub import is_remote
-from reshard.layout import Entry, Layout, Section
-from reshard.place import Mesh, Placement, slice_dim
 from reshard.stores import DTYPE_SIZE
 from reshard.stores.foreign import parse, quote
 
@@ -221,7 +220,7 @@ def _match(checkpoint: Checkpoint, kind: formats.Format, contents: formats.Conte
         s.dtype, s.file, s.start = info.dtype, file, info.offset
         stored.append(s)
     problems = placement.problems + problems
-    ignore = [*contents.ignore, *(pattern.format_map({"layer": layout.layers, **layout.scope}) for pattern in section.drop)]
+    ignore = [*contents.ignore, *layout.dropped(section)]
     constants = {name for rank in placement.ranks for name, _ in placement.constants(rank)} if section.constants else set()
     for rank, names in enumerate(left):
         for name, (file, _) in names.items():

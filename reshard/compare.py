@@ -13,7 +13,7 @@ from reshard.checkpoint import Checkpoint
 from reshard.execute import Source, Workspace, in_threads
 from reshard.fetch import JOBS, Batch, batches, of_pair, workers
 from reshard.join import Copy, Plan, holders, label, move_between
-from reshard.place import Mesh, Placement
+from reshard.layout import Mesh, Placement
 from reshard.rearrange import cast, mapped, strided
 from reshard.stores import DTYPE_SIZE
 from reshard.tiles import BUFFER, Tile, tiles

@@ -16,8 +16,7 @@ from reshard.formats import Folder, Target
 from reshard.formats.manifest import NAME as MANIFEST
 from reshard.formats.manifest import manifest_bytes
 from reshard.join import Plan, join
-from reshard.layout import parse_version
-from reshard.place import Mesh, Placement, Rank
+from reshard.layout import Mesh, Placement, Rank, parse_version
 from reshard.text import human, some, table
 from reshard.tiles import BUFFER, peak_buffer
 

@@ -8,10 +8,8 @@ import numpy as np
 import pytest
 
 from reshard import formats
-from reshard.descriptors import builtin_descriptors, find_descriptor, load_descriptor
+from reshard.layout import Mesh, Placement, Section, builtin_descriptors, find_descriptor, load_descriptor
 from reshard.errors import LayoutError
-from reshard.layout import Section
-from reshard.place import Mesh, Placement
 
 SAMPLES = Path(__file__).parents[2] / "shared" / "samples"
 

@@ -19,7 +19,7 @@ pytest.importorskip("transformers")
 
 from ranks import verify
 
-from reshard.place import Mesh
+from reshard.layout import Mesh
 from reshard.verify.figures import compare, relative_tolerance, worst
 from reshard.verify.group import seats
 from reshard.verify.names import module_name

@@ -93,7 +93,7 @@ def layouts(ctx):
     """List the architectures that reshard knows; `layouts show NAME` explains one."""
     if ctx.invoked_subcommand:
         return
-    from reshard.descriptors import builtin_descriptors
+    from reshard.layout import builtin_descriptors
 
     rows = [(n, ", ".join(d.architectures), ", ".join(sorted(d.formats)), d.description) for n, d in builtin_descriptors().items()]
     click.echo(table(rows, ("layout", "architectures", "formats", "what")))
@@ -107,7 +107,7 @@ def layouts(ctx):
 def show(name, tp, format_, config):
     """Tell for each tensor of layout NAME its dims, what it is fused with, and which dim tensor parallelism splits."""
     from reshard import formats
-    from reshard.descriptors import builtin_descriptors, load_descriptor
+    from reshard.layout import builtin_descriptors, load_descriptor
 
     known = builtin_descriptors()
     if not name.endswith(".toml") and name not in known:
@@ -119,7 +119,7 @@ def show(name, tp, format_, config):
         click.echo(table(rows, ("name", "holds", "interleaved within", "split dim", f"dims per rank of tp{tp}", "when")))
         return
     from reshard.checkpoint import find_config, model_config, read_config
-    from reshard.place import Mesh, Placement
+    from reshard.layout import Mesh, Placement
 
     layout = descriptor.bind(model_config(read_config(find_config(Path(config), config))))
     placement = Placement(layout, layout.section(kind.section), kind.rules, Mesh(tp))
@@ -141,7 +141,7 @@ def _entry_row(descriptor, entry, tp: int) -> tuple:
     text = " ".join(lead + [f"({d})" if " " in d else d for d in dims])
     cut = split_dim(descriptor, entry, max(tp, 2))
     when = tensor.when if entry.when == "true" else entry.when
-    return entry.name, " + ".join(entry.of), entry.within or "-", "-" if cut is None else cut, text, "" if when == "true" else when
+    return entry.name, " + ".join(entry.of), " ".join(g.axis for g in entry.fusion.groups() if g.axis) or "-", "-" if cut is None else cut, text, "" if when == "true" else when
 
 
 @click.command()

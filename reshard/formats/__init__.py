@@ -10,7 +10,7 @@ from pathlib import Path
 
 from reshard.block import Stored
 from reshard.errors import FormatError
-from reshard.place import Mesh, Placement, Rank, Rules
+from reshard.layout import Mesh, Placement, Rank, Rules
 from reshard.stores import FileImage, TensorInfo
 from reshard.stores.foreign import quote
 

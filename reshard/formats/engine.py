@@ -16,8 +16,8 @@ from reshard.block import Stored
 from reshard.errors import FormatError, PlanError
 from reshard.formats import Contents, Folder, Format, OutFile, Target, parts
 from reshard.formats.manifest import mesh_of, read_manifest
-from reshard.layout import parse_version
-from reshard.place import Mesh, Rules, grid
+from reshard.layout import Mesh, Rules, parse_version
+from reshard.layout.mesh import grid
 from reshard.stores import DTYPE_SIZE, TensorInfo, safetensors
 from reshard.stores.foreign import quote
 

@@ -13,7 +13,8 @@ from reshard.block import Stored
 from reshard.errors import FormatError
 from reshard.formats import Contents, Folder, Format, OutFile, Target, parts, safe_join
 from reshard.formats.manifest import mesh_of, read_manifest
-from reshard.place import Mesh, Rules, even_stages, grid
+from reshard.layout import Mesh, Rules
+from reshard.layout.mesh import even_stages, grid
 from reshard.stores import DTYPE_SIZE, TensorInfo, safetensors
 from reshard.stores.foreign import LIMIT, parse, quote
 

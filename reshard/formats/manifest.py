@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from reshard.errors import FormatError
-from reshard.place import Mesh
+from reshard.layout import Mesh
 from reshard.stores import DTYPE_SIZE
 from reshard.stores.foreign import parse, quote
 

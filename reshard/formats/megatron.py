@@ -19,7 +19,8 @@ from reshard.formats import Contents, Folder, Format, OutFile, Target, safe_join
 from reshard.formats.hf import tensors_of, torch_tree
 from reshard.formats.manifest import read_manifest
 from reshard.formats.megatron_args import megatron_args
-from reshard.place import Mesh, Rank, Rules, even_stages, stage_order
+from reshard.layout import Mesh, Rank, Rules
+from reshard.layout.mesh import even_stages, stage_order
 
 TRACKER = "latest_checkpointed_iteration.txt"
 FILE = "model_optim_rng.pt"

@@ -8,7 +8,7 @@ there all the same, for people and other tools. Settings of training (losses, dr
 from collections.abc import Mapping
 
 from reshard.block import Stored
-from reshard.expr import evaluate
+from reshard.layout.expressions import evaluate
 from reshard.formats import Target
 from reshard.layout import Layout
 

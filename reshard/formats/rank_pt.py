@@ -8,7 +8,8 @@ from reshard.errors import FormatError
 from reshard.formats import Contents, Folder, Format, OutFile, Target
 from reshard.formats.hf import state_dict
 from reshard.formats.manifest import mesh_of, read_manifest
-from reshard.place import Mesh, Rules, even_stages, grid
+from reshard.layout import Mesh, Rules
+from reshard.layout.mesh import even_stages, grid
 from reshard.stores.foreign import quote
 
 _FILE = re.compile(r"rank_(\d{1,5})\.pt")

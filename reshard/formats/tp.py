@@ -17,7 +17,8 @@ from reshard.block import Stored, row_major
 from reshard.errors import FormatError
 from reshard.formats import Contents, Folder, Format, OutFile, Target, parts
 from reshard.formats.manifest import mesh_of, read_manifest
-from reshard.place import Mesh, Placement, Rules, even_stages, grid
+from reshard.layout import Mesh, Placement, Rules
+from reshard.layout.mesh import even_stages, grid
 from reshard.stores import DTYPE_SIZE, TensorInfo, safetensors
 from reshard.stores.foreign import parse
 

@@ -10,7 +10,8 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from reshard.place import Mesh, Rank, expert_cut, stage_order
+from reshard.layout import Mesh, Rank
+from reshard.layout.mesh import expert_cut, stage_order
 
 #: ranks that are silent for so long are given up: the reference may take its time, and a rank that dies ends the run at once
 SILENCE = timedelta(hours=6)

@@ -15,7 +15,7 @@ from reshard.block import Stored
 from reshard.checkpoint import Checkpoint, open_checkpoint
 from reshard.errors import FormatError
 from reshard.job import place
-from reshard.place import Rank
+from reshard.layout import Rank
 from reshard.verify.figures import DTYPES, compare, relative_tolerance
 from reshard.verify.model import parts_of
 from reshard.verify.reference import load_state, run_reference

@@ -10,7 +10,7 @@ import torch
 from reshard import formats
 from reshard.api import torch_dtypes
 from reshard.errors import FormatError
-from reshard.place import Mesh, Rank
+from reshard.layout import Mesh, Rank
 from reshard.stores import TensorInfo
 from reshard.stores.foreign import quote
 from reshard.verify.names import FORMATS, module_name, no_weight
