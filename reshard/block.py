@@ -65,6 +65,7 @@ class Stored:
     entry: "object" = None  # the layout's Entry that it was placed by
     file: str = ""  # path within the checkpoint's folder, and the byte at which the first element lies in it
     start: int = 0
+    pad: int = 0  # elements that the layout declares to be padding
 
     @property
     def size(self) -> int:
@@ -102,7 +103,8 @@ def cut(block: Block, axes: tuple[int, ...], low: int, high: int) -> list[Block]
 
     Position means the sum of (index - start) * stride over `axes` alone, in elements and relative to the block's
     offset. `axes` are ordered from the slowest. A flat range over several axes is up to 2·len(axes)-1 boxes; this is how
-    a plain chunk of fused rows, a flat partition or a DCP chunk becomes boxes. Offsets stay those of the uncut tensor.
+    a plain chunk of fused rows, a flat partition or a DCP chunk becomes boxes. The parts are in order of position, and
+    together they hold each such element once. Offsets stay those of the uncut tensor.
     """
     spans = [0] * (len(axes) + 1)  # spans[i]: distance from the first to past the last element along axes[i:]
     spans[-1] = 1
@@ -116,22 +118,26 @@ def cut(block: Block, axes: tuple[int, ...], low: int, high: int) -> list[Block]
         if base >= high or base + span <= low:
             return
         if low <= base and base + span <= high:
-            out.extend(part for part in [block.clip(box)] if part)
+            out.append(block.clip(box))
             return
         if depth == len(axes):
             raise ValueError("a cut must fall between elements")
         axis = axes[depth]
         start, stop = box[axis]
-        stride, inner = block.strides[axis], spans[depth + 1]
-        first = max(0, -(-(low - base) // stride))  # the indices that lie inside as a whole: first … last - 1
-        last = min(stop - start, (high - base - inner) // stride + 1)
-        if first < last:
-            out.extend(part for part in [block.clip(_with(box, axis, (start + first, start + last)))] if part)
+        stride, count, inner = block.strides[axis], stop - start, spans[depth + 1]
+        if stride:  # indices that the range touches, and those that lie inside it whole; a range may begin or end in a gap
+            touched = max(0, (low - base - inner) // stride + 1), min(count, -(-(high - base) // stride))
+            whole = max(0, -(-(low - base) // stride)), min(count, (high - base - inner) // stride + 1)
         else:
-            first = last = min(max(0, (low - base) // stride), stop - start)  # none does: the ends share one index
-        for i in {max(first - 1, 0), min(last, stop - start - 1)}:
-            if not first <= i < last:
-                visit(_with(box, axis, (start + i, start + i + 1)), depth + 1, base + i * stride)
+            touched, whole = (0, count), (0, 0)
+        if whole[0] >= whole[1]:
+            whole = touched[1], touched[1]
+        for i in range(touched[0], whole[0]):
+            visit(_with(box, axis, (start + i, start + i + 1)), depth + 1, base + i * stride)
+        if whole[0] < whole[1]:
+            out.append(block.clip(_with(box, axis, (start + whole[0], start + whole[1]))))
+        for i in range(whole[1], touched[1]):
+            visit(_with(box, axis, (start + i, start + i + 1)), depth + 1, base + i * stride)
 
     visit(block.box, 0, 0)
     return out

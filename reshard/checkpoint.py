@@ -11,14 +11,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from reshard import formats
-from reshard.block import Stored, restride
-from reshard.layout import Entry, Layout, Mesh, Placement, Section, architectures, builtin_descriptors, find_descriptor, load_descriptor
-from reshard.layout.fusion import slice_dim
+from reshard.block import Block, Stored, restride, row_major
+from reshard.coverage import Coverage
 from reshard.errors import FormatError, LayoutError, PlanError
 from reshard.formats.manifest import read_manifest
 from reshard.hub import is_remote
+from reshard.layout import Entry, Layout, Mesh, Placement, Section, architectures, builtin_descriptors, find_descriptor, load_descriptor
+from reshard.layout.fusion import slice_dim
 from reshard.stores import DTYPE_SIZE
 from reshard.stores.foreign import parse, quote
+from reshard.stores.identity import Identity, identity, noting
 
 if TYPE_CHECKING:
     from reshard.execute import Source
@@ -27,7 +29,12 @@ if TYPE_CHECKING:
 
 @dataclass
 class Checkpoint:
-    """An opened checkpoint. `stored` are its tensors; `dropped` the names in its files that are declared no weights."""
+    """An opened checkpoint. `stored` are its tensors.
+
+    `left_out` are weights in its files that the layout declares but does not describe (`omit`: multi-token prediction), each
+    under a key of its own name. `dropped` are the names of all that no conversion carries: those, constants that engines
+    want, and buffers that can be computed again; `dropped_bytes` is their size in the files.
+    """
 
     path: Path
     format: str
@@ -35,10 +42,13 @@ class Checkpoint:
     layout: Layout
     stored: list[Stored]
     dropped: list[str] = field(default_factory=list)
+    dropped_bytes: int = 0
+    left_out: list[Stored] = field(default_factory=list)
     engine_version: str | None = None
     config_path: Path | None = None
     origin: Mapping[str, str] | None = None  # repo and revision on the Hub that it comes from, where that is known
     native: Mapping[str, str] = field(default_factory=dict)  # the model's dtype of tensors that this format's engine widened
+    identities: Mapping[str, Identity] = field(default_factory=dict)  # of local files, by path, when their headers were read
 
     @property
     def architecture(self) -> str:
@@ -70,12 +80,16 @@ class Checkpoint:
         """The commit, of a checkpoint on the Hub."""
         return self.path.revision if self.remote else None
 
+    @property
+    def left_out_bytes(self) -> int:
+        return sum(stored.size * DTYPE_SIZE[stored.dtype] for stored in self.left_out)
+
     def source(self, whole: Iterable["Batch"] = (), jobs: int = 8) -> "Source":
         """Its bytes, to be read; of a remote one, `whole` are the batches of a run that fetches everything."""
         from reshard.execute import Source
 
         if not self.remote:
-            return Source(self.path)
+            return Source(self.path, self.identities)
         from reshard.hub.source import HubSource
 
         return HubSource(self.path, whole, jobs)
@@ -108,8 +122,11 @@ def open_checkpoint(
     folder = folder_of(path, cache)
     kind = formats.get(format) if format else formats.recognise(folder)
     config_path = find_config(folder, config)
-    settings = read_config(config_path)
-    contents = kind.read(folder)
+    with noting() as identities:
+        if isinstance(config_path, Path):
+            identities[str(config_path)] = identity(config_path.stat())
+        settings = read_config(config_path)
+        contents = kind.read(folder)
     descriptor = load_descriptor(Path(layout)) if layout else find_descriptor(settings)
     if descriptor is None:
         raise unknown_architecture(settings, contents)
@@ -123,6 +140,7 @@ def open_checkpoint(
     checkpoint = Checkpoint(folder, kind.name, contents.mesh, bound, [], engine_version=contents.engine_version, config_path=config_path)
     manifest = read_manifest(folder) or {}
     checkpoint.native = manifest.get("dtypes", {})
+    checkpoint.identities = identities
     checkpoint.origin = {"repo": folder.repository.location.repo, "revision": folder.revision} if checkpoint.remote else manifest.get("source")
     _match(checkpoint, kind, contents)
     return checkpoint
@@ -203,6 +221,7 @@ def _match(checkpoint: Checkpoint, kind: formats.Format, contents: formats.Conte
     placement = Placement(layout, section, rules, mesh)
     placement.pads = _pads(placement, contents)
     problems: list[str] = []
+    coverage = Coverage()
     left = [dict(rank) for rank in contents.tensors]
     stored: list[Stored] = []
     for s in (_pieces(placement, contents) if contents.boxes is not None else placement.stored(aliases=True)):
@@ -215,19 +234,26 @@ def _match(checkpoint: Checkpoint, kind: formats.Format, contents: formats.Conte
         if info.shape != s.shape:
             problems.append(f"{s.name} ({file}): shape {list(info.shape)}, expected {list(s.shape)} by layout {layout.name}")
             continue
+        problems += [f"{s.name} ({file}): {fault}" for fault in coverage.faults(s)]
         if info.strides is not None:
             s.blocks = tuple((key, restride(block, s.shape, info.strides)) for key, block in s.blocks)
         s.dtype, s.file, s.start = info.dtype, file, info.offset
         stored.append(s)
     problems = placement.problems + problems
-    ignore = [*contents.ignore, *layout.dropped(section)]
+    ignore, omit = [*layout.filled(section.drop), *contents.ignore], layout.filled(section.omit)
     constants = {name for rank in placement.ranks for name, _ in placement.constants(rank)} if section.constants else set()
     for rank, names in enumerate(left):
-        for name, (file, _) in names.items():
-            if name in constants or any(fnmatchcase(name, pattern) for pattern in ignore):
-                checkpoint.dropped.append(name)
-            else:
+        for name, (file, info) in names.items():
+            computed = name in constants or any(fnmatchcase(name, pattern) for pattern in ignore)
+            if not computed and not any(fnmatchcase(name, pattern) for pattern in omit):
                 problems.append(f"{name} ({file}) is not in layout {layout.name}")
+                continue
+            checkpoint.dropped.append(name)
+            checkpoint.dropped_bytes += info.nbytes
+            if not computed:
+                key = (name if rank == 0 else f"{name} (rank {rank})",)
+                block = Block(tuple((0, size) for size in info.shape), 0, info.strides or row_major(info.shape))
+                checkpoint.left_out.append(Stored(rank, name, info.dtype, info.shape, ((key, block),), file=file, start=info.offset))
     if problems:
         raise PlanError(list(dict.fromkeys(problems)), f"is config.json ({checkpoint.config_path}) this model's? `reshard layouts show {layout.name}` tells what is expected")
     checkpoint.stored = stored
@@ -283,7 +309,9 @@ def _pieces(placement: Placement, contents: formats.Contents):
                 continue
             for dim, (begin, size) in enumerate(zip(origin, info.shape)):
                 shape, blocks = slice_dim(shape, blocks, dim, begin, begin + size, axes_in(placement, s, dim))
-            yield Stored(rank, name, "", shape, tuple(blocks), s.entry)
+            piece = Stored(rank, name, "", shape, tuple(blocks), s.entry)
+            piece.pad = piece.padding if s.pad else 0
+            yield piece
     for name, s in whole.items():
         if name not in found:
             yield s

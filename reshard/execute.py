@@ -9,7 +9,7 @@ import mmap
 import os
 import threading
 from collections import defaultdict, deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from itertools import product
@@ -19,15 +19,18 @@ from typing import TYPE_CHECKING
 
 from reshard.block import Box, Stored, volume
 from reshard.errors import FormatError
+from reshard.handles import Handles, allowed
 from reshard.join import Copy, Plan, union_volume
 from reshard.stores import DTYPE_SIZE
-from reshard.tiles import BUFFER, Tile, ordered, split, tile_limit
+from reshard.stores.identity import Identity, changed, difference, identity
+from reshard.tiles import BUFFER, Portion, Tile, portions, split, tile_limit
 
 if TYPE_CHECKING:
     from reshard.fetch import Batch
 
 _RUN = 64 << 10  # bytes: contiguous runs of at least this much are passed on as they are
 _PIECE = 1 << 20  # bytes: of a run, at a time; they stay in a core's own cache
+_AGAIN = "see that nothing writes to the source, then run the same command again"
 
 
 class Source:
@@ -35,12 +38,14 @@ class Source:
 
     remote = False  # True where bytes must be fetched, batch by batch, before tiles can have them
     checked = 0  # files whose checksum was compared with one that is known
-    in_memory = False  # True where mapping costs nothing
+    in_memory = False  # True where all bytes are in memory already
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, identities: Mapping[str, Identity] = {}):
+        """`identities` are those that the files had when their headers were read: a file that has another is not read."""
         self.folder = folder
         self.bytes_read = 0
-        self._files: dict[str, int] = {}
+        self._identities = identities
+        self._handles = Handles(self._open, allowed(0.25))
         self._lock = threading.Lock()
 
     def read(self, stored: Stored, start: int, into: memoryview) -> None:
@@ -48,23 +53,17 @@ class Source:
         self._read_at(stored.file, stored.start + start * DTYPE_SIZE[stored.dtype], into, stored.name)
 
     def _read_at(self, file: str, at: int, into: memoryview, name: str = "a tensor") -> None:
-        handle = self._open(file)
-        while len(into):
-            n = os.preadv(handle, [into], at)
-            if n == 0:
-                raise FormatError(f"{file} ends inside {name}: it became shorter while it was read")
-            into, at = into[n:], at + n
-
-    def map(self, stored: Stored, start: int, stop: int) -> memoryview:
-        """Bytes of elements [start, stop) of a stored tensor, mapped: only the pages that are touched are read."""
-        width = DTYPE_SIZE[stored.dtype]
-        low, high = stored.start + start * width, stored.start + stop * width
-        page = low // mmap.ALLOCATIONGRANULARITY * mmap.ALLOCATIONGRANULARITY
+        handle = self._handles.take(file)
         try:
-            mapped = mmap.mmap(self._open(stored.file), high - page, access=mmap.ACCESS_READ, offset=page)
-        except ValueError:
-            raise FormatError(f"{stored.file} ends inside {stored.name}: it became shorter while it was read") from None
-        return memoryview(mapped)[low - page :]
+            while len(into):
+                n = os.preadv(handle, [into], at)
+                if n == 0:
+                    raise FormatError(f"{self._place(file)} ends inside {name}: it became shorter while it was read", _AGAIN)
+                into, at = into[n:], at + n
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(self._place(file))) from None
+        finally:
+            self._handles.give(file)
 
     def count(self, size: int) -> None:
         with self._lock:
@@ -78,19 +77,31 @@ class Source:
         """Give up whatever waits; the run has failed or was interrupted."""
 
     def close(self) -> None:
-        for handle in self._files.values():
-            os.close(handle)
-        self._files.clear()
+        self._handles.close()
+
+    def check_unchanged(self) -> None:
+        """Raises FormatError when a file is not what it was when its header was read: what was read is then a mixture."""
+        for path, then in self._identities.items():
+            how = changed(path, then)
+            if how:
+                raise _changed(path, how)
 
     def _open(self, file: str) -> int:
-        if file not in self._files:
-            with self._lock:
-                if file not in self._files:
-                    self._files[file] = os.open(self._place(file), os.O_RDONLY)
-        return self._files[file]
+        place = self._place(file)
+        handle = os.open(place, os.O_RDONLY | os.O_CLOEXEC)
+        then = self._identities.get(str(place))
+        how = then and difference(then, identity(os.fstat(handle)))
+        if how:
+            os.close(handle)
+            raise _changed(place, how)
+        return handle
 
     def _place(self, file: str) -> Path:
         return self.folder / file
+
+
+def _changed(path: str | Path, how: str) -> FormatError:
+    return FormatError(f"{path} was changed after its header was read: {how}", _AGAIN)
 
 
 class Workspace:
@@ -213,21 +224,36 @@ def run(
 
         run_batches(list(enumerate(batches(plan))), source, write, jobs=jobs, buffer=buffer, progress=progress)
         return
-    limit = tile_limit(plan, jobs, buffer)
-    share = max(limit, plan.bytes_read // 256)  # no worker is left with much when the others are done
-    groups = deque(part for group in ordered(plan) for part in split(group, share))
+    run_portions(list(enumerate(portions(plan))), source, write, limit=tile_limit(plan, jobs, buffer), jobs=jobs, progress=progress)
+
+
+def run_portions(
+    numbered: list[tuple[int, Portion]],
+    source: Source,
+    write: Callable[[Stored, int, memoryview], None],
+    *,
+    limit: int,
+    jobs: int,
+    progress: Callable[[int], None] = lambda size: None,
+    moved: Callable[[int], None] = lambda number: None,
+) -> None:
+    """Move portions of a local source's plan, in tiles of `limit` bytes. `moved` is told each portion that is written."""
+    queue = deque(numbered)
     lock = threading.Lock()
 
-    def move(group: Tile, space: Workspace, stop: threading.Event) -> None:
-        for tile in split(group, limit):
-            read = run_tile(tile, source, write, space)
-            with lock:
-                progress(read)
-            if stop.is_set():
-                return
+    def move(item: tuple[int, Portion], space: Workspace, stop: threading.Event) -> None:
+        number, portion = item
+        for part in portion.tiles:
+            for tile in split(part, limit):
+                read = run_tile(tile, source, write, space)
+                with lock:
+                    progress(read)
+                if stop.is_set():
+                    return
+        moved(number)
 
     # half of the workers begin at either end: they seldom want to write to the same file
-    in_threads(jobs, lambda number: groups.pop() if number % 2 else groups.popleft(), move)
+    in_threads(jobs, lambda number: queue.pop() if number % 2 else queue.popleft(), move)
 
 
 def run_batches(
@@ -311,13 +337,24 @@ def in_threads(
                 stopped()
                 return
 
-    with ThreadPoolExecutor(jobs) as pool:
-        futures = [pool.submit(worker, i) for i in range(jobs)]
-        try:
-            wait(futures)
-        except BaseException:
-            stop.set()
-            stopped()
-            raise
+    pool = ThreadPoolExecutor(jobs)
+    futures = [pool.submit(worker, i) for i in range(jobs)]
+    try:
+        wait(futures)
+    except BaseException:
+        stop.set()
+        stopped()
+        raise
+    finally:
+        _join(pool)
     if failures:
         raise failures[0]
+
+
+def _join(pool: ThreadPoolExecutor) -> None:
+    """Wait for the threads, through whatever further Ctrl-C: files must not be closed while somebody writes to them."""
+    while True:
+        try:
+            return pool.shutdown(cancel_futures=True)
+        except KeyboardInterrupt:
+            continue

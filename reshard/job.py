@@ -4,7 +4,7 @@
 """
 
 import json
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from reshard import formats
@@ -17,8 +17,9 @@ from reshard.formats.manifest import NAME as MANIFEST
 from reshard.formats.manifest import manifest_bytes
 from reshard.join import Plan, join
 from reshard.layout import Mesh, Placement, Rank, parse_version
-from reshard.text import human, some, table
-from reshard.tiles import BUFFER, peak_buffer
+from reshard.stores.identity import Identity, identity
+from reshard.text import count, human, some, table
+from reshard.tiles import BUFFER, Portion, peak_buffer, portions
 
 DTYPES = {"bf16": "BF16", "fp16": "F16", "fp32": "F32"}
 #: files beside the weights that every folder gets, when the source has them
@@ -40,6 +41,18 @@ class Job:
     dtype: str | None
     peak_buffer_bytes: int
     batches: list[Batch] | None = None  # of a remote source: what is fetched together
+    rank: int | None = None  # the one that is written, where there are others
+    max_file: int | None = None
+    identities: dict[str, Identity] = field(default_factory=dict)  # of the companions, by path
+
+    @property
+    def section(self) -> str:
+        """The descriptors' table that the format follows."""
+        return formats.get(self.format).section
+
+    def portions(self) -> list[Batch] | list[Portion]:
+        """The whole work in pieces that a journal notes by number."""
+        return portions(self.plan) if self.batches is None else self.batches
 
     @property
     def bytes_read(self) -> int:
@@ -56,6 +69,18 @@ class Job:
     @property
     def dropped(self) -> list[str]:
         return self.source.dropped
+
+    @property
+    def left_out(self) -> list[str]:
+        """Names of weights in the source that no conversion carries."""
+        return left_out(self.source)["tensors"]
+
+    def what_is_left_out(self) -> str | None:
+        """The weights that the result will lack, in words; None where it lacks none."""
+        names = self.left_out
+        if not names:
+            return None
+        return f"left out: {count(len(names), 'tensor')}, {human(self.source.left_out_bytes)}, which layout {self.source.layout.name} does not carry: {some(names)}"
 
     def ranks(self) -> list[dict[str, int]]:
         """Per destination rank: bytes it needs read, bytes of its files, bytes of its tensors."""
@@ -77,7 +102,11 @@ class Job:
             f"reads {human(self.bytes_read)}, {_above(self.bytes_read, plan.least_bytes_read, self._why_more())}",
             f"writes {human(self.bytes_written)}, {_above(self.bytes_written, plan.bytes_held, 'headers')}",
         ]
-        lines += [f"{word}: {some(names)}" for word, names in (("dropped", self.dropped), ("padded", plan.padded)) if names]
+        computed = sorted(set(self.dropped) - set(self.left_out))
+        lines += [self.what_is_left_out()] if self.left_out else []
+        if computed:
+            lines.append(f"dropped: {count(len(computed), 'buffer')}, {human(source.dropped_bytes - source.left_out_bytes)}: {some(computed)}")
+        lines += [f"padded: {some(plan.padded)}"] if plan.padded else []
         return "\n".join(lines)
 
     __str__ = describe
@@ -100,6 +129,9 @@ class Job:
             "peak_buffer_bytes": self.peak_buffer_bytes,
             "files": [{"path": file.path, "bytes": file.image.size} for file in self.folder.files],
             "dropped": self.dropped,
+            "dropped_bytes": source.dropped_bytes,
+            "left_out": self.left_out,
+            "left_out_bytes": source.left_out_bytes,
             "padded": self.plan.padded,
         }
 
@@ -143,7 +175,9 @@ def prepare(
     assert used == {id(s) for s in plan.destinations}, "a format left tensors out of its files"
     sizes = {file.path: file.image.size for file in folder.files}
     native = native_dtypes(source, plan)
-    folder.small[MANIFEST] = manifest_bytes(format, placement.mesh, source.layout.name, engine_version, sizes, native, source.origin, rank)
+    alone = rank is not None and len(placement.ranks) > 1
+    folder.small[MANIFEST] = manifest_bytes(format, placement.mesh, source.layout.name, engine_version, sizes, native, source.origin,
+                                            (rank, len(placement.ranks)) if alone else None, left_out(source))  # fmt: skip
     if dtype:
         config = dict(read_config(source.config_path))
         key = "dtype" if "dtype" in config or "torch_dtype" not in config else "torch_dtype"
@@ -152,7 +186,13 @@ def prepare(
     companions = {name: path for name, path in companion_files(source).items() if name not in folder.small}
     fetched = batches(plan) if source.remote else None
     peak = peak_buffer(plan, jobs, buffer) if fetched is None else peak_of_fetching(workers(jobs, buffer))
-    return Job(source, format, placement.mesh, plan, folder, companions, engine_version, dtype, peak, fetched)
+    seen = {str(path): identity(path.stat()) for path in companions.values() if isinstance(path, Path)}
+    return Job(source, format, placement.mesh, plan, folder, companions, engine_version, dtype, peak, fetched, rank if alone else None, max_file, seen)
+
+
+def left_out(source: Checkpoint) -> dict:
+    """Weights in the files of `source` that no conversion carries: their names, and their bytes."""
+    return {"tensors": sorted({stored.name for stored in source.left_out}), "bytes": source.left_out_bytes}
 
 
 def default_jobs(source: Checkpoint) -> int:
@@ -186,7 +226,8 @@ def join_to(source: Checkpoint, placement: Placement, dtype: str | None, ranks=N
     if placement.problems:
         raise PlanError(placement.problems, split_hint(placement))
     keep = [t.name for t in source.layout.descriptor.tensors.values() if t.dtype]
-    return join(source.stored, destinations, cast=DTYPES.get(dtype or ""), keep=keep, native=source.native, complete=complete, check=complete)
+    sizes = {t.name: source.layout.shape(t) for t in source.layout.descriptor.tensors.values()}
+    return join(source.stored, destinations, cast=DTYPES.get(dtype or ""), keep=keep, native=source.native, sizes=sizes, complete=complete, check=complete)
 
 
 def native_dtypes(source: Checkpoint, plan: Plan) -> dict[str, str]:

@@ -1,17 +1,18 @@
 """The join: which box of which source goes where in which destination. Pure: no files, no torch, no clock.
 
 ``join(sources, destinations)`` intersects the blocks of both sides, checks that every element of every destination is
-written exactly once or is padding, and that no source is lost, and reports all problems together. A replica (two
+written exactly once or is padding, and that no element of a source is lost, and reports all problems together. A replica (two
 sources that hold the same box) is read once for its bytes and once more to be compared.
 """
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property, lru_cache
-from itertools import chain, pairwise
+from functools import cached_property
+from itertools import chain
 
-from reshard.block import Block, Box, Key, Stored, overlap, volume
+from reshard.block import Block, Box, Key, Stored, end, overlap, volume
+from reshard.coverage import Coverage, disjoint, label, union_volume
 from reshard.errors import PlanError
 from reshard.stores import DTYPE_SIZE
 
@@ -101,42 +102,6 @@ def _read_bytes(copies: list[Copy], checks: Iterable[Copy] = ()) -> int:
     return sum(union_volume(boxes) * width[source] for (source, _), boxes in used.items())
 
 
-def union_volume(boxes: Iterable[Box]) -> int:
-    """Elements covered by any of `boxes`."""
-    boxes = frozenset(boxes)
-    return volume(next(iter(boxes))) if len(boxes) == 1 else _union_volume(boxes)
-
-
-@lru_cache(maxsize=65536)
-def _union_volume(boxes: frozenset[Box]) -> int:
-    if disjoint(list(boxes)):
-        return sum(map(volume, boxes))
-    first = next(iter(boxes))
-    axis = next(a for a in range(len(first)) if len({box[a] for box in boxes}) > 1)
-    marks = sorted({mark for box in boxes for mark in box[axis]})
-    total = 0
-    for low, high in pairwise(marks):
-        inside = {box[:axis] + ((0, high - low),) + box[axis + 1 :] for box in boxes if box[axis][0] <= low and box[axis][1] >= high}
-        if inside:
-            total += union_volume(inside)
-    return total
-
-
-def disjoint(boxes: list[Box]) -> bool:
-    """Whether no two of `boxes` meet: a sweep along the axis on which they differ most."""
-    if len(boxes) < 2:
-        return True
-    axis = max(range(len(boxes[0])), key=lambda a: len({box[a] for box in boxes}))
-    ordered = sorted(boxes, key=lambda box: box[axis])
-    for i, box in enumerate(ordered):
-        for other in ordered[i + 1 :]:
-            if other[axis][0] >= box[axis][1]:
-                break
-            if overlap(box, other):
-                return False
-    return True
-
-
 def target_dtype(source: str, *, cast: str | None = None, keep: bool = False, wanted: str | None = None) -> str:
     """The dtype that a tensor of `source` is stored in: the one its engine wants, else floats follow `cast`, which
     never narrows those to `keep`."""
@@ -163,14 +128,16 @@ def join(
     cast: str | None = None,
     keep: Iterable[str] = (),
     native: Mapping[str, str] = {},
+    sizes: Mapping[str, tuple[int, ...]] = {},
     complete: bool = True,
     check: bool = True,
 ) -> Plan:
     """The plan that fills `destinations` from `sources`. Fills in the destinations' dtypes.
 
     `cast`: store floats as this dtype, but narrow none of the tensors named in `keep`. `native`: the model's own dtype
-    of tensors that the source's engine wanted in another. `complete`: every source must be used somewhere (off when
-    only some ranks are asked for). `check`: compare replicas. Raises PlanError with all problems.
+    of tensors that the source's engine wanted in another. `sizes`: per tensor of the model, its size along each axis.
+    `complete`: every element of every source must have a place (off when only some ranks are asked for; needs `sizes`).
+    `check`: compare replicas. Raises PlanError with all problems.
     """
     keep = set(keep)
     problems: list[str] = []
@@ -203,16 +170,23 @@ def join(
             if not distinct[ids]:
                 problems.append(f"{label(key)}: {where(held[0][0])} and other ranks hold overlapping parts of it")
         primaries[key] = held
-    used = set()
+    used: dict[Key, list[Block]] = defaultdict(list)
+    coverage, names = Coverage(), set()
     for stored in destinations:
         plan.destinations.append(stored)
+        if (stored.rank, stored.name) in names:
+            problems.append(f"{where(stored)}: two entries of the layout store something under this name")
+        names.add((stored.rank, stored.name))
+        problems += [f"{where(stored)}: {fault}" for fault in coverage.faults(stored)]
+        if stored.pad and stored.size - stored.pad != max((end(b.offset, b.shape, b.strides) for _, b in stored.blocks), default=0):
+            problems.append(f"{where(stored)}: its padding would lie between its elements; only the first axis of its first dimension can be padded")
         dtypes = {}
         for key, block in stored.blocks:
             held = primaries.get(key)
             if held is None:
                 problems.append(f"{where(stored)} needs {label(key)}, which the source does not have")
                 continue
-            used.add(key)
+            used[key].append(block)
             filled = 0
             for source, other in held:
                 at = id(other), id(block)
@@ -225,7 +199,10 @@ def join(
                     filled += move.size
             if filled != block.size:
                 problems.append(f"{where(stored)}: {block.size - filled} of {block.size} elements of {label(key)} are in no source file")
-            dtypes[dtype_for(stored, key[0], held[0][0].dtype)] = key
+            dtype = held[0][0].dtype
+            dtypes[wanted := dtype_for(stored, key[0], dtype)] = key
+            if wanted != dtype and wanted not in FLOATS:
+                problems.append(f"{where(stored)}: {label(key)} is {dtype} and cannot become {wanted}; only {', '.join(FLOATS)} are cast")
             for source, _ in held[1:]:
                 if source.dtype != held[0][0].dtype:
                     problems.append(f"{label(key)}: {where(held[0][0])} is {held[0][0].dtype}, {where(source)} is {source.dtype}")
@@ -240,6 +217,7 @@ def join(
     if complete:
         lost = [key for key in primaries if key not in used]
         problems += [f"{label(key)} ({where(primaries[key][0][0])}) has no place in the destination" for key in lost]
+        problems += coverage.lost({key: blocks for key, blocks in used.items() if key[0] in sizes}, sizes, "destination")
     if problems:
         raise PlanError(list(dict.fromkeys(problems)))
     if check:
@@ -254,13 +232,6 @@ def move_between(source: Block, destination: Block) -> Move | None:
         return None
     src, dst = source.clip(box), destination.clip(box)
     return Move(box, volume(box), src.offset, src.strides, dst.offset, dst.strides)
-
-
-def label(key: Key) -> str:
-    """A tensor's name for people: ``q of layer 3``, ``gate of layer 3, expert 7``."""
-    name, *numbers = key
-    words = [f"{axis} {number}" for axis, number in zip(("layer", "expert"), numbers)]
-    return f"{name} of {', '.join(words)}" if words else name
 
 
 def where(stored: Stored) -> str:

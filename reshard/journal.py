@@ -1,26 +1,38 @@
-"""The journal of an unfinished run: which output files are finished, and of a remote source which batches are written.
+"""The journal of an unfinished run: which output files and which portions of the work are finished.
 
-One JSON object a line, only ever appended to, beginning with the fingerprint of the work. A file is noted once it is on the
-disk. A batch is noted as soon as it is written, which a killed process survives but a machine that loses power may not: so
-the journal knows the machine's boot, and after another boot only batches noted as durable count.
+One JSON object a line, only ever appended to. What each line is worth, and when it is written:
+
+- the first, ``fingerprint`` and what it is of: on the disk before any other file of the run is made;
+- ``boot``: which boot of the machine wrote the lines after it;
+- ``file``: that output file is complete and on the disk (fsync came first). True after a loss of power too;
+- ``batch``: a portion's bytes were handed to the kernel. True after the death of the process, not after the machine's: after
+  another boot, or where boots can't be told apart, it does not count;
+- ``mark`` and ``durable``: all portions noted before that mark are on the disk (fsync came first): they count after a loss of power;
+- ``doubt``: the disk refused to store something: only what is durable counts;
+- ``redo``: these files and portions hold bytes that turned out to be wrong; ``forget``: no portion counts;
+- ``publish``: the folder is complete and may get its name from now on; its inode, and the name it had until then.
+
+A line that is torn or makes no sense ends the journal: nothing after it counts. Portions are noted by number; which is which
+depends on the plan alone, not on threads or buffers.
 """
 
-import contextlib
-import fcntl
 import json
 import os
 import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from reshard.errors import DestinationError
+from reshard.lock import locked
+from reshard.stores.foreign import LIMIT, parse
 
 NAME = "journal.jsonl"
 
 
 @dataclass
 class Done:
-    """What earlier runs have finished: output files by name, batches by number."""
+    """What earlier runs have finished: output files by name, portions by number."""
 
     files: set[str] = field(default_factory=set)
     batches: set[int] = field(default_factory=set)
@@ -29,8 +41,9 @@ class Done:
 class Journal:
     """An open journal, locked for this run alone."""
 
-    def __init__(self, handle, notes: list[dict]):
-        self._handle, self.notes = handle, notes
+    def __init__(self, handle: int, notes: list[dict], size: int, first: int):
+        """`size` bytes are `notes`, `first` of them the first."""
+        self._handle, self.notes, self._size, self._first = handle, notes, size, first
         self._turn = threading.Lock()
         self._marks = max((note.get("mark", 0) for note in notes), default=0)
 
@@ -41,9 +54,10 @@ class Journal:
     def begin(self, first: dict, afresh: bool) -> Done:
         """What is done, by the notes; `afresh` starts a new journal that begins with `first`."""
         if afresh:
-            self._handle.truncate(0)
+            self._cut(0)
             self.notes = []
             self._write([first])
+            self._first = self._size
         done = replay(self.notes, boot())
         self._write([{"boot": boot()}])
         return done
@@ -61,19 +75,47 @@ class Journal:
         return self._marks
 
     def durable(self, mark: int) -> None:
-        """All batches noted before `mark` are on the disk."""
+        """All portions noted before `mark` are on the disk."""
         self._write([{"durable": mark}])
 
     def forget(self) -> None:
-        """No batch noted so far counts any more."""
+        """No portion noted so far counts any more."""
         self._write([{"forget": True}])
 
+    def redo(self, files: list[str], batches: list[int]) -> None:
+        """These were made of wrong bytes."""
+        self._write([{"redo": {"files": files, "batches": batches}}])
+
+    def doubt(self) -> None:
+        """The disk failed: what was only handed to it may be lost. Where not even that can be noted, nothing counts any more."""
+        try:
+            self._write([{"doubt": True}])
+        except OSError:
+            self._cut(self._first)
+
+    def publish(self, inode: int, name: str) -> None:
+        self._write([{"publish": inode, "from": name}])
+
     def _write(self, notes: list[dict], sync: bool = True) -> None:
+        data = b"".join(json.dumps(note).encode() + b"\n" for note in notes)
         with self._turn:
-            self._handle.write(b"".join(json.dumps(note).encode() + b"\n" for note in notes))
-            self._handle.flush()
+            try:
+                left = memoryview(data)
+                while left:
+                    written = os.write(self._handle, left)
+                    if not written:
+                        raise OSError(5, "the disk took no byte of the journal")
+                    left = left[written:]
+            except OSError:
+                self._cut(self._size)  # no line may follow a torn one
+                raise
+            self._size += len(data)
         if sync:
-            os.fsync(self._handle.fileno())
+            os.fsync(self._handle)
+
+    def _cut(self, size: int) -> None:
+        os.ftruncate(self._handle, size)
+        self._size = size
 
 
 def replay(notes: list[dict], now: str | None) -> Done:
@@ -91,10 +133,59 @@ def replay(notes: list[dict], now: str | None) -> Done:
         elif "mark" in note:
             marks[note["mark"]] = set(done.batches)
         elif "durable" in note:
-            durable = marks.get(note["durable"], durable)
+            durable = durable | marks.get(note["durable"], set())
+        elif "doubt" in note:
+            done.batches = set(durable)
         elif "forget" in note:
-            done.batches, durable = set(), set()
+            done.batches, durable, marks = set(), set(), {}
+        elif "redo" in note:
+            done.files -= set(note["redo"]["files"])
+            wrong = set(note["redo"]["batches"])
+            done.batches, durable = done.batches - wrong, durable - wrong
+            marks = {mark: batches - wrong for mark, batches in marks.items()}
     return done
+
+
+_KINDS = {"boot": (str, type(None)), "file": (str,), "batch": (int,), "mark": (int,), "durable": (int,), "doubt": (bool,), "forget": (bool,), "publish": (int,)}
+
+
+def _sound(note: object, is_first: bool) -> bool:
+    """Whether a line is one that a run writes."""
+    if not isinstance(note, dict) or not note:
+        return False
+    if is_first:
+        return isinstance(note.get("fingerprint"), str) and isinstance(note.get("source", ""), str) and isinstance(note.get("options", {}), dict)
+    if "redo" in note:
+        redo = note["redo"]
+        lists = isinstance(redo, dict) and [redo.get("files"), redo.get("batches")]
+        return bool(lists) and all(isinstance(items, list) and all(type(item) is kind for item in items) for items, kind in zip(lists, (str, int)))
+    return any(key in note and type(note[key]) in kinds for key, kinds in _KINDS.items()) and isinstance(note.get("from", ""), str)
+
+
+def read_notes(raw: bytes) -> tuple[list[dict], int]:
+    """The notes of a journal, and the bytes that they take: a line that is torn, or is not a journal's, ends it."""
+    notes, good = [], 0
+    for line in raw.splitlines(keepends=True):
+        try:
+            note = parse(line)
+        except ValueError:
+            break
+        if not (_sound(note, not notes) and line.endswith(b"\n")):
+            break  # it was being written when the run died, or it is another's
+        notes.append(note)
+        good += len(line)
+    return notes, good
+
+
+def notes_in(folder: Path) -> list[dict]:
+    """The notes of the journal in `folder`; none where there is none, or a file of that name that is another's."""
+    path = folder / NAME
+    try:
+        if path.is_symlink() or not path.is_file() or path.stat().st_size > LIMIT:
+            return []
+        return read_notes(path.read_bytes())[0]
+    except OSError:
+        return []
 
 
 def boot() -> str | None:
@@ -105,28 +196,17 @@ def boot() -> str | None:
         return None
 
 
-@contextlib.contextmanager
-def opened(partial: Path):
-    """The journal in folder `partial`. Raises DestinationError when another run has it."""
-    handle = open(partial / NAME, "a+b")  # noqa: SIM115  closed below, after the lock
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        handle.close()
-        raise DestinationError(f"another run is writing to {partial.name[1:-8]}", "wait for it to end") from None
-    try:
-        handle.seek(0)
-        notes, good = [], 0
-        for line in handle.read().splitlines(keepends=True):
-            try:
-                note = json.loads(line)
-            except ValueError:
+@contextmanager
+def opened(partial: Path, what: str, make: Callable[[], None]) -> Iterator[Journal]:
+    """The journal in folder `partial`, which `make()` makes. Raises DestinationError when another run has it."""
+    with locked(partial / NAME, what, make=make) as handle:
+        size = os.fstat(handle).st_size
+        raw = b""
+        while len(raw) < size <= LIMIT:
+            part = os.pread(handle, size - len(raw), len(raw))
+            if not part:
                 break
-            if not (isinstance(note, dict) and line.endswith(b"\n")):
-                break  # it was being written when the run died
-            notes.append(note)
-            good += len(line)
-        handle.truncate(good)
-        yield Journal(handle, notes)
-    finally:
-        handle.close()
+            raw += part
+        notes, good = read_notes(raw)
+        os.ftruncate(handle, good)
+        yield Journal(handle, notes, good, raw.find(b"\n", 0, good) + 1)

@@ -1,5 +1,6 @@
 """The files that a conversion is writing, and how they become durable while it still runs."""
 
+import errno
 import os
 import threading
 from collections.abc import Callable, Iterable, Mapping
@@ -8,7 +9,9 @@ from functools import lru_cache
 from pathlib import Path
 
 from reshard.block import Stored, end
+from reshard.errors import DestinationError
 from reshard.formats import OutFile
+from reshard.handles import Handles, allowed
 from reshard.stores import DTYPE_SIZE
 
 #: bytes written at a time, ending at a multiple of it in the file: the page cache then takes whole large pages of memory.
@@ -21,12 +24,23 @@ class Output:
     """Each file knows how many of its bytes are still to come, and is closed when none are.
 
     `durable`, if given, is told the path of each file once it is complete and on the disk; threads of its own wait for
-    the disk, so that those that write go on. `there` are the bytes of tensors that an earlier run left in files.
+    the disk, so that those that write go on. `there` are the bytes of tensors that an earlier run left in files. `mode` and
+    `folder_mode` are the permissions of files and folders, before the process's umask.
+    A disk that fails raises DestinationError; `doubtful` tells whether bytes that it took before may be lost.
     """
 
-    def __init__(self, folder: Path, files: Iterable[OutFile], durable: Callable[[str], None] | None, there: Mapping[str, int] = {}):
+    def __init__(
+        self,
+        folder: Path,
+        files: Iterable[OutFile],
+        durable: Callable[[str], None] | None,
+        there: Mapping[str, int] = {},
+        mode: int = 0o666,
+        folder_mode: int = 0o777,
+    ):
         self.bytes_written = 0
-        self._folder, self._durable = folder, durable
+        self.doubtful = False
+        self._folder, self._durable, self._mode, self._folder_mode = folder, durable, mode, folder_mode
         self._todo = {file.path: file for file in files}
         self._place = {
             id(stored): (file.path, file.image.tensors[name].offset, DTYPE_SIZE[stored.dtype])
@@ -36,7 +50,9 @@ class Output:
         self._left = {path: file.image.size - there.get(path, 0) for path, file in self._todo.items()}
         self._dirty = dict.fromkeys(self._todo, 0)
         self._turn = {path: threading.Lock() for path in self._todo}
-        self._handles: dict[str, int] = {}
+        self._handles = Handles(self._open, allowed(0.5))
+        self._begun: set[str] = set()  # files that were opened, and hold all but their tensors
+        self._synced: set[str] = set()
         self._lock = threading.Lock()
         self._disk = ThreadPoolExecutor(4) if durable else None
         self._waits: list[Future] = []
@@ -49,8 +65,8 @@ class Output:
     def finish(self) -> None:
         """Write the files in which no tensor has any bytes, and wait for the disk; every file must be complete then."""
         for path, left in list(self._left.items()):
-            if left and path not in self._handles:
-                self._open(path)
+            if left and path not in self._begun:
+                self._begin(path)
         short = {path: left for path, left in self._left.items() if left}
         assert not short, f"bytes never written: {short}"
         for wait in self._waits:
@@ -58,41 +74,54 @@ class Output:
 
     def sync(self, then: Callable[[], None]) -> None:
         """Have all that is written so far on the disk, then call `then`; the waiting is done elsewhere."""
-        def work(handles: list[int]) -> None:
-            for handle in handles:
-                os.fsync(handle)
-                os.close(handle)
+
+        def work(paths: list[str]) -> None:
+            for path in paths:
+                self._fsync(path)
             then()
 
         if self._disk:
             with self._lock:
-                handles = [os.dup(handle) for handle in self._handles.values()]
-            self._wait(work, handles)
+                paths = sorted(self._begun - self._synced)
+            self._wait(work, paths)
 
     def close(self) -> None:
         if self._disk:
             self._disk.shutdown(cancel_futures=True)
-        while self._handles:
-            os.close(self._handles.popitem()[1])
+        self._handles.close()
 
-    def _open(self, path: str) -> int:
+    def _begin(self, path: str) -> None:
+        """Make a file, as large as it will be, and write all of it that is no tensor's."""
         file = self._todo[path]
         with self._lock:
-            if path in self._handles:
-                return self._handles[path]
+            if path in self._begun:
+                return
             assert self._left[path], f"{path} is complete: nothing may be written to it any more"
-            target = self._folder / path
-            target.parent.mkdir(parents=True, exist_ok=True)
-            handle = os.open(target, os.O_RDWR | os.O_CREAT | (0 if self._there.get(path) else os.O_TRUNC), 0o644)
-            self._handles[path] = handle
-            os.ftruncate(handle, file.image.size)
+            try:
+                self._make_folder((self._folder / path).parent)
+                handle = self._handles.take(path)
+                try:
+                    os.ftruncate(handle, file.image.size)
+                finally:
+                    self._handles.give(path)
+            except OSError as error:
+                raise self._failed(path, error) from None
+            self._begun.add(path)
         for offset, content in file.image.segments:
             self._put(path, offset, memoryview(content))
         for name, content in file.constants.items():
             self._put(path, file.image.tensors[name].offset, memoryview(content))
         for name, stored in file.tensors.items():
             self._pad(file, name, stored)
-        return handle
+
+    def _make_folder(self, folder: Path) -> None:
+        if not folder.is_dir():
+            self._make_folder(folder.parent)
+            folder.mkdir(mode=self._folder_mode, exist_ok=True)
+
+    def _open(self, path: str) -> int:
+        new = 0 if path in self._begun else os.O_CREAT if self._there.get(path) else os.O_CREAT | os.O_TRUNC
+        return os.open(self._folder / path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC | new, self._mode)
 
     def _pad(self, file: OutFile, name: str, stored: Stored) -> None:
         """Zero what no block covers: whole rows behind (and for a rank that holds nothing, all)."""
@@ -110,14 +139,22 @@ class Output:
             at += len(part)
 
     def _put(self, path: str, offset: int, data: memoryview) -> None:
-        handle = self._handles.get(path)
-        if handle is None:
-            handle = self._open(path)
+        if path not in self._begun:
+            self._begin(path)
         size = len(data)
-        with self._turn[path]:  # the kernel lets one in at a time, and the others spin
-            while len(data):
-                n = os.pwrite(handle, data[: _WRITE - offset % _WRITE], offset)
-                data, offset = data[n:], offset + n
+        try:
+            handle = self._handles.take(path)
+            try:
+                with self._turn[path]:  # the kernel lets one in at a time, and the others spin
+                    while len(data):
+                        n = os.pwrite(handle, data[: _WRITE - offset % _WRITE], offset)
+                        if n == 0:
+                            raise OSError(errno.EIO, "the disk took no byte")
+                        data, offset = data[n:], offset + n
+            finally:
+                self._handles.give(path)
+        except OSError as error:
+            raise self._failed(path, error) from None
         with self._lock:
             self.bytes_written += size
             self._left[path] -= size
@@ -129,7 +166,7 @@ class Output:
         if complete:
             self._wait(self._complete, path) if self._disk else self._complete(path)
         elif full and self._disk:
-            self._wait(start_writeback, handle)
+            self._wait(self._write_back, path)
 
     def _wait(self, task: Callable, argument: object) -> None:
         future = self._disk.submit(task, argument)
@@ -138,11 +175,38 @@ class Output:
 
     def _complete(self, path: str) -> None:
         if self._durable:
-            os.fsync(self._handles[path])
+            self._fsync(path)
+            self._durable(path)
+        self._handles.drop(path)
+
+    def _fsync(self, path: str) -> None:
+        try:
+            handle = self._handles.take(path)
+            try:
+                os.fsync(handle)
+            finally:
+                self._handles.give(path)
+        except OSError as error:
+            self.doubtful = True
+            raise self._failed(path, error) from None
         with self._lock:
-            if self._durable:
-                self._durable(path)
-            os.close(self._handles.pop(path))
+            if not self._left[path]:
+                self._synced.add(path)
+
+    def _write_back(self, path: str) -> None:
+        if path in self._synced:
+            return
+        handle = self._handles.take(path)
+        try:
+            start_writeback(handle)
+        finally:
+            self._handles.give(path)
+
+    def _failed(self, path: str, error: OSError) -> DestinationError:
+        """What a failure of the disk is to the user. Nothing is thrown away: the run goes on when it is repeated."""
+        self.doubtful = self.doubtful or error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE)
+        advice = "free some space" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "see to the disk"
+        return DestinationError(f"{self._folder / path} can't be written: {error.strerror or error}", f"{advice}, then run the same command: it goes on where it stopped")
 
 
 @lru_cache(maxsize=1)

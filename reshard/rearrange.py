@@ -4,7 +4,7 @@ Words are moved as integers of their width, never as numbers; only ``cast`` look
 """
 
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -12,13 +12,28 @@ import numpy as np
 from reshard.block import Box, Stored, end
 from reshard.errors import FormatError
 from reshard.execute import Source, Workspace, contiguous_from
-from reshard.join import Copy, label, union_volume, where
+from reshard.fetch import _split as cut_until
+from reshard.fetch import runs
+from reshard.join import Copy, label, where
 from reshard.stores import DTYPE_SIZE
-from reshard.tiles import Tile
+from reshard.tiles import Tile, between, sides, source_bytes, spans
+
+GAP = 16 << 10  # bytes between runs of a file that are rather read than left out
 
 
 def rearrange(tile: Tile, source: Source, write: Callable[[Stored, int, memoryview], None], space: Workspace) -> int:
-    """Read all that the tile needs, put each destination together in a buffer, and write that."""
+    """Read all that the tile needs, put each destination together in a buffer, and write that.
+
+    One rank's columns lie far apart: a tile that spans much more than it needs is cut, so that its span fits in its own bytes.
+    """
+    if not source.in_memory and between(tile) > (most := max(source_bytes(tile), 1 << 20)):
+        parts = list(cut_until(tile, most, between))
+        if len(parts) > 1:
+            mark, read = space.mark(), 0
+            for part in parts:
+                read += rearrange(part, source, write, space)
+                space.reset(mark)
+            return read
     windows, read = _windows(tile, source, space)
     for check in tile.checks:
         move = check.move
@@ -56,38 +71,53 @@ def strided(words: np.ndarray, box: Box, strides: tuple[int, ...]) -> np.ndarray
     return np.lib.stride_tricks.as_strided(words, shape, [s * words.itemsize for s in strides], writeable=False)
 
 
-def mapped(source: Source, stored: Stored, low: int, high: int) -> np.ndarray:
-    """Elements [low, high) of a stored tensor as words, mapped for as long as the array lives."""
+def mapped(source: Source, stored: Stored, low: int, high: int, runs: Iterable[tuple[int, int]] | None = None) -> np.ndarray:
+    """Elements [low, high) of a stored tensor as words; if `runs` are given, only the elements in these are read.
+
+    Never a mapping of the file: one that becomes shorter kills whoever touches it.
+    """
     width = DTYPE_SIZE[stored.dtype]
-    raw = np.frombuffer(source.map(stored, low, high), np.uint8)
-    if (stored.start + low * width) % width:
-        raw = raw.copy()  # torch's files align tensors, third parties' need not
+    if source.in_memory:
+        raw = np.frombuffer(source.map(stored, low, high), np.uint8)
+        if (stored.start + low * width) % width:
+            raw = raw.copy()  # torch's files align tensors, third parties' need not
+    else:
+        raw = np.empty((high - low) * width, np.uint8)  # pages that nothing is read into take no memory
+        _read_runs(source, stored, low, runs or [(low, high)], memoryview(raw))
     return raw.view(_word(width))
 
 
+def _read_runs(source: Source, stored: Stored, low: int, runs: Iterable[tuple[int, int]], into: memoryview) -> None:
+    """Read runs of elements into `into`, which begins at element `low`; those that overlap or touch, once."""
+    width = DTYPE_SIZE[stored.dtype]
+    start = stop = None
+    for a, b in [*sorted(runs), (None, None)]:
+        if a is not None and stop is not None and a <= stop:
+            stop = max(stop, b)
+            continue
+        if stop is not None:
+            source.read(stored, start, into[(start - low) * width : (stop - low) * width])
+        start, stop = a, b
+
+
 def _windows(tile: Tile, source: Source, space: Workspace) -> tuple[Windows, int]:
-    """Read what a tile needs, each source once: as a whole where all of its span is needed, else mapped. And count it."""
-    spans: dict[int, list] = {}
-    boxes: dict[tuple[int, tuple], set[Box]] = defaultdict(set)
-    sides = [(c.src, c.move.src_offset, c.move.src_strides, c) for c in (*tile.copies, *tile.checks)]
-    sides += [(c.dst, c.move.dst_offset, c.move.dst_strides, c) for c in tile.checks]
-    for stored, offset, strides, copy in sides:
-        stop = end(offset, copy.move.shape, strides)
-        span = spans.setdefault(id(stored), [stored, offset, stop, 0])
-        span[1], span[2] = min(span[1], offset), max(span[2], stop)
-        boxes[id(stored), copy.key].add(copy.move.box)
-    for (at, _), held in boxes.items():
-        spans[at][3] += union_volume(held)
+    """Read what a tile needs, each source once. And count it."""
+    needed: dict[int, set] = defaultdict(set)
     windows, total = Windows(), 0
-    for at, (stored, low, high, used) in spans.items():
+    found = spans(tile)
+    for stored, copy, offset, strides in sides(tile):
+        _, low, high, used = found[id(stored)]
+        if used != high - low and not source.in_memory:
+            needed[id(stored)].update(runs(offset, copy.move.shape, strides, GAP // DTYPE_SIZE[stored.dtype]))
+    for at, (stored, low, high, used) in found.items():
         width = DTYPE_SIZE[stored.dtype]
         total += used * width
-        if used == high - low and not source.in_memory:
-            buffer = space.take((high - low) * width)
-            source.read(stored, low, buffer)
-            words = np.frombuffer(buffer, _word(width))
-        else:
+        if source.in_memory:
             words = mapped(source, stored, low, high)
+        else:
+            buffer = space.take((high - low) * width)
+            _read_runs(source, stored, low, needed[at] or [(low, high)], buffer)
+            words = np.frombuffer(buffer, _word(width))
         windows.words[at] = low, words
     return windows, total
 

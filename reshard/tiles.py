@@ -4,12 +4,14 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
-from reshard.block import Block, Box, overlap
-from reshard.join import Copy, Plan, move_between
+from reshard.block import Block, Box, Stored, end, overlap
+from reshard.join import Copy, Plan, _read_bytes, move_between, union_volume
+from reshard.stores import DTYPE_SIZE
 
 BUFFER = 128 * 10**6  # bytes: of all buffers together, unless said otherwise
 _TILE = 16 << 20  # bytes: large enough that Python costs nothing
 _CAST_TILE = 2 << 20  # bytes: torch's own memory is enough beside it
+_PORTION, _MOST_PORTION = 4 << 20, 64 << 20  # source bytes
 
 
 @dataclass
@@ -19,6 +21,32 @@ class Tile:
     boxes: dict[tuple, Box]
     copies: list[Copy]
     checks: list[Copy] = field(default_factory=list)
+
+    def without(self, finished: set[int]) -> "Tile":
+        """What is left when destinations, by id, are finished."""
+        return Tile(self.boxes, [c for c in self.copies if id(c.dst) not in finished], self.checks)
+
+
+@dataclass(frozen=True, slots=True)
+class Portion:
+    """What of a plan over local files is noted as done together. Which portions there are depends on the plan alone."""
+
+    tiles: list[Tile]
+
+    @property
+    def size(self) -> int:
+        """Bytes read for it."""
+        return sum(_read_bytes(tile.copies, tile.checks) for tile in self.tiles)
+
+    def without(self, finished: set[int]) -> "Portion":
+        """What is left when destinations, by id, are finished."""
+        return Portion([left for tile in self.tiles if (left := tile.without(finished)).copies])
+
+
+def portions(plan: Plan) -> list[Portion]:
+    """`plan` in portions: small enough that a killed run loses little, large enough that noting them costs nothing."""
+    share = min(max(_PORTION, plan.bytes_read // 256), _MOST_PORTION)  # no worker is left with much when the others are done
+    return [Portion([part]) for group in ordered(plan) for part in split(group, share)]
 
 
 def tiles(plan: Plan, limit: int = _TILE) -> Iterator[Tile]:
@@ -94,6 +122,31 @@ def source_bytes(tile: Tile) -> int:
     wanted = {(id(c.src), c.key, c.move.box): c.src_bytes for c in (*tile.copies, *tile.checks)}
     wanted |= {(id(c.dst), c.key, c.move.box): c.src_bytes for c in tile.checks}
     return sum(wanted.values())
+
+
+def spans(tile: Tile) -> dict[int, list]:
+    """Per source that a tile takes from, by id: the stored tensor, the elements from and to which it is needed, and how many of them are."""
+    found: dict[int, list] = {}
+    boxes: dict[tuple[int, tuple], set[Box]] = defaultdict(set)
+    for stored, copy, offset, strides in sides(tile):
+        stop = end(offset, copy.move.shape, strides)
+        span = found.setdefault(id(stored), [stored, offset, stop, 0])
+        span[1], span[2] = min(span[1], offset), max(span[2], stop)
+        boxes[id(stored), copy.key].add(copy.move.box)
+    for (at, _), held in boxes.items():
+        found[at][3] += union_volume(held)
+    return found
+
+
+def sides(tile: Tile) -> list[tuple[Stored, Copy, int, tuple[int, ...]]]:
+    """All that a tile reads: the stored tensor, the copy, and where in the tensor (element offset, strides) its box lies."""
+    read = [(c.src, c, c.move.src_offset, c.move.src_strides) for c in (*tile.copies, *tile.checks)]
+    return read + [(c.dst, c, c.move.dst_offset, c.move.dst_strides) for c in tile.checks]
+
+
+def between(tile: Tile) -> int:
+    """Bytes from the first to the last that a tile needs of each source, of those sources where it does not need all of them."""
+    return sum((high - low) * DTYPE_SIZE[stored.dtype] for stored, low, high, used in spans(tile).values() if used != high - low)
 
 
 def cut(tile: Tile, boxes: dict[tuple, Box]) -> Tile:

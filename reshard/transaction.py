@@ -1,34 +1,39 @@
 """Write a folder as a transaction: it appears whole or not at all, and a killed run goes on where it was.
 
-Everything is written into ``.NAME.reshard`` beside the destination; each file is made durable and then noted in the
-journal there; at the end the folder is renamed. The journal (``journal.py``) begins with a fingerprint of source, options and output, so that
-a changed source or other options never continue old work. A lock on the journal keeps two runs apart.
+Everything is written into a folder beside the destination (``destination.py``), with a journal (``journal.py``) of what is finished:
+files, and portions of the work inside files. The journal begins with a fingerprint (``fingerprint.py``) of all that decides the
+output's bytes, so that a changed source, another layout or other options never continue old work. At the end, when the
+source is still what it was, the folder gets its name in one step. One mechanism serves local sources and those on the Hub.
 """
 
-import hashlib
-import json
 import os
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from reshard import __version__
 from reshard.checkpoint import Checkpoint
-from reshard.errors import DestinationError, HubError, ReshardError
-from reshard.execute import Source, run, run_batches
-from reshard.fetch import BATCH, GAP
+from reshard.destination import Place, modes, sync_folder
+from reshard.errors import DestinationError, FormatError
+from reshard.execute import Source, run_batches, run_portions
+from reshard.fetch import Batch
+from reshard.fingerprint import conversion, fingerprint, options, source_state
 from reshard.formats import OutFile
+from reshard.formats.manifest import NAME as MANIFEST
+from reshard.formats.manifest import merged, of_conversion, read_incomplete
 from reshard.job import Job, default_jobs
 from reshard.join import Plan
 from reshard.journal import NAME as JOURNAL
-from reshard.journal import Done, Journal, opened
+from reshard.journal import Done, Journal, notes_in, opened
 from reshard.output import Output
 from reshard.stores import DTYPE_SIZE
-from reshard.tiles import BUFFER
+from reshard.stores.identity import changed
+from reshard.text import human
+from reshard.tiles import BUFFER, Portion, tile_limit
 
-_DURABLE_EVERY = 30  # seconds: how much of a remote source's work a loss of power may cost
+_DURABLE_EVERY = 30  # seconds: how much of the work a loss of power may cost
 
 
 @dataclass(frozen=True)
@@ -43,6 +48,18 @@ class Report:
     resumed_files: int = 0
     checked_files: int = 0  # of a remote source: whose sha256 was found to be the Hub's
     bytes_received: int = 0  # over the network, small files and repeats among them
+    resumed_bytes: int = 0  # of the source, that an earlier run had moved
+    notes: list[str] = field(default_factory=list)  # what the user should know besides, as sentences
+
+
+@dataclass(frozen=True)
+class Work:
+    """What is to be done of a job: `done` was by an earlier run; `left` are numbered portions, `resumed` bytes of the source those that are not."""
+
+    portions: list[Batch] | list[Portion]
+    done: Done
+    left: list[tuple[int, Batch | Portion]]
+    resumed: int
 
 
 def convert(
@@ -57,58 +74,65 @@ def convert(
 ) -> Report:
     """Run `job` into folder `destination`. `progress` is told bytes read, as they are read.
 
-    Raises DestinationError when the destination is not empty (without `overwrite`), another run holds it, what an
-    unfinished run left there belongs to other options, or the disk is too small: all before a byte is written.
+    Raises DestinationError when the destination can't be replaced or may not (it is not empty, without `overwrite`; no
+    checkpoint; a mount point), another run holds it, an unfinished run of other work is in the way, or the disk is too small:
+    all before a byte is written. Raises FormatError when the source was changed since it was opened: nothing appears then.
     """
     began = time.monotonic()
-    destination = Path(os.path.abspath(destination))
+    place = Place.of(destination, job.rank)
+    place.check_source(job)
+    notes: list[str] = []
+    healed = place.heal(notes)
     names = [file.path for file in job.folder.files]
-    if _finished(job, destination):
+    if _finished(job, place, healed):
         progress(job.bytes_read)
-        return Report(destination, names, 0, 0, time.monotonic() - began, len(names))
-    _check_destination(job, destination, overwrite)
-    partial = destination.parent / f".{destination.name}.reshard"
-    partial.mkdir(parents=True, exist_ok=True)
+        return Report(place.given, names, 0, 0, time.monotonic() - began, len(names), resumed_bytes=job.bytes_read, notes=notes)
+    if _ranks_there(job, place) is None:
+        place.check_free(overwrite, "".join(f"; {note}" for note in notes))
+    first = {"fingerprint": fingerprint(job), "reshard": __version__, "source": job.source.name, "options": options(job), "state": source_state(job)}
+    _check_leftover(notes_in(place.partial), first, job, place, overwrite)
+    _check_space(job, place)
     jobs = jobs or default_jobs(job.source)
-    with opened(partial) as journal:
-        done = _resume(journal, job, partial, overwrite)
-        _check_space(job, partial, done)
-        source, output = job.source.source(job.batches if not done.batches | done.files else (), jobs), _output(job, partial, done, journal, fsync)
+    files_mode, folders_mode = modes(job.source.path / file for file in job.source.files) if not job.source.remote else (0o666, 0o777)
+    with opened(place.partial, str(place.given), lambda: place.make_partial(folders_mode)) as journal:
+        notes += _check_leftover(journal.notes, first, job, place, overwrite)
+        work = _resume(journal, job, place.partial, first)
+        source = job.source.source(job.batches if not work.resumed else (), jobs)
+        left = [file for file in job.folder.files if file.path not in work.done.files]
+        there = written_by(job, work.portions, work.done.batches) if work.done.batches else {}
+        output = Output(place.partial, left, journal.file if fsync else None, there, files_mode, folders_mode)
         try:
-            _move(job, done, source, output, journal, jobs=jobs, buffer=buffer, progress=progress)
+            _move(job, work, source, output, journal, jobs=jobs, buffer=buffer, progress=progress)
             output.finish()
-        except HubError:
-            raise
-        except ReshardError:  # the source is not what it should be: no later run could go on from here
-            shutil.rmtree(partial)
+            source.check_unchanged()
+            _check_companions(job)
+            small = _small_files(job)
+            for name, content in small.items():
+                _write_small(content, place.partial / name, fsync, files_mode)
+            if fsync:
+                for folder in sorted({path.parent for path in place.partial.rglob("*")}):
+                    sync_folder(folder)
+        except FormatError as error:
+            _give_up(job, work, journal, place, error)
             raise
         finally:
             output.close()
             source.close()
-        for name, path in job.companions.items():
-            _copy_small(path.read_bytes(), partial / name, fsync)
-        for name, content in job.folder.small.items():
-            _copy_small(content, partial / name, fsync)
-        _publish(partial, destination, fsync)
-    return Report(destination, names, source.bytes_read, output.bytes_written, time.monotonic() - began, len(done.files), source.checked, received(job.source))
+            if output.doubtful:
+                journal.doubt()
+        with place.locked():
+            there = _ranks_there(job, place)
+            if there is not None:
+                place.add([*names, *(name for name in small if name != MANIFEST)], merged(there, small[MANIFEST]), fsync)
+            else:
+                place.publish(journal, overwrite, fsync)
+    return Report(place.given, names, source.bytes_read, output.bytes_written, time.monotonic() - began, len(work.done.files), source.checked,
+                  received(job.source), work.resumed, notes)  # fmt: skip
 
 
-def _output(job: Job, partial: Path, done: Done, journal: Journal, fsync: bool) -> Output:
-    left = [file for file in job.folder.files if file.path not in done.files]
-    return Output(partial, left, journal.file if fsync else None, written_by(job, done.batches) if done.batches else {})
-
-
-def _move(job: Job, done: Done, source: Source, output: Output, journal: Journal, *, jobs: int, buffer: int, progress: Callable[[int], None]) -> None:
-    """Read and write what is not done yet."""
-    if job.batches is None:
-        todo = only(job.plan, [file for file in job.folder.files if file.path not in done.files]) if done.files else job.plan
-        progress(job.bytes_read - todo.bytes_read)
-        run(todo, source, output.write, jobs=jobs, buffer=buffer, progress=progress)
-        return
-    finished = {id(s) for file in job.folder.files if file.path in done.files for s in file.tensors.values()}
-    left = [(number, batch.without(finished)) for number, batch in enumerate(job.batches) if number not in done.batches]
-    left = [(number, batch) for number, batch in left if batch.tiles]
-    progress(job.bytes_read - sum(batch.size for _, batch in left))
+def _move(job: Job, work: Work, source: Source, output: Output, journal: Journal, *, jobs: int, buffer: int, progress: Callable[[int], None]) -> None:
+    """Read and write what is not done yet, and note it."""
+    progress(work.resumed)
     marked = [time.monotonic()]
 
     def moved(number: int) -> None:
@@ -117,7 +141,10 @@ def _move(job: Job, done: Done, source: Source, output: Output, journal: Journal
             marked[0], mark = time.monotonic(), journal.mark()
             output.sync(lambda: journal.durable(mark))
 
-    run_batches(left, source, output.write, jobs=jobs, buffer=buffer, progress=progress, moved=moved)
+    if source.remote:
+        run_batches(work.left, source, output.write, jobs=jobs, buffer=buffer, progress=progress, moved=moved)
+    else:
+        run_portions(work.left, source, output.write, limit=tile_limit(job.plan, jobs, buffer), jobs=jobs, progress=progress, moved=moved)
 
 
 def received(source: Checkpoint) -> int:
@@ -125,107 +152,132 @@ def received(source: Checkpoint) -> int:
     return source.path.repository.received if source.remote else 0
 
 
-def _check_destination(job: Job, destination: Path, overwrite: bool) -> None:
-    if not job.source.remote:
-        source = Path(os.path.realpath(job.source.path))
-        target = Path(os.path.realpath(destination))
-        if source == target or target in source.parents or source in target.parents:
-            raise DestinationError(f"{destination} and the source {job.source.path} are the same folder, or one lies in the other", "choose another destination")
-    if destination.exists() and not destination.is_dir():
-        raise DestinationError(f"{destination} is a file", "choose another destination")
-    if not overwrite:
-        refuse_filled(destination)
-
-
-def refuse_filled(destination: Path) -> None:
-    """Raise DestinationError where the folder holds anything."""
-    if destination.is_dir() and (count := sum(1 for _ in destination.iterdir())):
-        raise DestinationError(f"{destination} is not empty ({count} entries)", "use --overwrite to replace it, or choose another destination")
-
-
-def _finished(job: Job, destination: Path) -> bool:
-    """Whether this very job was killed after its folder got its name, with nothing left to do but tidy up."""
-    journal = destination / JOURNAL
-    try:
-        first = json.loads(journal.read_bytes().split(b"\n")[0])
-    except (OSError, ValueError):
+def _finished(job: Job, place: Place, healed: dict | None) -> bool:
+    """Whether an earlier run of this very job did all: it was killed when its folder had its name already, or its rank is in the folder."""
+    if healed and healed["fingerprint"] == fingerprint(job):
+        return _whole(job, place.path)
+    there = _ranks_there(job, place)
+    if there is None or job.rank not in there["ranks"]["held"] or not _whole(job, place.path):
         return False
-    if first.get("fingerprint") != fingerprint(job):
-        return False
-    shutil.rmtree(_old(destination), ignore_errors=True)
-    journal.unlink()
+    if place.partial.is_dir() and not place.partial.is_symlink() and notes_in(place.partial):
+        shutil.rmtree(place.partial)
     return True
 
 
-def _resume(journal: Journal, job: Job, partial: Path, overwrite: bool) -> Done:
-    """What an earlier, interrupted run of the very same job has finished. Starts the journal where there is none."""
-    first = {"fingerprint": fingerprint(job), "reshard": __version__, "source": job.source.name}
+def _whole(job: Job, folder: Path) -> bool:
+    """Whether `folder` holds all weight files of `job`, at their sizes."""
+    return all((folder / file.path).is_file() and (folder / file.path).stat().st_size == file.image.size for file in job.folder.files)
+
+
+def _ranks_there(job: Job, place: Place) -> dict | None:
+    """The manifest of the destination, where that holds other ranks of the conversion that `job` is one rank of."""
+    there = read_incomplete(place.path) if job.rank is not None else None
+    return there if there and there["ranks"].get("conversion") == conversion(job) else None
+
+
+def _check_leftover(notes: list[dict], first: dict, job: Job, place: Place, overwrite: bool) -> list[str]:
+    """What to say of an unfinished run's leftover, whose journal is `notes`. Raises DestinationError where it is other work, worth asking about."""
+    earlier = notes[0] if notes else {}
+    if not earlier or earlier["fingerprint"] == first["fingerprint"]:
+        return []
+    if all(earlier.get(key) == first[key] for key in ("source", "options", "state")):
+        return [f"an unfinished run was started over: since it began, the layout or reshard's version changed ({place.partial})"]
+    if overwrite or not any(path.name != JOURNAL and path.is_file() for path in place.partial.rglob("*")):
+        return []
+    name, mine = str(earlier.get("source")), first["source"]
+    throw_away = f"to throw it away, use --overwrite or delete {place.partial}"
+    if job.source.remote and name != mine and name.partition("@")[0] == mine.partition("@")[0]:
+        raise DestinationError(f"{place.partial} holds an unfinished conversion of {name}; {job.source.path} is at {job.source.revision[:12]} now",
+                               f"convert {name} to finish it; {throw_away}")  # fmt: skip
+    if name == mine and earlier.get("options") == first["options"]:
+        raise DestinationError(f"{place.partial} holds an unfinished conversion of {name}, whose files have changed since", throw_away)
+    was = _options_text(earlier.get("options", {}))
+    raise DestinationError(f"{place.partial} holds an unfinished conversion of {'the same source' if name == mine else name} with {was}", f"run that command again to finish it; {throw_away}")
+
+
+def _options_text(chosen: dict) -> str:
+    """Options as the command line spells them."""
+    words = {"format": "to"}
+    usual = (None, 0, 1)
+    given = [f"--{words.get(key, key).replace('_', '-')} {value}" for key, value in chosen.items() if value not in usual or (key == "rank" and value is not None)]
+    return " ".join(given)[:200] or "other options"
+
+
+def _resume(journal: Journal, job: Job, partial: Path, first: dict) -> Work:
+    """What is left to do after an interrupted run of the very same job. Removes what is not of it, and starts the journal where there is none."""
     same = journal.first.get("fingerprint") == first["fingerprint"]
-    if journal.first and not same and not overwrite:
-        earlier = journal.first.get("source")
-        if job.source.remote and earlier != first["source"] and str(earlier).partition("@")[0] == first["source"].partition("@")[0]:
-            raise DestinationError(f"{partial} holds an unfinished conversion of {earlier}; {job.source.path} is at {job.source.revision[:12]} now",
-                                   f"convert {earlier} to finish it, or use --overwrite to throw it away")  # fmt: skip
-        raise DestinationError(
-            f"{partial} holds an unfinished conversion of another source or with other options",
-            "run that command again to finish it, or use --overwrite to throw it away",
-        )
+    if not same:
+        _clean(partial, set())  # before the journal that tells whose it is
     done = journal.begin(first, afresh=not same)
     sizes = {file.path: file.image.size for file in job.folder.files}
-    whole = {name for name in sizes if (partial / name).is_file() and (partial / name).stat().st_size == sizes[name]}
+    whole = {name for name in sizes if (at := partial / name).is_file() and not at.is_symlink() and at.stat().st_size == sizes[name]}
     done.files &= whole
-    if done.batches and not {file for file, size in written_by(job, done.batches).items() if size} <= whole:
+    work = job.portions()
+    done.batches &= set(range(len(work)))
+    if done.batches and not {file for file, size in written_by(job, work, done.batches).items() if size} <= whole:
         journal.forget()
         done.batches = set()
-    keep = whole if done.batches else done.files
-    for path in sorted(partial.rglob("*"), reverse=True):
-        name = str(path.relative_to(partial))
-        if path.is_file() and name != JOURNAL and name not in keep:
-            path.unlink()
-    return done
+    _clean(partial, whole if done.batches else done.files)
+    left = list(enumerate(work))
+    if done.files or done.batches:
+        finished = {id(s) for file in job.folder.files if file.path in done.files for s in file.tensors.values()}
+        left = [(number, portion.without(finished)) for number, portion in left if number not in done.batches]
+        left = [(number, portion) for number, portion in left if portion.tiles]
+        return Work(work, done, left, job.bytes_read - sum(portion.size for _, portion in left))
+    return Work(work, done, left, 0)
 
 
-def written_by(job: Job, batches: set[int]) -> dict[str, int]:
-    """How many bytes of each output file those batches write."""
+def _clean(partial: Path, keep: set[str]) -> None:
+    """Remove all files but the journal and `keep`, all links, and folders in which nothing is left."""
+    for folder, inner, files in os.walk(partial, topdown=False):
+        for name in files + [name for name in inner if os.path.islink(os.path.join(folder, name))]:
+            path = Path(folder, name)
+            relative = str(path.relative_to(partial))
+            if path.is_symlink() or relative not in keep | {JOURNAL}:
+                os.unlink(path)
+        if Path(folder) != partial and not os.listdir(folder):
+            os.rmdir(folder)
+
+
+def written_by(job: Job, portions: list[Batch] | list[Portion], batches: set[int]) -> dict[str, int]:
+    """How many bytes of each output file those portions write."""
     file_of = {id(stored): file.path for file in job.folder.files for stored in file.tensors.values()}
     size = dict.fromkeys(file_of.values(), 0)
     for number in batches:
-        for tile in job.batches[number].tiles:
+        for tile in portions[number].tiles:
             for copy in tile.copies:
                 size[file_of[id(copy.dst)]] += copy.move.size * DTYPE_SIZE[copy.dst.dtype]
     return size
 
 
-def fingerprint(job: Job) -> str:
-    """A digest of what decides the output's bytes: source files as they are, options, and the output's own shape."""
-    digest = hashlib.sha256()
-
-    def add(*values: object) -> None:
-        digest.update(json.dumps(values, default=str).encode())
-
-    add(__version__, job.format, vars_of(job.mesh), job.dtype, job.engine_version, job.source.name)
-    for file in job.source.files if job.batches is None else ():  # a commit's files never change
-        status = (job.source.path / file).stat()
-        add(file, status.st_size, status.st_mtime_ns, status.st_ino)
-    if job.batches is not None:
-        add(GAP, BATCH, [batch.size for batch in job.batches])
-    for file in job.folder.files:
-        add(file.path, file.image.size, hashlib.sha256(file.image.segments[0][1]).hexdigest())
-    return digest.hexdigest()
+def _give_up(job: Job, work: Work, journal: Journal, place: Place, error: FormatError) -> None:
+    """What is kept of a run whose source turned out to be wrong: where one file of the Hub's came wrong, all that is not made of it; else nothing."""
+    file = getattr(error, "source_file", None)
+    if not job.source.remote or file is None:
+        shutil.rmtree(place.partial)
+        return
+    wrong = {id(copy.dst) for copy in job.plan.copies if copy.src.file == file}
+    outputs = [out.path for out in job.folder.files if any(id(s) in wrong for s in out.tensors.values())]
+    journal.redo(outputs, [n for n, portion in enumerate(work.portions) if any(c.src.file == file for tile in portion.tiles for c in tile.copies)])
 
 
-def vars_of(mesh) -> list[int]:
-    return [mesh.tp, mesh.pp, mesh.ep, mesh.etp]
+def _check_companions(job: Job) -> None:
+    for path, then in job.identities.items():
+        how = changed(path, then)
+        if how:
+            raise FormatError(f"{path} was changed while the conversion ran: {how}", "run the same command again")
 
 
-def _check_space(job: Job, partial: Path, done: Done) -> None:
-    left = [file for file in job.folder.files if file.path not in done.files]
-    need = sum(file.image.size for file in left) - sum((partial / f.path).stat().st_blocks * 512 for f in left if (partial / f.path).is_file())
-    need += sum(path.stat().st_size for path in job.companions.values())
-    status = os.statvfs(partial)
+def _check_space(job: Job, place: Place) -> None:
+    """Raises DestinationError when the disk lacks room. What an earlier run left counts as free: it is continued, or removed."""
+    need = sum(file.image.size for file in job.folder.files) + sum(path.stat().st_size for path in job.companions.values())
+    if place.partial.is_dir() and not place.partial.is_symlink():
+        need -= sum(path.lstat().st_blocks * 512 for path in place.partial.rglob("*") if path.is_file() and not path.is_symlink())
+    above = next(folder for folder in place.partial.parents if folder.is_dir())
+    status = os.statvfs(above)
     free = status.f_bavail * status.f_frsize
     if need > free:
-        raise DestinationError(f"{partial.parent} has {free:,} bytes free, the conversion writes {need:,}", "free some space, or write to another disk")
+        raise DestinationError(f"{above} has {free:,} bytes free, the conversion writes {need:,}", "free some space, or write to another disk")
 
 
 def only(plan: Plan, files: list[OutFile]) -> Plan:
@@ -236,36 +288,30 @@ def only(plan: Plan, files: list[OutFile]) -> Plan:
     return Plan([s for s in plan.destinations if id(s) in wanted], left, [c for c in plan.checks if c.key in keys])
 
 
-def _copy_small(content: bytes, path: Path, fsync: bool) -> None:
+def _small_files(job: Job) -> dict[str, bytes]:
+    small = {name: path.read_bytes() for name, path in job.companions.items()} | job.folder.small
+    if job.rank is not None:
+        small[MANIFEST] = of_conversion(small[MANIFEST], conversion(job))
+    return small
+
+
+def _write_small(content: bytes, path: Path, fsync: bool, mode: int) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "wb") as out:
-        out.write(content)
+    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, mode)
+    try:
+        left = memoryview(content)
+        while left:
+            left = left[os.write(handle, left) :]
         if fsync:
-            out.flush()
-            os.fsync(out.fileno())
+            os.fsync(handle)
+    except OSError as error:
+        raise DestinationError(f"{path} can't be written: {error.strerror}", "free some space, then run the same command: it goes on where it stopped") from None
+    finally:
+        os.close(handle)
 
 
-def _old(destination: Path) -> Path:
-    """Where a folder that is being replaced waits until its successor has its name."""
-    return destination.parent / f".{destination.name}.reshard-old"
-
-
-def _publish(partial: Path, destination: Path, fsync: bool) -> None:
-    """Give the finished folder its name, in the place of what may be there."""
-    if fsync:
-        for folder in sorted({path.parent for path in partial.rglob("*")}):
-            _sync_folder(folder)
-    if destination.is_dir():
-        shutil.rmtree(_old(destination), ignore_errors=True)
-        os.rename(destination, _old(destination))
-    os.rename(partial, destination)
-    if fsync:
-        _sync_folder(destination.parent)
-    shutil.rmtree(_old(destination), ignore_errors=True)
-    (destination / JOURNAL).unlink()
-
-
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    os.fsync(handle)
-    os.close(handle)
+def resumed(report: Report) -> str:
+    """What of a job an earlier run had done, for people; nothing where there was none."""
+    if not report.resumed_bytes:
+        return ""
+    return f"resumed: {human(report.resumed_bytes)} of the source and {report.resumed_files} of {len(report.files)} files were done; "

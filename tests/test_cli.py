@@ -127,7 +127,8 @@ def test_diff(model, run):
     run("convert model out --to megatron --tp 3")
     assert run("diff model out") == (0, "equal: 38 tensors, bit for bit\n", "")
     assert json.loads(run("diff model out --json")[1]) == {
-        "ok": True, "equal": True, "tensors": 38, "differing": [], "missing_in_a": [], "missing_in_b": []}  # fmt: skip
+        "ok": True, "equal": True, "tensors": 38, "differing": [], "missing_in_a": [], "missing_in_b": [],
+        "bytes_missing_in_a": 0, "bytes_missing_in_b": 0}  # fmt: skip
     stored = next(s for s in reshard.open("model").stored if s.name.endswith("2.self_attn.v_proj.weight"))
     with open("model/model.safetensors", "r+b") as file:
         file.seek(stored.start)

@@ -86,7 +86,7 @@ def test_one_rank_fetches_its_ranges_only(hub, large, tmp_path):
     small = sum(path.stat().st_size for path in large.glob("*.json"))
     assert hub.sent() <= 1.02 * (job.bytes_read + small) + 2 * 100_001  # two headers, read at the start
     assert one_resolve_per_file(hub) and no_token_elsewhere(hub)
-    with pytest.raises(reshard.FormatError, match="out holds rank 1 alone, of tp4"):
+    with pytest.raises(reshard.FormatError, match="out holds 1 of the 4 ranks of tp4"):
         reshard.open(tmp_path / "out")
     reshard.convert(large, tmp_path / "all", format="vllm", tp=4)
     name = "model-rank-1-part-0.safetensors"

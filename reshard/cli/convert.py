@@ -43,6 +43,7 @@ def convert(src, dst, from_, layout, config, cache, public, create_pr, base_mode
 def run_conversion(source, dst, push=None, *, to, tp, pp, ep, etp, dtype, engine_version, rank, dry_run, jobs, buffer, no_fsync, overwrite, as_json, quiet, verbose):
     """What is left of ``convert`` and ``pull`` once the source is open; `push` are options for a destination on the Hub."""
     from reshard.transaction import convert as run
+    from reshard.transaction import resumed
 
     job = planned(source, to, tp, pp, ep, etp, dtype, engine_version, rank=rank, jobs=jobs, buffer=buffer)
     if push is not None and not dry_run:
@@ -51,24 +52,34 @@ def run_conversion(source, dst, push=None, *, to, tp, pp, ep, etp, dtype, engine
         with progress_bar(job.bytes_read, quiet or as_json) as tell:
             done = convert_and_push(job, dst, overwrite=overwrite, jobs=jobs, buffer=buffer, progress=tell, **push)
         say_pushed(done, {**job.to_json(dst), "bytes_written": job.bytes_written}, as_json, quiet)
+        if not (as_json or quiet):
+            say_left_out(job)
         return
     if dry_run:
         click.echo(json.dumps({"ok": True, **job.to_json(dst)})) if as_json else click.echo(job.describe(dst))
         return
     with progress_bar(job.bytes_read, quiet or as_json) as tell:
         report = run(job, dst, overwrite=overwrite, fsync=not no_fsync, jobs=jobs, buffer=buffer, progress=tell)
+    for note in report.notes if not (quiet or as_json) else ():
+        click.echo(note, err=True)
     if as_json:
         done = {"bytes_read": report.bytes_read, "bytes_written": report.bytes_written, "seconds": round(report.seconds, 3)}
         if source.remote:
             done |= {"bytes_received": report.bytes_received, "checked_files": report.checked_files}
-        click.echo(json.dumps({"ok": True, **job.to_json(dst), **done, "resumed_files": report.resumed_files}))
+        click.echo(json.dumps({"ok": True, **job.to_json(dst), **done, "resumed_files": report.resumed_files, "resumed_bytes": report.resumed_bytes,
+                               "notes": report.notes}))  # fmt: skip
     elif not quiet:
         rate = human(report.bytes_written / max(report.seconds, 1e-9))
         files = len(report.files)
-        went_on = f"went on from {report.resumed_files} of {files} files; " if report.resumed_files else ""
         came = f"; {human(report.bytes_received)} came from {source.revision[:12]}" if source.remote else ""
         came += f", sha256 of {count(report.checked_files, 'file')} checked" if report.checked_files else ""
-        click.echo(f"{went_on}wrote {count(files - report.resumed_files, 'file')}, {human(report.bytes_written)} in {report.seconds:.1f}s ({rate}/s): {dst}, {job.format} {job.mesh}{came}")
+        click.echo(f"{resumed(report)}wrote {count(files - report.resumed_files, 'file')}, {human(report.bytes_written)} in {report.seconds:.1f}s ({rate}/s): {dst}, {job.format} {job.mesh}{came}")
+        say_left_out(job)
+
+
+def say_left_out(job) -> None:
+    if job.left_out:
+        click.echo(job.what_is_left_out())
 
 
 def say_pushed(done, result: dict, as_json: bool, quiet: bool) -> None:

@@ -10,7 +10,7 @@ from reshard.cli.convert import opened
 from reshard.cli.options import FORMATS, Place, json_option, source_options
 from reshard.cli.progress import progress_bar
 from reshard.errors import ReshardError
-from reshard.text import human, table
+from reshard.text import count, human, table
 
 
 @click.command()
@@ -70,17 +70,22 @@ def diff(a, b, config, layout, as_json, quiet):
     with progress_bar(left.bytes + right.bytes, quiet or as_json) as tell:
         report = run(left, right, progress=tell)
     if as_json:
-        differing = [{"name": d.name, "elements": d.elements, "max_abs_diff": d.max_abs_diff} for d in report.differing]
+        differing = [d.to_json() for d in report.differing]
         click.echo(json.dumps({"ok": True, "equal": report.equal, "tensors": report.tensors, "differing": differing,
-                               "missing_in_a": report.missing_in_a, "missing_in_b": report.missing_in_b}))  # fmt: skip
+                               "missing_in_a": report.missing_in_a, "missing_in_b": report.missing_in_b,
+                               "bytes_missing_in_a": report.bytes_missing_in_a, "bytes_missing_in_b": report.bytes_missing_in_b}))  # fmt: skip
     elif report.equal:
         click.echo(f"equal: {report.tensors} tensors, bit for bit")
     else:
-        for word, names in ((a, report.missing_in_a), (b, report.missing_in_b)):
+        sides = (a, report.missing_in_a, report.bytes_missing_in_a), (b, report.missing_in_b, report.bytes_missing_in_b)
+        for word, names, size in sides:
             for name in names[:20]:
                 click.echo(f"missing in {word}: {name}")
+            if names:
+                click.echo(f"missing in {word}: {count(len(names), 'tensor')}, {human(size)}")
         if report.differing:
-            rows = [(d.name, d.elements, f"{d.max_abs_diff:.3g}") for d in report.differing[:20]]
+            rows = [(f"{d.name} ({d.why})" if d.why else d.name, d.elements, "-" if d.max_abs_diff is None else f"{d.max_abs_diff:.3g}")
+                    for d in report.differing[:20]]  # fmt: skip
             click.echo(table(rows, ("differs", "elements", "max |a-b|")))
         click.echo(f"different: {len(report.differing)} of {report.tensors} tensors differ, {len(report.missing_in_a) + len(report.missing_in_b)} missing")
     if not report.equal:

@@ -10,7 +10,8 @@ from pathlib import Path
 from reshard.errors import FormatError
 from reshard.layout import Mesh
 from reshard.stores import DTYPE_SIZE
-from reshard.stores.foreign import parse, quote
+from reshard.stores.foreign import LIMIT, parse, quote
+from reshard.text import some
 
 NAME = "reshard.json"
 _MOST = 65536  # ranks, as the command line allows
@@ -31,8 +32,13 @@ def read_manifest(folder: Path) -> dict | None:
         raise FormatError(f"{path} is not a manifest that reshard wrote: {problem}", "delete it to have the folder recognised by its files")
     from reshard.formats import safe_join
 
-    if "rank" in manifest:
-        raise FormatError(f"{folder} holds rank {manifest['rank']} alone, of {mesh_of(manifest)}", "gather all ranks' files in one folder, without these reshard.json")
+    if "rank" in manifest:  # as written up to version 0.1
+        raise FormatError(f"{folder} holds rank {manifest['rank']} alone, of {mesh_of(manifest)}", "convert again, all ranks into one folder")
+    if "ranks" in manifest:
+        held, count = manifest["ranks"]["held"], manifest["ranks"]["of"]
+        missing = [str(rank) for rank in range(count) if rank not in held]
+        raise FormatError(f"{folder} holds {len(held)} of the {count} ranks of {mesh_of(manifest)}; missing: {some(missing)}",
+                          f"convert into the same folder with --rank {missing[0]}" if len(missing) == 1 else "convert into the same folder with --rank for each of them")  # fmt: skip
     files = {name: safe_join(folder, name) for name in manifest["files"]}
     missing = [name for name, file in files.items() if not file.is_file()]
     if missing:
@@ -64,6 +70,8 @@ def _problem(manifest: object) -> str | None:
         return f"its files are {quote(files)}, expected names and sizes"
     if type(manifest.get("rank", 0)) is not int:
         return f"its rank is {quote(manifest['rank'])}, expected a number"
+    if "ranks" in manifest and not _sound_ranks(manifest["ranks"]):
+        return f"its ranks are {quote(manifest['ranks'])}, expected those that it holds and the number of all"
     source = manifest.get("source", {})
     if not isinstance(source, dict) or not all(isinstance(source.get(key, ""), str) for key in ("repo", "revision")):
         return f"its source is {quote(source)}, expected a repository and a revision"
@@ -77,8 +85,29 @@ def mesh_of(manifest: dict) -> Mesh:
     return Mesh(mesh["tp"], mesh["pp"], mesh["ep"], mesh.get("etp", 0))
 
 
+def _sound_ranks(ranks: object) -> bool:
+    if not isinstance(ranks, dict) or not isinstance(ranks.get("held"), list) or type(ranks.get("of")) is not int:
+        return False
+    held = ranks["held"]
+    return all(type(rank) is int for rank in held) and 0 < len(set(held)) == len(held) < ranks["of"] <= _MOST and isinstance(ranks.get("conversion", ""), str)
+
+
+def read_incomplete(folder: Path) -> dict | None:
+    """The manifest of a folder that holds some of a mesh's ranks and waits for the others; None of any other folder."""
+    path = folder / NAME
+    try:
+        if path.is_symlink() or not path.is_file() or path.stat().st_size > LIMIT:
+            return None
+        manifest = parse(path.read_bytes())
+    except (OSError, ValueError):
+        return None
+    return manifest if _problem(manifest) is None and "ranks" in manifest else None
+
+
 def manifest_bytes(format: str, mesh: Mesh, layout: str, engine_version: str | None, files: dict[str, int], dtypes: dict[str, str],
-                   source: Mapping[str, str] | None = None, rank: int | None = None) -> bytes:  # fmt: skip
+                   source: Mapping[str, str] | None = None, rank: tuple[int, int] | None = None, left_out: Mapping = {}) -> bytes:  # fmt: skip
+    """A manifest. `rank` is the only one that the folder holds as yet, and the number of all; `left_out` are, under "tensors"
+    and "bytes", weights of the source that are not here."""
     from reshard import __version__
 
     sizes = {"tp": mesh.tp, "pp": mesh.pp, "ep": mesh.ep} | ({"etp": mesh.etp} if mesh.etp else {})
@@ -86,9 +115,40 @@ def manifest_bytes(format: str, mesh: Mesh, layout: str, engine_version: str | N
     if engine_version:
         table["engine_version"] = engine_version
     if dtypes:
-        table["dtypes"] = dtypes
+        table["dtypes"] = dict(sorted(dtypes.items()))
     if source:
         table["source"] = dict(source)
     if rank is not None:
-        table["rank"] = rank
-    return (json.dumps({**table, "files": files}, indent=1) + "\n").encode()
+        table["ranks"] = {"held": [rank[0]], "of": rank[1]}
+    if left_out.get("tensors"):
+        table["left_out"] = dict(left_out)
+    return _text({**table, "files": files})
+
+
+def of_conversion(manifest: bytes, conversion: str) -> bytes:
+    """One rank's manifest with a digest of the conversion that it is of: other ranks must be of the same."""
+    table = parse(manifest)
+    table["ranks"]["conversion"] = conversion
+    return _text(table)
+
+
+def merged(there: dict, new: bytes) -> bytes:
+    """The manifest of a folder that held what `there` says and to which the ranks of `new` were added; with the last one it is
+    that of a folder made at once."""
+    table = parse(new)
+    held = sorted({*there["ranks"]["held"], *table["ranks"]["held"]})
+    table["files"] |= there["files"]
+    dtypes = there.get("dtypes", {}) | table.get("dtypes", {})
+    if dtypes:
+        table["dtypes"] = dict(sorted(dtypes.items()))
+    if len(held) < table["ranks"]["of"]:
+        table["ranks"]["held"] = held
+    else:
+        del table["ranks"]
+    order = ("reshard", "format", "mesh", "layout", "engine_version", "dtypes", "source", "ranks", "left_out", "files")
+    return _text({key: table[key] for key in order if key in table})
+
+
+def _text(table: dict) -> bytes:
+    table["files"] = dict(sorted(table["files"].items()))
+    return (json.dumps(table, indent=1) + "\n").encode()

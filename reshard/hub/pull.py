@@ -10,7 +10,6 @@ from pathlib import Path
 from reshard.errors import DestinationError, HubError
 from reshard.hub.failures import told
 from reshard.hub.folder import HubPath, open_folder
-from reshard.transaction import refuse_filled
 
 
 @dataclass(frozen=True)
@@ -43,8 +42,8 @@ def pull(source: str, destination: str | Path, *, overwrite: bool = False, cache
     began = time.monotonic()
     folder = source if isinstance(source, HubPath) else open_folder(str(source), cache)
     destination = Path(os.path.abspath(destination))
-    if not overwrite:
-        refuse_filled(destination)
+    if destination.is_dir() and any(destination.iterdir()) and not overwrite:
+        raise DestinationError(f"{destination} is not empty ({sum(1 for _ in destination.iterdir())} entries)", "use --overwrite to replace it, or choose another destination")
     repository, names = folder.repository, wanted(folder)
     partial = destination.parent / f".{destination.name}.reshard-pull"
     free, need = shutil.disk_usage(_existing(partial)).free, sum(names.values())

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from reshard.block import Stored
+from reshard.errors import FormatError
 from reshard.execute import Source, Workspace
 from reshard.fetch import AHEAD, BATCH, Batch, Range, by_file
 from reshard.hub.checksum import Checksum
@@ -69,7 +70,11 @@ class HubSource(Source):
         check.offer(start, data)
         if check.result and self._checks.pop(file, None):
             path = self._path(file)
-            self._repository.compare(path, check.result, self._repository.entries[path].sha256)
+            try:
+                self._repository.compare(path, check.result, self._repository.entries[path].sha256)
+            except FormatError as error:
+                error.source_file = file  # what is made of other files is good
+                raise
             self.count_checked()
 
     def count_checked(self) -> None:

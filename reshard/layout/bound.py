@@ -155,9 +155,9 @@ class Layout:
     def section(self, format: str) -> Section:
         return self.descriptor.section(format)
 
-    def dropped(self, section: Section) -> list[str]:
-        """Patterns of the names in files that are no weights, their expressions filled in."""
-        return [self.fill(pattern) for pattern in section.drop]
+    def filled(self, patterns: Iterable[str]) -> list[str]:
+        """Patterns of names, as a section's `drop` and `omit` are, their expressions filled in."""
+        return [self.fill(pattern) for pattern in patterns]
 
     def fill(self, name: str, place: str = "", number: int | None = None, printed: int | None = None) -> str:
         """`name` with its place's number as it is printed there, and with expressions, in which numbers are always global.

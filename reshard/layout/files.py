@@ -13,7 +13,7 @@ from pathlib import Path
 from reshard.errors import LayoutError
 from reshard.layout.expressions import names_in
 from reshard.layout.fusion import Group, parse
-from reshard.layout.model import Dims, parse_version
+from reshard.layout.model import Dims
 from reshard.stores import DTYPE_SIZE
 from reshard.stores.foreign import quote
 
@@ -35,7 +35,7 @@ _ENTRY_KEYS = {
 }  # fmt: skip
 _CONSTANT_KEYS = {"name", "constant", "dtype", "shape", "when", "until"}
 _OMIT_KEYS = {"omit", "when", "of"}
-_SECTION_KEYS = {"like", "drop", "args"}
+_SECTION_KEYS = {"like", "drop", "omit", "args"}
 _GONE = {
     "within": 'write of = "axis: a b"',
     "dim": "tensors are fused along their first dimension, wherever dims puts it",
@@ -95,6 +95,7 @@ class Table:
     where: str
     like: str | None = None
     drop: tuple[str, ...] = ()
+    omit: tuple[str, ...] = ()
     args: Mapping[str, "str | bool"] = field(default_factory=dict)
     entries: Mapping[str, "tuple[RawEntry, ...] | bool"] = field(default_factory=dict)
 
@@ -317,8 +318,8 @@ def _format(where: str, format: str, value: object) -> Table | bool:
     like = table.get("like")
     if like is not None and (like not in FORMATS or like == format):
         raise LayoutError(f"{at} like = {quote(repr(like))}: no other format's table", f"formats are {', '.join(FORMATS)}")
-    drop = _texts(where, f"[{format}] drop", table.get("drop", []))
-    for pattern in drop:
+    drop, omit = (_texts(where, f"[{format}] {key}", table.get(key, [])) for key in ("drop", "omit"))
+    for pattern in (*drop, *omit):
         fields_of(f"{at} drop", pattern)
     entries: dict[str, tuple[RawEntry, ...] | bool] = {}
     for label, given in table.items():
@@ -334,7 +335,7 @@ def _format(where: str, format: str, value: object) -> Table | bool:
             raise LayoutError(f"{at} {label}: an empty list of alternatives")
         numbered = [f"{at} {label}" + (f" [{i}]" if len(alternatives) > 1 else "") for i in range(len(alternatives))]
         entries[label] = tuple(_entry(place, label, item) for place, item in zip(numbered, alternatives))
-    return Table(at, like, drop, _expressions(where, f"{format}.args", table.get("args", {})), entries)
+    return Table(at, like, drop, omit, _expressions(where, f"{format}.args", table.get("args", {})), entries)
 
 
 def _entry(where: str, label: str, value: object) -> RawEntry:

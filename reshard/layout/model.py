@@ -98,16 +98,18 @@ class Section:
     `variants` are other ways it is written, each (name, newest engine release that wants it or None, entries); an entry
     of one takes the place of those that hold the same tensors. `prefixes` are the same section under other names of its
     places. `args` are settings, as expressions over config.json, that the format keeps beside the weights (Megatron's
-    args). `drop` are patterns of names that are no weights. `without` are places that the format does not hold.
+    args). `drop` are patterns of names of buffers that can be computed again, `omit` of weights that the descriptor does not
+    describe: they are left out, and the user is told so. `without` are places that the format does not hold.
     """
 
     entries: tuple[Entry, ...] = ()
     constants: tuple[Constant, ...] = ()
     drop: tuple[str, ...] = ()
+    omit: tuple[str, ...] = ()
     args: tuple[tuple[str, str], ...] = ()
     variants: tuple[tuple[str, str | None, "Section"], ...] = ()
     prefixes: tuple["Section", ...] = ()
-    without: frozenset[str] = frozenset()
+    without: tuple[str, ...] = ()
 
     def overlaid(self, other: "Section") -> "Section":
         """This section with `other`'s entries in the place of those of the same label, or that hold the same tensors."""

@@ -7,7 +7,7 @@ placement on the two sides of a join.
 
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import prod
 
 from reshard.block import Block, Stored, chunk
@@ -162,11 +162,12 @@ class Placement:
             return
         local, separate = self.rules.local, "{expert}" in entry.name
         for number, printed in here:
-            shape, blocks = self._blocks(pattern, rank, number)
+            shape, blocks, pad = self._blocks(pattern, rank, number)
             head = self._head(pattern, number, printed)
             lead = (number,) if own else ()
             if not pattern.expert:
-                yield Stored(rank.number, head, "", self._viewed(entry, shape), tuple([((t, *lead), block) for t, block in blocks]), entry)
+                held = tuple([((t, *lead), block) for t, block in blocks])
+                yield Stored(rank.number, head, "", self._viewed(entry, shape), held, entry, pad=pad)
                 continue
             experts = self._experts(pattern, rank, number)
             if separate:
@@ -174,9 +175,9 @@ class Placement:
                 dims = self._viewed(entry, shape)
                 for i, expert in enumerate(experts):
                     name = f"{before}{i if local else expert}{after}"
-                    yield Stored(rank.number, name, "", dims, tuple([((t, *lead, expert), block) for t, block in blocks]), entry)
+                    yield Stored(rank.number, name, "", dims, tuple([((t, *lead, expert), block) for t, block in blocks]), entry, pad=pad)
             else:
-                yield self._stack(pattern, rank, head, shape, blocks, [(*lead, expert) for expert in experts], (len(experts),))
+                yield self._stack(pattern, rank, head, shape, blocks, pad, [(*lead, expert) for expert in experts], (len(experts),))
 
     def _stacked(self, pattern: Pattern, rank: Rank, here: list[tuple[int, int]]) -> Iterator[Stored]:
         """A stored tensor that holds all layers of a stage."""
@@ -186,20 +187,20 @@ class Placement:
         if len({pattern.numbers[number] for number, _ in here}) > 1:
             self._problem(entry, f"is a stack over {entry.place}s of unequal size")
             return
-        shape, blocks = self._blocks(pattern, rank, here[0][0])
+        shape, blocks, pad = self._blocks(pattern, rank, here[0][0])
         head = self._head(pattern, *here[0])
         if pattern.expert:
             experts = self._experts(pattern, rank, here[0][0])
             numbers = [(number, expert) for number, _ in here for expert in experts]
-            yield self._stack(pattern, rank, head, shape, blocks, numbers, (len(here), len(experts)))
+            yield self._stack(pattern, rank, head, shape, blocks, pad, numbers, (len(here), len(experts)))
         else:
-            yield self._stack(pattern, rank, head, shape, blocks, [(number,) for number, _ in here], (len(here),))
+            yield self._stack(pattern, rank, head, shape, blocks, pad, [(number,) for number, _ in here], (len(here),))
 
-    def _stack(self, pattern: Pattern, rank: Rank, name: str, shape, blocks, numbers: list[tuple], lead: tuple[int, ...]) -> Stored:
+    def _stack(self, pattern: Pattern, rank: Rank, name: str, shape, blocks, pad: int, numbers: list[tuple], lead: tuple[int, ...]) -> Stored:
         """One stored tensor that holds many layers' or experts' tensors one after another."""
         size = prod(shape)
         out = [((tensor, *own), self._moved(pattern, block, i * size)) for i, own in enumerate(numbers) for tensor, block in blocks]
-        return Stored(rank.number, name, "", self._viewed(pattern.entry, lead + shape), tuple(out), pattern.entry)
+        return Stored(rank.number, name, "", self._viewed(pattern.entry, lead + shape), tuple(out), pattern.entry, pad=pad * len(numbers))
 
     def _moved(self, pattern: Pattern, block: Block, elements: int) -> Block:
         at = block, elements
@@ -234,26 +235,40 @@ class Placement:
         return pattern.heads[at]
 
     def _blocks(self, pattern: Pattern, rank: Rank, number: int | None):
-        """Shape and blocks of one stored tensor; the same object wherever the sizes are the same."""
+        """Shape and blocks of one stored tensor, and how many of its elements are declared padding; the same objects wherever
+        the sizes are the same."""
         entry = pattern.entry
         index, count = (rank.etp, self.etp) if pattern.expert else (rank.tp, self.mesh.tp)
         at = index, count, pattern.numbers[number]
         if at not in pattern.geometry:
-            whole, empty = entry.cut == "whole", bool(entry.only_rank0 and index)
+            whole = entry.cut == "whole"
             scope = self.scope(entry.place, number)
             items = [self._item(entry, t, scope, 0 if whole else index, 1 if whole else count) for t in pattern.tensors]
-            align, aligned = self._aligned(entry, entry.align, scope), {leaf: self._aligned(entry, text, scope) for leaf, text in entry.aligned}
-            dim = entry.dim(self.layout.descriptor.tensors) if len(items) > 1 or entry.fusion.axis else 0
-            try:
-                shape, blocks = fuse(entry.fusion, items, dim, align, aligned)
-            except ValueError as error:
-                raise LayoutError(f"layout {self.layout.name}: {entry.name}: {error}") from None
-            if whole and count > 1:
-                if shape[dim] % count:
-                    self._problem(entry, f"cannot cut {shape[dim]} fused rows evenly over {count} ranks")
-                shape, blocks = slice_dim(shape, blocks, dim, *chunk(shape[dim], count, index), self.dim_axes(entry, dim))
-            pattern.geometry[at] = shape, [] if empty else blocks  # only_rank0: elsewhere the same shape with nothing in it
+            shape, blocks = self._fused(entry, items, scope, index, count)
+            pad = 0
+            if entry.only_rank0 and index:  # elsewhere the same shape with nothing in it
+                blocks, pad = [], prod(shape)
+            elif entry.pad or entry.align != "1" or entry.aligned:
+                full = [replace(item, held={axis: (held, held[1]) for axis, (held, _) in item.held.items()}) for item in items]
+                filled = self._fused(entry, full, scope, index, count)[1]  # as if the padded axes were as long as that
+                pad = sum(block.size for _, block in filled) - sum(block.size for _, block in blocks)
+                if not entry.pad:
+                    pad += prod(shape) - sum(block.size for _, block in filled)
+            pattern.geometry[at] = shape, blocks, pad
         return pattern.geometry[at]
+
+    def _fused(self, entry: Entry, items: list[Item], scope: Scope, index: int, count: int):
+        align, aligned = self._aligned(entry, entry.align, scope), {leaf: self._aligned(entry, text, scope) for leaf, text in entry.aligned}
+        dim = entry.dim(self.layout.descriptor.tensors) if len(items) > 1 or entry.fusion.axis else 0
+        try:
+            shape, blocks = fuse(entry.fusion, items, dim, align, aligned)
+        except ValueError as error:
+            raise LayoutError(f"layout {self.layout.name}: {entry.name}: {error}") from None
+        if entry.cut != "whole" or count == 1:
+            return shape, blocks
+        if shape[dim] % count:
+            self._problem(entry, f"cannot cut {shape[dim]} fused rows evenly over {count} ranks")
+        return slice_dim(shape, blocks, dim, *chunk(shape[dim], count, index), self.dim_axes(entry, dim))
 
     def _aligned(self, entry: Entry, text: str, scope: Scope) -> int:
         unit = evaluate(text, scope)

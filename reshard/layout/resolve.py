@@ -314,7 +314,7 @@ class _Resolver:
         given = [found for place in self.places if (found := self._prefixes(place, formats))]
         labelled = self._collect(format)
         sections = [self._spelt(format, formats, labelled, choice) for choice in range(max(len(found.names) for found in given))]
-        without = frozenset(place for place in places if self._prefixes(place, formats) is None)
+        without = tuple(sorted(place for place in places if self._prefixes(place, formats) is None))
         return replace(sections[0], prefixes=tuple(sections[1:]), without=without)
 
     def _collect(self, format: str) -> dict[str, dict[str, Labelled]]:
@@ -410,9 +410,8 @@ class _Resolver:
         forms = {e.form: None for labels in labelled.values() for found in labels.values() for e in found.entries if e.form and not e.copy}
         for form in forms:
             variants.append((form, None, _gathered(self._named(formats, labelled, replace(newest, form=form)))))
-        return replace(
-            _gathered(base), drop=self._drop(format, formats, newest), args=self._args(format), variants=tuple(variants)
-        )
+        drop, omit = (self._patterns(key, format, formats, newest) for key in ("drop", "omit"))
+        return replace(_gathered(base), drop=drop, omit=omit, args=self._args(format), variants=tuple(variants))
 
     def _named(self, formats: tuple[str, ...], labelled: Mapping[str, Mapping[str, Labelled]], spelt: "Spelt") -> dict[tuple[str, str], list]:
         """Per place and label, what one spelling holds: entries and constants with their names in full."""
@@ -487,21 +486,20 @@ class _Resolver:
             raw.only_rank0, raw.view, raw.dtype, raw.transform, raw.scheme, place,
         )  # fmt: skip
 
-    def _drop(self, format: str, formats: tuple[str, ...], spelt: "Spelt") -> tuple[str, ...]:
-        """Patterns of names that are no weights; every number of a place matches."""
+    def _patterns(self, key: str, format: str, formats: tuple[str, ...], spelt: "Spelt") -> tuple[str, ...]:
+        """Patterns of the names that files may have beside the tensors; every number of a place matches. `key`: drop or omit."""
         out = []
         for use in self.uses:
             table, prefix = use.part.formats.get(format), self._prefix(use.place, formats, spelt)
-            for text in table.drop if table and prefix is not None else ():
-                raw = RawEntry(f"{table.where} drop", "drop", text, None)
-                name = self._name(raw, use.place, prefix, use, formats, spelt)
+            for text in getattr(table, key) if table and prefix is not None else ():
+                name = self._name(RawEntry(f"{table.where} {key}", key, text, None), use.place, prefix, use, formats, spelt)
                 out.append(name.replace(f"{{{use.place}}}", "*"))
         for file in self.chain:
             table = file.own.formats.get(format)
-            for text in table.drop if table else ():
+            for text in getattr(table, key) if table else ():
                 if not text.startswith("/"):
-                    raise LayoutError(f"{table.where} drop: {text!r} must begin with /", "names inside a place are dropped by its part")
-                out.append(self._name(RawEntry(table.where, "drop", text, None), "", "", None, formats, spelt))
+                    raise LayoutError(f"{table.where} {key}: {text!r} must begin with /", "names inside a place belong into its part")
+                out.append(self._name(RawEntry(f"{table.where} {key}", key, text, None), "", "", None, formats, spelt))
         return tuple(dict.fromkeys(out))
 
     def _args(self, format: str) -> tuple[tuple[str, str], ...]:

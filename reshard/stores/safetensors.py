@@ -12,6 +12,7 @@ from pathlib import Path
 from reshard.errors import FormatError
 from reshard.stores import DTYPE_SIZE, FileImage, TensorInfo
 from reshard.stores.foreign import LIMIT, parse, quote
+from reshard.stores.identity import note
 
 NOT_SAFETENSORS = "this is no safetensors file, or it is damaged; copy it again"
 #: the library writes tensors by falling alignment, ties by this order of dtypes (falling), then by name
@@ -22,6 +23,7 @@ def read(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
     """Tensors and metadata of a file, from its header. Raises FormatError for anything the format forbids."""
     size = path.stat().st_size
     with path.open("rb") as file:
+        note(path, file)
         prefix = file.read(8)
         if len(prefix) < 8:
             raise FormatError(f"{path} has {size} bytes, too few for a safetensors file", "the file is truncated; copy it again")

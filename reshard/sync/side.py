@@ -260,7 +260,8 @@ def _is_alias(name: str, others: Mapping[tuple[str, ...], tuple[str, ...]]) -> b
 
 def _ignored(layout: Layout, section: Section) -> tuple[str, ...]:
     """Buffers that are no weights: rotary caches, TransformerEngine's extra state, and what the layout drops."""
-    return ("*.inv_freq", "*.original_inv_freq", "*.cos_sin_cache", "*.cos_cached", "*.sin_cached", "*._extra_state", *layout.dropped(section))
+    ours = layout.filled((*section.drop, *section.omit))
+    return ("*.inv_freq", "*.original_inv_freq", "*.cos_sin_cache", "*.cos_cached", "*.sin_cached", "*._extra_state", *ours)
 
 
 def intervals(size: int, cuts: Sequence[tuple[int, int, int]]) -> list[tuple[int, int]]:

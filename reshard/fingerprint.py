@@ -1,0 +1,82 @@
+"""What decides the bytes of a conversion, as digests: only equal work is continued, and only ranks of one conversion share a folder."""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+
+from reshard import __version__
+from reshard.block import Stored
+from reshard.fetch import BATCH, GAP
+from reshard.job import Job
+from reshard.tiles import _MOST_PORTION, _PORTION
+
+
+def fingerprint(job: Job) -> str:
+    """A digest of all that decides the output's bytes and their division into portions.
+
+    That is the conversion (see ``conversion``), the rank, and where each element lies: every block of every stored tensor on
+    both sides, and all that the output's files hold besides.
+    """
+    digest = hashlib.sha256(conversion(job).encode())
+    _add(digest, job.rank, _PORTION, _MOST_PORTION)
+    if job.batches is not None:
+        _add(digest, GAP, BATCH, [batch.size for batch in job.batches])
+    _add_stored(digest, job.plan.destinations)
+    for file in job.folder.files:
+        _add(digest, file.path, file.image.size, {name: info.offset for name, info in file.image.tensors.items()})
+        for offset, content in [*file.image.segments, *sorted((file.image.tensors[n].offset, c) for n, c in file.constants.items())]:
+            _add(digest, offset, len(content))
+            digest.update(content)
+    return digest.hexdigest()
+
+
+def conversion(job: Job) -> str:
+    """A digest of source, layout and options: what all ranks of one conversion have in common."""
+    digest = hashlib.sha256()
+    _add(digest, __version__, options(job) | {"rank": None}, source_state(job), plain(job.source.layout.section(job.section)), dict(job.source.layout.sizes))
+    _add_stored(digest, job.source.stored)
+    return digest.hexdigest()
+
+
+def options(job: Job) -> dict[str, object]:
+    """What the user asked for, for messages too."""
+    mesh = job.mesh
+    return {"format": job.format, "tp": mesh.tp, "pp": mesh.pp, "ep": mesh.ep, "etp": mesh.etp, "dtype": job.dtype,
+            "engine_version": job.engine_version, "max_file": job.max_file, "rank": job.rank}  # fmt: skip
+
+
+def source_state(job: Job) -> str:
+    """The source, and which files it consists of: those of a commit never change."""
+    digest = hashlib.sha256()
+    _add(digest, job.source.name)
+    for file in job.source.files if not job.source.remote else ():
+        status = (job.source.path / file).stat()
+        _add(digest, file, status.st_size, status.st_mtime_ns, status.st_ino)
+    return digest.hexdigest()
+
+
+def _add(digest, *values: object) -> None:
+    digest.update(json.dumps(values, default=str).encode() + b"\n")
+
+
+def _add_stored(digest, tensors: Iterable[Stored]) -> None:
+    """Every block of every tensor. Layers and experts share their blocks, whose text is made once."""
+    texts: dict[int, str] = {}
+    for stored in tensors:
+        for _, block in stored.blocks:
+            if id(block) not in texts:
+                texts[id(block)] = repr((block.box, block.offset, block.strides))
+        blocks = [(key, texts[id(block)]) for key, block in stored.blocks]
+        digest.update(repr((stored.rank, stored.name, stored.dtype, stored.shape, stored.file, stored.start, blocks)).encode())
+
+
+def plain(value: object) -> object:
+    """A value as lists, texts and numbers; of what is none, the name of its kind."""
+    if dataclasses.is_dataclass(value):
+        return [plain(getattr(value, field.name)) for field in dataclasses.fields(value) if field.repr]
+    if isinstance(value, Mapping):
+        return [[plain(key), plain(item)] for key, item in value.items()]
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    return value if isinstance(value, (str, int, float, bool, type(None))) else type(value).__name__

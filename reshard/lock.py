@@ -1,0 +1,126 @@
+"""One run at a time: a lock on a file, given back by the kernel when its process dies.
+
+``flock`` does that. Where a file system has none (some Lustre and NFS mounts), a file that only one process can create
+takes its place: it names host and process, so that one left by a dead process of this host is recognised and removed.
+"""
+
+import contextlib
+import fcntl
+import json
+import os
+import socket
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from reshard.errors import DestinationError
+
+_WAIT = 600  # seconds: how long a run waits for another that gives its folder its name
+_BUSY = (11, 13)  # EAGAIN (EWOULDBLOCK), and EACCES, which some systems say instead
+
+
+@contextlib.contextmanager
+def locked(path: Path, what: str, wait: bool = False, make: Callable[[], None] = lambda: None) -> Iterator[int]:
+    """`path`, made if need be, opened for appending and locked; yields its descriptor. `make` is called before each attempt to open it.
+
+    Raises DestinationError where another run has `what` (after a while only, if `wait`). The file stays the one of that name:
+    one that was renamed or removed while it was being locked is let go, and the next one tried.
+    """
+    held = None
+    until = time.monotonic() + _WAIT
+    while True:
+        make()
+        try:
+            handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+        except FileNotFoundError:
+            if time.monotonic() > until:
+                raise
+            continue  # its folder got another name just now
+        try:
+            held = _lock(handle, path)
+            if held and _is(handle, path):
+                break
+        except BaseException:
+            os.close(handle)
+            raise
+        os.close(handle)
+        if held is None and not (wait and time.monotonic() < until):
+            raise DestinationError(f"another run is writing to {what}", _whose(path))
+        if held:
+            held()
+        time.sleep(0.01)
+    try:
+        yield handle
+    finally:
+        held()
+        os.close(handle)
+
+
+def _lock(handle: int, path: Path) -> Callable[[], None] | None:
+    """Lock; returns what gives the lock back, or None where another process has it."""
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        return None if error.errno in _BUSY else _create(_beside(path))
+    return lambda: None  # closing the file does
+
+
+def _beside(path: Path) -> Path:
+    """The lock file for a file that can't be locked: beside its folder, which may get another name meanwhile."""
+    return path.parent.with_name(f"{path.parent.name}.lock") if path.parent.name.startswith(".") else path.with_name(f"{path.name}.lock")
+
+
+def _create(path: Path) -> Callable[[], None] | None:
+    mine = json.dumps({"host": socket.gethostname(), "pid": os.getpid()}).encode()
+    for _ in range(2):
+        try:
+            handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+        except FileExistsError:
+            if not _dead(path):
+                return None
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(path)
+            continue
+        os.write(handle, mine)
+        os.close(handle)
+
+        def release() -> None:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(path)
+
+        return release
+    return None
+
+
+def _dead(path: Path) -> bool:
+    """Whether the process that made lock file `path` ran on this host and has ended."""
+    try:
+        owner = json.loads(path.read_bytes()[:1000])
+        if owner["host"] != socket.gethostname():
+            return False
+        if owner["pid"] == os.getpid():
+            return False
+        os.kill(owner["pid"], 0)
+    except ProcessLookupError:
+        return True
+    except (OSError, ValueError, TypeError, KeyError, OverflowError):
+        return False
+    return False
+
+
+def _whose(path: Path) -> str:
+    try:
+        owner = _beside(path).read_text()[:200]
+    except OSError:
+        return "wait for it to end"
+    return f"wait for it to end; if {owner} has ended, delete {_beside(path)}"
+
+
+def _is(handle: int, path: Path) -> bool:
+    """Whether `path` still names the open file."""
+    try:
+        there = os.stat(path, follow_symlinks=False)
+    except FileNotFoundError:
+        return False
+    mine = os.fstat(handle)
+    return (there.st_dev, there.st_ino) == (mine.st_dev, mine.st_ino)
