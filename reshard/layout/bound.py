@@ -15,6 +15,8 @@ from reshard.stores.foreign import quote
 
 #: layers, or experts of a layer: no model comes near, and a wrong config.json must not keep us busy for hours
 MOST_NUMBERED = 4096
+#: layers × experts of a layer: five times those of the largest model
+MOST_TENSORS = 200_000
 
 
 class Scope(Mapping[str, object]):
@@ -198,9 +200,26 @@ def bind(descriptor: Descriptor, config: Mapping[str, object]) -> Layout:
             if count > MOST_NUMBERED:
                 raise LayoutError(f"{where}, more than the {MOST_NUMBERED} allowed", "check config.json")
             counts[place.name] = count
+    _check_count(descriptor, counts, base)
     optional = frozenset(name for name, place in descriptor.places.items() if place.optional)
     layout = Layout(descriptor, config, scope, {}, counts, optional)
     return replace(layout, sizes=_sizes(layout), _cache={})
+
+
+def _check_count(descriptor: Descriptor, counts: Mapping[str, int], scope: Scope) -> None:
+    expert = next((t for t in descriptor.tensors.values() if "expert" in t.index), None)
+    if expert is None or "expert" not in descriptor.axes or any(name in scope.uses("expert") for name in counts):
+        return
+    try:
+        experts = scope["expert"]
+    except LayoutError:
+        return  # of a model without: told where a tensor asks for it
+    for place, count in counts.items():
+        if count * experts > MOST_TENSORS:
+            raise LayoutError(
+                f"layout {descriptor.name}: {count} {place}s × {experts} experts are {count * experts}, more than the {MOST_TENSORS} allowed",
+                "check config.json",
+            )
 
 
 def _defaults(descriptor: Descriptor, config: dict[str, object]) -> dict[str, object]:

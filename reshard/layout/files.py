@@ -11,7 +11,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from reshard.errors import LayoutError
-from reshard.layout.expressions import names_in
+from reshard.layout.expressions import Expression, check, names_in
 from reshard.layout.fusion import Group, parse
 from reshard.layout.model import Dims
 from reshard.stores import DTYPE_SIZE
@@ -140,6 +140,7 @@ class File:
     """One descriptor file. `places` are the keys of each, as they overlay those of the parent; False takes one away."""
 
     own: Part
+    path: str  # of the user's own; empty for those that come with reshard
     extends: str | None
     architectures: tuple[str, ...]
     places: Mapping[str, "Mapping[str, object] | bool"]
@@ -155,7 +156,7 @@ def layout_dir() -> Path:
 
 def read_table(path: Path) -> dict:
     try:
-        return tomllib.loads(path.read_text())
+        return tomllib.loads(path.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError, RecursionError) as error:
         raise LayoutError(f"layout {path}: {quote(error)}") from None
 
@@ -164,11 +165,12 @@ def read_table(path: Path) -> dict:
 def library_part(name: str) -> Part | None:
     """The part in layouts/parts; None where there is none."""
     path = layout_dir() / "parts" / f"{name}.toml"
-    return parse_part(name, f"layout parts/{name}.toml", read_table(path)) if path.is_file() else None
+    return parse_part(name, f"layout parts/{name}", read_table(path)) if path.is_file() else None
 
 
 def parse_file(path: Path) -> File:
-    where = f"layout {path.name}"
+    builtin = path.parent == layout_dir()
+    where = f"layout {path.stem if builtin else path}"
     table = read_table(path)
     _known_keys(where, table, _FILE_KEYS, "tables and keys")
     extends = table.get("extends")
@@ -180,7 +182,7 @@ def parse_file(path: Path) -> File:
         for name, value in _table(where, "part", table.get("part", {})).items()
     }
     own = parse_part(path.stem, where, {key: value for key, value in table.items() if key in _PART_KEYS})
-    return File(own, extends, _texts(where, "architectures", table.get("architectures", [])), places, parts)
+    return File(own, "" if builtin else str(path), extends, _texts(where, "architectures", table.get("architectures", [])), places, parts)
 
 
 def parse_part(name: str, where: str, table: dict) -> Part:
@@ -263,7 +265,7 @@ def _use(where: str, value: object) -> Use:
     if not re.fullmatch(r"\w+", table["part"]):
         raise LayoutError(f"{where}: {quote(repr(table['part']))} is no part's name")
     at = _at(f"{where}: {table['part']}", table["at"]) if "at" in table else None
-    return Use(f"{where}: {table['part']}", table["part"], _expression(f"{where}: {table['part']}: when", table.get("when", "true")), at)
+    return Use(f"{where}: {table['part']}", table["part"], _when(f"{where}: {table['part']}", table), at)
 
 
 def _at(where: str, value: object) -> "str | dict[str, str]":
@@ -305,7 +307,7 @@ def _tensor(where: str, value: object) -> RawTensor:
         raise LayoutError(f"{where}: expected dims or a table, got {quote(repr(value))}")
     _known_keys(where, table, _TENSOR_KEYS, "keys")
     expert, dims, split = parse_dims(where, table.get("dims"))
-    when = _expression(f"{where}: when", table.get("when", "true"))
+    when = _when(where, table)
     optional = _expression(f"{where}: optional", table["optional"]) if "optional" in table else None
     return RawTensor(where, expert, dims, split, when, _stage(where, table.get("stage", "last")), _dtype(where, table.get("dtype")), optional)
 
@@ -344,7 +346,7 @@ def _entry(where: str, label: str, value: object) -> RawEntry:
         raise LayoutError(f"{where}: expected a name or a table with a name, got {quote(repr(value))}")
     constant, omit = "constant" in table, _flag(f"{where}: omit", table.get("omit", False))
     _known_keys(where, table, _CONSTANT_KEYS if constant else _OMIT_KEYS if omit else _ENTRY_KEYS, "keys")
-    when = _expression(f"{where}: when", table.get("when", "true"))
+    when = _when(where, table)
     until, form = _until(where, table["until"]) if "until" in table else None, table.get("form")
     if form is not None and (not isinstance(form, str) or not re.fullmatch(r"\w+", form)):
         raise LayoutError(f"{where}: form = {quote(repr(form))} is no name")
@@ -443,14 +445,19 @@ def _dtype(where: str, word: object) -> str | None:
     return word
 
 
+def _when(where: str, table: Mapping[str, object]) -> str:
+    given = table.get("when", "true")
+    if isinstance(given, bool):
+        given = "true" if given else "false"
+    return "true" if given == "true" else _expression(f"{where}: when", given)
+
+
 def _expression(where: str, text: object) -> str:
     if not isinstance(text, str):
         raise LayoutError(f"{where} must be an expression in quotes, got {quote(repr(text))}")
-    try:
-        used = names_in(text)
-    except LayoutError as error:
-        raise LayoutError(f"{where}: {error}", error.hint) from None
-    if "platform" in used:
+    text = Expression(text, where)
+    check(text)
+    if "platform" in names_in(text):
         raise LayoutError(f"{where}: {text!r} uses platform, which is not part of the notation yet", f"expressions know {', '.join(GIVEN)}")
     return text
 

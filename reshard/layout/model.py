@@ -156,13 +156,12 @@ class Descriptor:
     tensors: Mapping[str, Tensor]
     replicate: tuple[str, ...]
     formats: Mapping[str, Section]
+    path: str = ""  # of the user's own file; empty for those that come with reshard
 
     def section(self, format: str) -> Section:
         if format not in self.formats:
-            known = ", ".join(sorted(self.formats))
-            raise LayoutError(
-                f"layout {self.name} says nothing of format {format}", f"it knows {known}; add a [{format}] table to {self.name}.toml"
-            )
+            known, file = ", ".join(sorted(self.formats)), self.path or f"a descriptor that extends {self.name}"
+            raise LayoutError(f"layout {self.name} says nothing of format {format}", f"it knows {known}; add a [{format}] table to {file}")
         return self.formats[format]
 
     def bind(self, config: Mapping[str, object]):

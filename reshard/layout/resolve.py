@@ -105,7 +105,7 @@ def load_descriptor(path: Path) -> Descriptor:
     path = Path(path)
     chain = _chain(path)
     if not chain[-1].architectures:
-        raise LayoutError(f"layout {path.name}: architectures must list the names that config.json uses")
+        raise LayoutError(f"layout {path}: architectures must list the names that config.json uses")
     return resolve(path.stem, chain)
 
 
@@ -118,7 +118,7 @@ def _chain(path: Path, below: tuple[str, ...] = ()) -> list[File]:
     parent = beside if beside.is_file() and beside != path else layout_dir() / f"{file.extends}.toml"
     if file.extends in below or parent == path or not parent.is_file():
         hint = f"built in are {', '.join(sorted(p.stem for p in layout_dir().glob('*.toml')))}"
-        raise LayoutError(f"layout {path.name}: cannot extend {file.extends!r}", hint)
+        raise LayoutError(f"layout {path}: extends: cannot extend {file.extends!r}", hint)
     return [*_chain(parent, (*below, path.stem)), file]
 
 
@@ -170,6 +170,7 @@ class _Resolver:
             self.tensors,
             tuple(replicate),
             formats,
+            file.path,
         )
 
     # places, parts and what they define
@@ -211,7 +212,7 @@ class _Resolver:
                 if key in out and out[key] != text and key not in own:
                     raise LayoutError(
                         f"{self.where}: [{table}] {key} is {out[key]!r} in part {origin[key].name}, {text!r} in part {use.part.name}",
-                        f"decide in {self.where.removeprefix('layout ')}: [{table}] {key} = …",
+                        f"decide in {self.where}: [{table}] {key} = …",
                     )
                 out[key] = text
                 origin[key] = use.part
