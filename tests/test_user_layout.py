@@ -11,26 +11,34 @@ import reshard
 LAYOUT = """
 description = "made up: query and key fused head by head, a wide gate, one tensor transposed"
 architectures = ["MadeUpForCausalLM"]
+[place.model]
+hf = ""
+parts = ["ends"]
+[place.layer]
+count = "depth"
+hf = "block.{layer}"
+parts = ["block"]
 [axes]
-layer = "depth"
-vocab = "words"
 width = "width"
+[part.ends]
+axes.vocab = "words"
+tensors.words = { dims = "vocab* width", stage = "first" }
+tensors.norm = "width"
+hf.words = "words"
+hf.norm = "norm"
+[part.block.axes]
 heads = "heads"
 head = "width / heads"
 wide = "4 * width"
-[tensors]
-words = { dims = "vocab* width", stage = "first" }
-q = "{layer} (heads* head) width"
-k = "{layer} (heads* head) width"
-gate = "{layer} wide* width"
-out = "{layer} width wide*"
-norm = "width"
-[hf]
-words = "words"
-qk = { name = "block.{layer}.qk", of = ["q", "k"], within = "heads" }
-gate = "block.{layer}.gate"
-out = { name = "block.{layer}.out", dims = "wide width" }
-norm = "norm"
+[part.block.tensors]
+q = "(heads* head) width"
+k = "(heads* head) width"
+gate = "wide* width"
+out = "width wide*"
+[part.block.hf]
+qk = { name = "qk", of = "heads: q k" }
+gate = "gate"
+out = { name = "out", dims = "wide width" }
 """
 CONFIG = {"architectures": ["MadeUpForCausalLM"], "depth": 2, "words": 50, "width": 12, "heads": 4}
 
