@@ -7,10 +7,11 @@
     same   = reshard.diff("Qwen3-8B", "out")
 """
 
-from reshard.errors import DestinationError, FormatError, HubError, LayoutError, PlanError, ReshardError
+from reshard.errors import CastError, DestinationError, FormatError, HubError, LayoutError, PlanError, ReshardError
 
 __version__ = "0.1.0"
-__all__ = ["DestinationError", "FormatError", "HubError", "LayoutError", "PlanError", "ReshardError", "convert", "diff", "load", "open", "plan", "pull", "push"]
+__all__ = ["CastError", "DestinationError", "FormatError", "HubError", "LayoutError", "PlanError", "ReshardError",
+           "convert", "diff", "load", "open", "plan", "pull", "push"]  # fmt: skip
 
 
 def __getattr__(name: str):

@@ -8,23 +8,29 @@ from math import isfinite, isnan
 from pathlib import Path
 
 from reshard.checkpoint import Checkpoint, open_checkpoint
+from reshard.errors import PlanError
 from reshard.hub import is_remote
-from reshard.job import Job, default_jobs, join_to, one_rank, place, prepare
+from reshard.job import Job, counting, default_jobs, join_to, one_rank, place, prepare
 from reshard.layout import Mesh
-from reshard.tiles import BUFFER
+from reshard.planner.tiles import BUFFER
 
 open = open_checkpoint
 
 
 def _opened(source: Checkpoint | str | Path, options: dict) -> Checkpoint:
     chosen = {name: options.pop(name) for name in ("layout", "config", "cache") if name in options}
-    return source if isinstance(source, Checkpoint) else open_checkpoint(source, **chosen)
+    if not isinstance(source, Checkpoint):
+        return open_checkpoint(source, **chosen)
+    if chosen:
+        names = " and ".join(chosen)
+        raise PlanError([f"{names} given with a checkpoint that is open already, as {source.layout.name}"], f"pass {names} to reshard.open")
+    return source
 
 
 def plan(source: Checkpoint | str | Path, *, format: str, tp: int = 1, pp: int = 1, ep: int = 1, etp: int = 0, **options) -> Job:
     """What a conversion of `source` to `format` would read and write, to the byte. Reads headers, writes nothing.
 
-    `options`: `dtype` (bf16, fp16, fp32), `engine_version`, `max_file` (bytes), `rank` (that one alone), `jobs`, `buffer` (bytes), and `layout`, `config`, `cache` for opening.
+    `options`: `dtype` (bf16, fp16, fp32), `allow_overflow` (values with no room in it become infinite), `engine_version`, `max_file` (bytes), `rank` (that one alone), `jobs`, `buffer` (bytes), and `layout`, `config`, `cache` for opening.
     Raises ReshardError with all problems at once.
     """
     ckpt = _opened(source, options)
@@ -50,7 +56,7 @@ def convert(
     """Convert `source` into the folder `destination`; `progress` is told bytes read as they are read. Returns a Report.
 
     Options as for ``plan``. The destination appears whole or not at all, and an interrupted call continues when repeated.
-    It may be hf://ORG/NAME[@BRANCH][/SUBDIR]: then `public`, `create_pr`, `base_model` and `scratch` are options too, and
+    It may be hf://ORG/NAME[@BRANCH][/SUBDIR]: then `public`, `create_pr`, `include_code`, `base_model` and `scratch` are options too, and
     what comes back is ``hub.push.Pushed``.
     """
     from reshard.transaction import convert as run
@@ -58,7 +64,7 @@ def convert(
     if is_remote(destination):
         from reshard.hub.push import convert_and_push
 
-        chosen = {name: options.pop(name) for name in ("public", "create_pr", "base_model", "scratch") if name in options}
+        chosen = {name: options.pop(name) for name in ("public", "create_pr", "include_code", "base_model", "scratch") if name in options}
         job = plan(source, format=format, tp=tp, pp=pp, ep=ep, etp=etp, jobs=jobs, buffer=buffer, **options)
         return convert_and_push(job, str(destination), overwrite=overwrite, jobs=jobs, buffer=buffer, progress=progress, **chosen)
     job = plan(source, format=format, tp=tp, pp=pp, ep=ep, etp=etp, jobs=jobs, buffer=buffer, **options)
@@ -77,6 +83,7 @@ def load(
     device: str = "cpu",
     dtype: str | None = None,
     engine_version: str | None = None,
+    allow_overflow: bool = False,
     **options,
 ) -> Mapping[str, "object"]:
     """The tensors of one rank of (`format`, mesh), as {stored name: torch tensor} on `device`.
@@ -104,6 +111,7 @@ def load(
         raw[stored.name][start : start + len(data)] = np.frombuffer(data, np.uint8)
 
     with closing(ckpt.source()) as source_files:
+        source_files.casts = counting(allow_overflow)
         run(todo, source_files, write, jobs=default_jobs(ckpt))
     for name, constant in placement.constants(chosen):
         state[name] = torch.full(constant.shape, constant.value, dtype=kinds[constant.dtype])
@@ -184,7 +192,7 @@ def open_pair(a: Checkpoint | str | Path, b: Checkpoint | str | Path, *, layout=
 
     def opened(one: Checkpoint | str | Path, other: Checkpoint | str | Path) -> Checkpoint:
         if isinstance(one, Checkpoint):
-            return one
+            return _opened(one, {"layout": layout} if layout is not None else {})
         if config or is_remote(one) or (Path(one) / "config.json").is_file() or not Path(one).is_dir():
             return open_checkpoint(one, layout=layout, config=config)
         return open_checkpoint(one, layout=layout, config=other.config_path if isinstance(other, Checkpoint) else other)

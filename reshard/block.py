@@ -6,6 +6,7 @@ element stride per axis. A *stored tensor* is what a rank's file (or memory) hol
 Whatever two formats are, their blocks share axes, so the join of two is an intersection of ranges.
 """
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from math import prod
@@ -48,33 +49,63 @@ class Block:
         return Block(self.box, self.offset + elements, self.strides)
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Tensors of the model that lie in a stored tensor alike, at equal steps: `first` and those that count up from its last number."""
+
+    first: Key
+    block: Block  # where the first of them lies
+    count: int = 1
+    step: int = 0  # elements from one to the next
+
+    def each(self) -> Iterator[tuple[Key, Block]]:
+        yield self.first, self.block
+        for i in range(1, self.count):
+            yield (*self.first[:-1], self.first[-1] + i), self.block.moved(i * self.step)
+
+
+def singles(blocks: Iterable[tuple[Key, Block]]) -> tuple[Part, ...]:
+    """Each block as a part of its own."""
+    return tuple([Part(key, block) for key, block in blocks])
+
+
+@dataclass(frozen=True, slots=True)
 class Stored:
     """A tensor as rank `rank`'s file or memory holds it.
 
-    `blocks` pairs each tensor of the model that lies in it with the block where it lies; elements under no block are
-    padding, which is zero. `rank` is a number in the format's own order of ranks. `dtype` is safetensors' word. Placed
-    by a layout it has neither dtype nor file yet; a store or a plan fills them in.
+    `parts` say which tensors of the model lie in it, and where; elements under no block are padding, which is zero.
+    `rank` is a number in the format's own order of ranks. `dtype` is safetensors' word. Placed by a layout it has neither
+    dtype nor file yet; a store or a plan gives a copy that has.
     """
 
     rank: int
     name: str
     dtype: str
     shape: tuple[int, ...]
-    blocks: tuple[tuple[Key, Block], ...]
+    parts: tuple[Part, ...]
     entry: "object" = None  # the layout's Entry that it was placed by
     file: str = ""  # path within the checkpoint's folder, and the byte at which the first element lies in it
     start: int = 0
     pad: int = 0  # elements that the layout declares to be padding
 
     @property
+    def id(self) -> tuple[int, str]:
+        """What names it among the stored tensors of its side."""
+        return self.rank, self.name
+
+    @property
     def size(self) -> int:
         return prod(self.shape)
 
     @property
+    def blocks(self) -> tuple[tuple[Key, Block], ...]:
+        """Each tensor of the model that lies in it, with the block where it lies."""
+        return tuple([pair for part in self.parts for pair in part.each()])
+
+    @property
     def padding(self) -> int:
         """Elements under no block."""
-        return self.size - sum(block.size for _, block in self.blocks)
+        return self.size - sum(part.block.size * part.count for part in self.parts)
 
 
 def chunk(size: int, parts: int, index: int) -> tuple[int, int]:

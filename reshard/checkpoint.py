@@ -4,22 +4,37 @@ What comes out is a list of stored tensors with dtypes, files and byte offsets: 
 """
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from reshard import formats
-from reshard.block import Block, Stored, restride, row_major
-from reshard.coverage import Coverage
+from reshard.block import Block, Stored, restride, row_major, singles
+from reshard.coverage import faults_of
 from reshard.errors import FormatError, LayoutError, PlanError
 from reshard.formats.manifest import read_manifest
+from reshard.formats.quantised import codes_without_scales, refuse, scheme
 from reshard.hub import is_remote
-from reshard.layout import Entry, Layout, Mesh, Placement, Section, architectures, builtin_descriptors, find_descriptor, load_descriptor
+from reshard.layout import (
+    Descriptor,
+    Entry,
+    Layout,
+    Mesh,
+    Placement,
+    Section,
+    architectures,
+    builtin_descriptors,
+    find_descriptor,
+    load_descriptor,
+)
 from reshard.layout.fusion import slice_dim
 from reshard.stores import DTYPE_SIZE
-from reshard.stores.foreign import parse, quote
+from reshard.stores.files import read_json, reading
+from reshard.stores.foreign import quote
 from reshard.stores.identity import Identity, identity, noting
 
 if TYPE_CHECKING:
@@ -52,7 +67,7 @@ class Checkpoint:
 
     @property
     def architecture(self) -> str:
-        return (self.layout.config.get("architectures") or [self.layout.name])[0]
+        return quote((self.layout.config.get("architectures") or [self.layout.name])[0])
 
     @property
     def tensors(self) -> list[Stored]:
@@ -126,23 +141,54 @@ def open_checkpoint(
         if isinstance(config_path, Path):
             identities[str(config_path)] = identity(config_path.stat())
         settings = read_config(config_path)
-        contents = kind.read(folder)
-    descriptor = load_descriptor(Path(layout)) if layout else find_descriptor(settings)
+        with reading(folder), _naming(folder):
+            contents = kind.read(folder)
+    with _naming(config_path):
+        checkpoint = _matched(folder, kind, contents, config_path, settings, load_descriptor(Path(layout)) if layout else None)
+    checkpoint.identities = identities
+    return checkpoint
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Errors of layouts and meshes, which know of no file, with the name of the one that they are about."""
+    try:
+        yield
+    except (LayoutError, PlanError) as error:
+        if str(path) in f"{error} {error.hint}":
+            raise
+        raise (LayoutError if isinstance(error, LayoutError) else FormatError)(f"{path}: {error}", error.hint) from None
+
+
+def _matched(folder: Path, kind: formats.Format, contents: formats.Contents, config_path: Path, settings: Mapping[str, object], own: Descriptor | None) -> Checkpoint:
+    """The checkpoint whose files hold `contents`, by the descriptor that is given or, by default, that of its architecture."""
+    descriptor = own or find_descriptor(settings)
+    quantised_as = scheme(settings, contents)
+    if descriptor is None and quantised_as:
+        raise refuse(folder, quantised_as, contents)
     if descriptor is None:
         raise unknown_architecture(settings, contents)
-    if not layout and contents.layout not in (None, descriptor.name):
+    if not own and contents.layout not in (None, descriptor.name):
         raise FormatError(f"{folder} was written by layout {quote(contents.layout)}, {config_path} is a model of layout {descriptor.name}",
                           "pass the layout's file with --layout, or the right config.json with --config")  # fmt: skip
-    try:
-        bound = descriptor.bind(model_config(settings))
-    except LayoutError as error:
-        raise LayoutError(f"{config_path}: {error}", error.hint) from None
+    bound = descriptor.bind(model_config(settings))
+    disagreements = kind.disagreements(bound, contents) if kind.disagreements else []
+    if disagreements:
+        raise PlanError([f"{folder}: {text}" for text in disagreements],
+                        f"{config_path} is of another model: name the config.json of the one that was trained, with --config")  # fmt: skip
     checkpoint = Checkpoint(folder, kind.name, contents.mesh, bound, [], engine_version=contents.engine_version, config_path=config_path)
     manifest = read_manifest(folder) or {}
     checkpoint.native = manifest.get("dtypes", {})
-    checkpoint.identities = identities
     checkpoint.origin = {"repo": folder.repository.location.repo, "revision": folder.revision} if checkpoint.remote else manifest.get("source")
-    _match(checkpoint, kind, contents)
+    try:
+        _match(checkpoint, kind, contents)
+    except PlanError:
+        if quantised_as:  # one sentence instead of a line for each scale
+            raise refuse(folder, quantised_as, contents) from None
+        raise
+    without = None if own else codes_without_scales(folder, settings, checkpoint.stored)
+    if without:
+        raise without
     return checkpoint
 
 
@@ -160,11 +206,7 @@ def find_config(folder: Path, config: str | Path | None) -> Path:
 
 
 def read_config(path: Path) -> Mapping[str, object]:
-    raw = path.read_bytes()
-    try:
-        settings = parse(raw)
-    except ValueError as error:
-        raise FormatError(f"{path} is not JSON: {error}", "download it again") from None
+    settings = read_json(path)
     if not isinstance(settings, dict):
         raise FormatError(f"{path} holds a {type(settings).__name__}, expected an object")
     return settings
@@ -221,7 +263,6 @@ def _match(checkpoint: Checkpoint, kind: formats.Format, contents: formats.Conte
     placement = Placement(layout, section, rules, mesh)
     placement.pads = _pads(placement, contents)
     problems: list[str] = []
-    coverage = Coverage()
     left = [dict(rank) for rank in contents.tensors]
     stored: list[Stored] = []
     for s in (_pieces(placement, contents) if contents.boxes is not None else placement.stored(aliases=True)):
@@ -234,11 +275,11 @@ def _match(checkpoint: Checkpoint, kind: formats.Format, contents: formats.Conte
         if info.shape != s.shape:
             problems.append(f"{s.name} ({file}): shape {list(info.shape)}, expected {list(s.shape)} by layout {layout.name}")
             continue
-        problems += [f"{s.name} ({file}): {fault}" for fault in coverage.faults(s)]
+        problems += [f"{s.name} ({file}): {fault}" for fault in faults_of(s)]
+        parts = s.parts
         if info.strides is not None:
-            s.blocks = tuple((key, restride(block, s.shape, info.strides)) for key, block in s.blocks)
-        s.dtype, s.file, s.start = info.dtype, file, info.offset
-        stored.append(s)
+            parts = singles((key, restride(block, s.shape, info.strides)) for key, block in s.blocks)
+        stored.append(Stored(s.rank, s.name, info.dtype, s.shape, parts, s.entry, file, info.offset, s.pad))
     problems = placement.problems + problems
     ignore, omit = [*layout.filled(section.drop), *contents.ignore], layout.filled(section.omit)
     constants = {name for rank in placement.ranks for name, _ in placement.constants(rank)} if section.constants else set()
@@ -253,11 +294,18 @@ def _match(checkpoint: Checkpoint, kind: formats.Format, contents: formats.Conte
             if not computed:
                 key = (name if rank == 0 else f"{name} (rank {rank})",)
                 block = Block(tuple((0, size) for size in info.shape), 0, info.strides or row_major(info.shape))
-                checkpoint.left_out.append(Stored(rank, name, info.dtype, info.shape, ((key, block),), file=file, start=info.offset))
+                checkpoint.left_out.append(Stored(rank, name, info.dtype, info.shape, singles([(key, block)]), file=file, start=info.offset))
     if problems:
-        raise PlanError(list(dict.fromkeys(problems)), f"is config.json ({checkpoint.config_path}) this model's? `reshard layouts show {layout.name}` tells what is expected")
+        raise PlanError(list(dict.fromkeys(problems)), _what_is_expected(checkpoint))
     checkpoint.stored = stored
     checkpoint.dropped = sorted(set(checkpoint.dropped))
+
+
+def _what_is_expected(checkpoint: Checkpoint) -> str:
+    own = checkpoint.layout.descriptor.path
+    if own:
+        return f"`reshard layouts show {own}` tells what {own} expects: is it right, and config.json ({checkpoint.config_path}) this model's?"
+    return f"is config.json ({checkpoint.config_path}) this model's? `reshard layouts show {checkpoint.layout.name}` tells what is expected"
 
 
 def _as_written(layout: Layout, section: Section, rules, contents: formats.Contents) -> Section:
@@ -305,13 +353,13 @@ def _pieces(placement: Placement, contents: formats.Contents):
             shape, blocks = s.shape, [(key, block) for key, block in s.blocks]
             origin = offsets.get(name, (0,) * len(shape))
             if len(origin) != len(shape) or len(info.shape) != len(shape) or any(o + n > size for o, n, size in zip(origin, info.shape, shape)):
-                yield Stored(rank, name, "", shape, s.blocks, s.entry)  # does not fit: reported as such
+                yield Stored(rank, name, "", shape, s.parts, s.entry)  # does not fit: reported as such
                 continue
             for dim, (begin, size) in enumerate(zip(origin, info.shape)):
                 shape, blocks = slice_dim(shape, blocks, dim, begin, begin + size, axes_in(placement, s, dim))
-            piece = Stored(rank, name, "", shape, tuple(blocks), s.entry)
-            piece.pad = piece.padding if s.pad else 0
-            yield piece
+            parts = singles(blocks)
+            padding = prod(shape) - sum(part.block.size for part in parts) if s.pad else 0
+            yield Stored(rank, name, "", shape, parts, s.entry, pad=padding)
     for name, s in whole.items():
         if name not in found:
             yield s

@@ -6,73 +6,73 @@ is reported as different, never as equal. Weights that a layout leaves out are c
 
 import threading
 from collections import defaultdict, deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from reshard.api import Difference, DiffReport
-from reshard.block import Block, Box, Key, Stored, end, volume
+from reshard.block import Box, Key, Stored, end, volume
+from reshard.casts import cast
 from reshard.checkpoint import Checkpoint
-from reshard.coverage import Coverage, label, union_volume
+from reshard.coverage import label
 from reshard.execute import Source, Workspace, in_threads
 from reshard.fetch import JOBS, Batch, batches, of_pair, runs, workers
-from reshard.join import Copy, Move, Plan, holders, move_between
 from reshard.layout import Mesh, Placement
-from reshard.rearrange import GAP, cast, mapped, strided
+from reshard.planner.join import Join, Pattern, join
+from reshard.planner.pieces import union_volume
+from reshard.planner.plan import Copy, Plan
+from reshard.planner.tiles import BUFFER, Tile, tiles
+from reshard.rearrange import GAP, mapped, strided
 from reshard.stores import DTYPE_SIZE
-from reshard.tiles import BUFFER, Tile, tiles
 
-Held = dict[Key, list[tuple[Stored, Block]]]
 _INTEGERS = {"BOOL": "?", "U8": "u1", "I8": "i1", "U16": "u2", "I16": "i2", "U32": "u4", "I32": "i4", "U64": "u8", "I64": "i8"}
 
+Sizes = dict[str, tuple[int, ...]]
 
-@dataclass
+
+@dataclass(frozen=True)
 class Pair:
-    """Two checkpoints, tensor by tensor: what holds each on either side, and the sizes that it has there."""
+    """Two checkpoints, tensor by tensor: their join, and the sizes that each tensor of the model has on either side."""
 
-    sides: tuple[Held, Held]
-    sizes: tuple[dict[Key, tuple[int, ...]], dict[Key, tuple[int, ...]]]
-    copies: list[Copy] = field(default_factory=list)
+    join: Join
+    sizes: tuple[Sizes, Sizes]
 
     @property
-    def both(self) -> list[Key]:
-        return [key for key in self.sides[0] if key in self.sides[1]]
+    def both(self) -> Iterator[tuple[Key, Pattern]]:
+        for run in self.join.runs:
+            for i in range(run.count):
+                yield run.key(i), self.join.patterns[run.pattern]
 
-    def only(self, side: int) -> list[Key]:
-        return sorted(self.sides[side].keys() - self.sides[1 - side].keys(), key=str)
+    @property
+    def tensors(self) -> int:
+        return sum(self.join.counts) + len(self.join.only_source) + len(self.join.only_destination)
 
-    def bytes(self, side: int, key: Key) -> int:
-        return _volume(self.sizes[side][key]) * DTYPE_SIZE[self.sides[side][key][0][0].dtype]
-
-    def coverage(self, key: Key) -> list[int]:
-        """How many elements of a tensor lie on each side."""
-        return [Coverage().covered([block for _, block in held[key]], sizes[key])[0] for held, sizes in zip(self.sides, self.sizes)]
+    @property
+    def plan(self) -> Plan:
+        """Every holder of a box against every other side's holder of it, of the tensors that have the same sizes on both sides."""
+        alike = tuple(run for run in self.join.runs if self.sizes[0][run.first[0]] == self.sizes[1][run.first[0]])
+        return Plan(replace(self.join, runs=alike), every_pair=True)
 
 
 def pair(a: Checkpoint, b: Checkpoint) -> Pair:
-    """Copies that line up every box of `b` (dst) with every box of `a` (src) of the same tensor, all replicas included."""
-    sides = tuple(dict(holders([*checkpoint.stored, *checkpoint.left_out])) for checkpoint in (a, b))
-    found = Pair(sides, tuple(_sizes(checkpoint, held) for checkpoint, held in zip((a, b), sides)))
-    moves: dict[tuple[int, int], Move | None] = {}
-    for key in found.both:
-        if found.sizes[0][key] != found.sizes[1][key]:
-            continue
-        for stored, block in sides[1][key]:
-            for source, other in sides[0][key]:
-                at = id(other), id(block)
-                if at not in moves:
-                    moves[at] = move_between(other, block)
-                if moves[at] is not None:
-                    found.copies.append(Copy(key, source, stored, moves[at]))
-    return found
+    """Line up every box of `b` (destination) with every box of `a` (source) of the same tensor, all replicas included."""
+    sides = tuple((*checkpoint.stored, *checkpoint.left_out) for checkpoint in (a, b))
+    return Pair(join(*sides), (_sizes(a), _sizes(b)))
 
 
-def _sizes(checkpoint: Checkpoint, held: Held) -> dict[Key, tuple[int, ...]]:
-    """Per tensor, its size along each of its axes."""
+def _sizes(checkpoint: Checkpoint) -> Sizes:
+    """Per tensor of the model, and weight that its layout leaves out, the size along each axis."""
     of = {tensor.name: checkpoint.layout.shape(tensor) for tensor in checkpoint.layout.descriptor.tensors.values()}
-    return {key: of[key[0]] if own[0][0].entry is not None else own[0][1].shape for key, own in held.items()}
+    return of | {part.first[0]: part.block.shape for stored in checkpoint.left_out for part in stored.parts}
+
+
+def _bytes(side: Iterable[Stored], keys: Iterable[Key], sizes: Sizes) -> int:
+    """Bytes of some tensors, whole, in the dtype that `side` holds them in."""
+    wanted = set(keys)
+    dtypes = {key: stored.dtype for stored in side for key, _ in stored.blocks if key in wanted} if wanted else {}
+    return sum(_volume(sizes[key[0]]) * DTYPE_SIZE[dtype] for key, dtype in dtypes.items())
 
 
 def compare(a: Checkpoint, b: Checkpoint, progress: Callable[[int], None] = lambda size: None) -> DiffReport:
@@ -83,23 +83,25 @@ def compare(a: Checkpoint, b: Checkpoint, progress: Callable[[int], None] = lamb
     def name(key: Key) -> str:
         return names.get(key, label(key))
 
-    missing = [lined_up.only(1), lined_up.only(0)]
-    report = DiffReport(len(lined_up.sides[0].keys() | lined_up.sides[1].keys()), [], *[[name(key) for key in keys] for keys in missing])
-    report.bytes_missing_in_a, report.bytes_missing_in_b = (sum(lined_up.bytes(1 - side, key) for key in missing[side]) for side in (0, 1))
+    joined = lined_up.join
+    missing = sorted(joined.only_destination, key=str), sorted(joined.only_source, key=str)
+    report = DiffReport(lined_up.tensors, [], *[[name(key) for key in keys] for keys in missing])
+    report.bytes_missing_in_a = _bytes(joined.destinations, missing[0], lined_up.sizes[1])
+    report.bytes_missing_in_b = _bytes(joined.sources, missing[1], lined_up.sizes[0])
     tally = _Tally(progress)
     with closing(a.source()) as left, closing(b.source()) as right:
-        plan = Plan([], lined_up.copies)
+        plan = lined_up.plan
         if left.remote or right.remote:
             _look_from_afar(plan, left, right, tally.look)
         else:
             for tile in tiles(plan):
                 tally.look(tile, left, right)
-    for key in lined_up.both:
+    for key, pattern in lined_up.both:
         difference = tally.found.get(key)
-        why = _not_compared(lined_up, key, tally.compared[key])
+        why = _not_compared(lined_up.sizes, key, pattern, tally.compared[key])
         if why:
             difference = difference or Difference("", 0, None)
-            difference.elements += _volume(lined_up.sizes[0][key]) - tally.compared[key]
+            difference.elements += _volume(lined_up.sizes[0][key[0]]) - tally.compared[key]
             difference.why = "; ".join(text for text in (difference.why, why) if text)
         if difference:
             difference.name = name(key)
@@ -108,15 +110,15 @@ def compare(a: Checkpoint, b: Checkpoint, progress: Callable[[int], None] = lamb
     return report
 
 
-def _not_compared(lined_up: Pair, key: Key, compared: int) -> str:
+def _not_compared(sizes: tuple[Sizes, Sizes], key: Key, pattern: Pattern, compared: int) -> str:
     """Why not every element of a tensor that both sides have was compared; empty where every one was."""
-    sizes = [side[key] for side in lined_up.sizes]
-    if sizes[0] != sizes[1]:
-        return f"sizes {list(sizes[0])} and {list(sizes[1])}"
-    whole = _volume(sizes[0])
+    first, second = (side[key[0]] for side in sizes)
+    if first != second:
+        return f"sizes {list(first)} and {list(second)}"
+    whole = _volume(first)
     if compared == whole:
         return ""
-    held = lined_up.coverage(key)
+    held = [union_volume([slot.box for slot in slots]) for slots in (pattern.sources, pattern.destinations)]
     lacks = ", ".join(f"{side} lacks {whole - own}" for side, own in zip(("the first", "the second"), held) if own != whole)
     return f"{compared} of {whole} elements compared" + (f": {lacks}" if lacks else "")
 

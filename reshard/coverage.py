@@ -4,96 +4,62 @@ Nothing here knows how a block came about: it counts. A cutter that drops, repea
 whatever the format, before a byte is written.
 """
 
-from collections.abc import Iterable, Mapping
 from functools import lru_cache
-from itertools import pairwise
+from math import prod
 
-from reshard.block import Block, Box, Key, Stored, overlap, volume
+from reshard.block import Key, Stored
 
 Axes = tuple[tuple[int, int], ...]  # (stride, size) of a block's axes, the longest stride first
 
 _MOST_STEPS = 1 << 20  # positions of one axis that two blocks are compared at; what no format has is taken for an overlap
 
 
-class Coverage:
-    """Checks stored tensors and tensors of the model against their sizes.
-
-    Layers and experts share their blocks, so a pattern (the same block objects, in a tensor of the same shape) is checked
-    once. Blocks that were seen are kept, so that no other one gets their identity.
-    """
-
-    def __init__(self):
-        self._stored: dict[tuple, tuple[list[tuple], object]] = {}
-        self._covered: dict[tuple, tuple[int, bool, object]] = {}
-
-    def faults(self, stored: Stored) -> list[str]:
-        """What is wrong with the blocks of one stored tensor: every element must lie under one of them or be declared padding."""
-        at = (stored.shape, stored.pad, *[id(block) for _, block in stored.blocks])
-        if at not in self._stored:
-            self._stored[at] = _faults(stored), stored.blocks
-        found = self._stored[at][0]
-        return [text.format(*(label(stored.blocks[i][0]) for i in which)) for text, which in found] if found else found
-
-    def covered(self, blocks: list[Block], shape: tuple[int, ...]) -> tuple[int, bool]:
-        """Elements of a tensor of `shape` that lie in any of `blocks`; and whether none lies outside."""
-        at = (shape, *sorted({id(block) for block in blocks}))
-        if at not in self._covered:
-            boxes = frozenset(block.box for block in blocks)
-            inside = all(0 <= start < stop <= size for box in boxes for (start, stop), size in zip(box, shape, strict=True))
-            self._covered[at] = union_volume(boxes), inside, tuple(blocks)
-        return self._covered[at][:2]
-
-    def lost(self, placed: Mapping[Key, list[Block]], sizes: Mapping[str, tuple[int, ...]], where: str) -> list[str]:
-        """Tensors of the model that the blocks `placed` do not cover wholly, and those that reach out of them."""
-        problems = []
-        for key, blocks in placed.items():
-            shape = sizes[key[0]]
-            count, inside = self.covered(blocks, shape)
-            whole = volume(tuple((0, size) for size in shape))
-            if not inside:
-                problems.append(f"{label(key)}: the {where} has elements of it past its sizes, {list(shape)}")
-            elif count != whole:
-                problems.append(f"{label(key)}: {whole - count} of {whole} elements have no place in the {where}")
-        return problems
+def faults_of(stored: Stored) -> list[str]:
+    """What is wrong with the blocks of one stored tensor: every element must lie under one of them or be declared padding."""
+    shapes = tuple([(part.block.box, part.block.offset, part.block.strides, part.count, part.step) for part in stored.parts])
+    found = _faults(stored.size, stored.pad, shapes)
+    return [text.format(*(label(stored.parts[i].first) for i in which)) for text, which in found]
 
 
-def _faults(stored: Stored) -> list[tuple]:
-    """(text, blocks named in it) of each fault."""
-    blocks = [block for _, block in stored.blocks]
+@lru_cache(maxsize=65536)
+def _faults(size: int, pad: int, shapes: tuple[tuple, ...]) -> list[tuple[str, tuple[int, ...]]]:
+    """(text, parts named in it) of each fault. Layers and experts that lie alike are looked at once."""
+    spread = [(offset, axes((*strides, step), (*(stop - start for start, stop in box), count))) for box, offset, strides, count, step in shapes]
     faults = []
-    for i, block in enumerate(blocks):
-        stop = block.offset + span(axes_of(block))
-        if block.offset < 0 or stop > stored.size:
-            faults.append((f"{{}} would lie at elements {block.offset} to {stop} of {stored.size}", (i,)))
-        elif not nested(axes_of(block)):
+    for i, (offset, own) in enumerate(spread):
+        stop = offset + span(own)
+        if offset < 0 or stop > size:
+            faults.append((f"{{}} would lie at elements {offset} to {stop} of {size}", (i,)))
+        elif not nested(own):
             faults.append(("{} would lie on elements of its own", (i,)))
     if faults:
         return faults
-    both = overlapping(blocks)
+    both = overlapping(spread)
     if both:
         return [("{} and {} would lie on the same elements", both)]
-    empty = stored.size - sum(block.size for block in blocks)
-    if empty != stored.pad:
-        return [(f"{empty} of {stored.size} elements are under no tensor, {stored.pad} are declared to be padding", ())]
+    empty = size - sum(prod(n for _, n in own) for _, own in spread)
+    if empty != pad:
+        return [(f"{empty} of {size} elements are under no tensor, {pad} are declared to be padding", ())]
     return []
 
 
-def overlapping(blocks: list[Block]) -> tuple[int, int] | None:
-    """The numbers of two blocks that share an element of their stored tensor; None where no two do."""
-    order = sorted(range(len(blocks)), key=lambda i: blocks[i].offset)
-    open_: list[tuple[int, int, Axes]] = []  # (number, end, axes) of earlier blocks that reach this far
+def overlapping(spread: list[tuple[int, Axes]]) -> tuple[int, int] | None:
+    """The numbers of two (offset, axes) that share an element of their stored tensor; None where no two do."""
+    order = sorted(range(len(spread)), key=lambda i: spread[i][0])
+    open_: list[tuple[int, int, Axes]] = []  # (number, end, axes) of earlier ones that reach this far
     for i in order:
-        offset, axes = blocks[i].offset, axes_of(blocks[i])
+        offset, own = spread[i]
         open_ = [other for other in open_ if other[1] > offset]
         for other, _, held in open_:
-            if meet(offset - blocks[other].offset, held, axes):
+            if meet(offset - spread[other][0], held, own):
                 return other, i
-        open_.append((i, offset + span(axes), axes))
+        open_.append((i, offset + span(own), own))
     return None
 
 
 @lru_cache(maxsize=4096)
-def _axes(strides: tuple[int, ...], shape: tuple[int, ...]) -> Axes:
+def axes(strides: tuple[int, ...], shape: tuple[int, ...]) -> Axes:
+    """Axes by stride, the longest first; those that run on into each other made one."""
     out: list[tuple[int, int]] = []
     for stride, size in sorted(((s, n) for s, n in zip(strides, shape) if n > 1), reverse=True):
         if out and out[-1][0] == stride * size:
@@ -101,11 +67,6 @@ def _axes(strides: tuple[int, ...], shape: tuple[int, ...]) -> Axes:
         else:
             out.append((stride, size))
     return tuple(out)
-
-
-def axes_of(block: Block) -> Axes:
-    """A block's axes by stride, those that run on into each other made one."""
-    return _axes(block.strides, block.shape)
 
 
 def span(axes: Axes) -> int:
@@ -141,42 +102,6 @@ def meet(distance: int, a: Axes, b: Axes) -> bool:
     stride, size = b[0]
     high = min(size, -(-(span(a) - distance) // stride))
     return high > _MOST_STEPS or any(meet(distance + i * stride, a, b[1:]) for i in range(high))
-
-
-def union_volume(boxes: Iterable[Box]) -> int:
-    """Elements covered by any of `boxes`."""
-    boxes = frozenset(boxes)
-    return volume(next(iter(boxes))) if len(boxes) == 1 else _union_volume(boxes)
-
-
-@lru_cache(maxsize=65536)
-def _union_volume(boxes: frozenset[Box]) -> int:
-    if disjoint(list(boxes)):
-        return sum(map(volume, boxes))
-    first = next(iter(boxes))
-    axis = next(a for a in range(len(first)) if len({box[a] for box in boxes}) > 1)
-    marks = sorted({mark for box in boxes for mark in box[axis]})
-    total = 0
-    for low, high in pairwise(marks):
-        inside = {box[:axis] + ((0, high - low),) + box[axis + 1 :] for box in boxes if box[axis][0] <= low and box[axis][1] >= high}
-        if inside:
-            total += union_volume(inside)
-    return total
-
-
-def disjoint(boxes: list[Box]) -> bool:
-    """Whether no two of `boxes` meet: a sweep along the axis on which they differ most."""
-    if len(boxes) < 2:
-        return True
-    axis = max(range(len(boxes[0])), key=lambda a: len({box[a] for box in boxes}))
-    ordered = sorted(boxes, key=lambda box: box[axis])
-    for i, box in enumerate(ordered):
-        for other in ordered[i + 1 :]:
-            if other[axis][0] >= box[axis][1]:
-                break
-            if overlap(box, other):
-                return False
-    return True
 
 
 def label(key: Key) -> str:

@@ -14,7 +14,6 @@ NAME, and ``heal`` restores it from old.
 """
 
 import contextlib
-import ctypes
 import errno
 import os
 import shutil
@@ -228,6 +227,8 @@ def mounts() -> list[Path]:
 
 def exchange(a: Path, b: Path) -> bool:
     """Swap two folders' names in one step; False where the system or the file system can't."""
+    import ctypes
+
     call = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
     if call is None:
         return False

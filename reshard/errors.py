@@ -1,15 +1,17 @@
 """What can go wrong, as exceptions. Every one names the thing, both numbers, and (``hint``) what to do next."""
 
-
-from reshard.stores.foreign import quote
+from reshard.stores.foreign import printable, quote
 
 
 class ReshardError(ValueError):
-    """Base of all errors that reshard raises on purpose. ``str(e)`` is the message; ``e.hint`` is advice or None."""
+    """Base of all errors that reshard raises on purpose. ``str(e)`` is the message; ``e.hint`` is advice or None.
+
+    Both are safe to print: names in them come from files, and a file may try to command the terminal.
+    """
 
     def __init__(self, message: str, hint: str | None = None):
-        super().__init__(message)
-        self.hint = hint
+        super().__init__(printable(str(message)))
+        self.hint = None if hint is None else printable(str(hint))
 
     def __reduce__(self):  # errors cross from one process to another
         return type(self), (str(self), self.hint)
@@ -37,12 +39,27 @@ class PlanError(ReshardError):
         return type(self), (list(self.problems), self.hint, self._shown)
 
 
+class CastError(ReshardError):
+    """Values of the source have no room in the dtype that they would be stored in."""
+
+
 class DestinationError(ReshardError):
     """The destination cannot be written: not empty, locked by another run, another run's leftovers, no space."""
 
 
 class HubError(ReshardError):
     """The Hub, or the way to it, refused or failed. What was done so far is kept: the same command goes on from there."""
+
+
+class BadBytes(HubError, FormatError):
+    """Bytes of a source file, `file`, came otherwise than the Hub lists them. Whatever was made of that file must be made again."""
+
+    def __init__(self, message: str, hint: str | None = None, file: str = ""):
+        super().__init__(message, hint)
+        self.file = file
+
+    def __reduce__(self):
+        return type(self), (str(self), self.hint, self.file)
 
 
 class SyncError(ReshardError):

@@ -9,8 +9,9 @@ import mmap
 import os
 import threading
 from collections import defaultdict, deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import product
 from math import prod
@@ -18,14 +19,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from reshard.block import Box, Stored, volume
-from reshard.errors import FormatError
+from reshard.errors import CastError, FormatError
 from reshard.handles import Handles, allowed
-from reshard.join import Copy, Plan, union_volume
+from reshard.planner.pieces import union_volume
+from reshard.planner.plan import Copy, Plan
+from reshard.planner.tiles import BUFFER, Portion, Tile, portions, split, tile_limit
+from reshard.planner.tiles import casts as casts_in
 from reshard.stores import DTYPE_SIZE
 from reshard.stores.identity import Identity, changed, difference, identity
-from reshard.tiles import BUFFER, Portion, Tile, portions, split, tile_limit
 
 if TYPE_CHECKING:
+    from reshard.casts import Casts
     from reshard.fetch import Batch
 
 _RUN = 64 << 10  # bytes: contiguous runs of at least this much are passed on as they are
@@ -39,6 +43,7 @@ class Source:
     remote = False  # True where bytes must be fetched, batch by batch, before tiles can have them
     checked = 0  # files whose checksum was compared with one that is known
     in_memory = False  # True where all bytes are in memory already
+    casts: "Casts | None" = None  # how casts of this run are judged; None: a value that does not fit is refused
 
     def __init__(self, folder: Path, identities: Mapping[str, Identity] = {}):
         """`identities` are those that the files had when their headers were read: a file that has another is not read."""
@@ -127,7 +132,7 @@ class Workspace:
         self._used = mark
 
 
-def run_tile(tile: Tile, source: Source, write: Callable[[Stored, int, memoryview], None], space: Workspace) -> int:
+def run_tile(tile: Tile, source: Source, write: Callable[[Stored, int, memoryview], None], space: Workspace, casts: "Casts | None" = None) -> int:
     """Move one tile. `write(stored, element, bytes)` stores a contiguous run. Returns bytes read from the source."""
     runs = _runs_of(tile)
     if runs is not None:
@@ -135,7 +140,7 @@ def run_tile(tile: Tile, source: Source, write: Callable[[Stored, int, memoryvie
     else:
         from reshard.rearrange import rearrange  # numpy's import takes longer than a small conversion
 
-        read = rearrange(tile, source, write, space)
+        read = rearrange(tile, source, write, space, casts)
     space.reset()
     source.count(read)
     return read
@@ -155,13 +160,13 @@ def _runs_of(tile: Tile) -> list[Runs] | None:
     """The tile as long runs, where it needs no arithmetic and no element would be read twice; else None."""
     if tile.checks:
         return None
-    sharing: dict[tuple[int, tuple, Box], list[Copy]] = defaultdict(list)
-    boxes: dict[tuple[int, tuple], set[Box]] = defaultdict(set)
+    sharing: dict[tuple, list[Copy]] = defaultdict(list)
+    boxes: dict[tuple, set[Box]] = defaultdict(set)
     for copy in tile.copies:
         if copy.src.dtype != copy.dst.dtype:
             return None
-        sharing[id(copy.src), copy.key, copy.move.box].append(copy)
-        boxes[id(copy.src), copy.key].add(copy.move.box)
+        sharing[copy.src.id, copy.key, copy.move.box].append(copy)
+        boxes[copy.src.id, copy.key].add(copy.move.box)
     if any(len(held) > 1 and union_volume(held) != sum(map(volume, held)) for held in boxes.values()):
         return None
     out = []
@@ -224,7 +229,8 @@ def run(
 
         run_batches(list(enumerate(batches(plan))), source, write, jobs=jobs, buffer=buffer, progress=progress)
         return
-    run_portions(list(enumerate(portions(plan))), source, write, limit=tile_limit(plan, jobs, buffer), jobs=jobs, progress=progress)
+    with casts_judged(plan, source):
+        run_portions(list(enumerate(portions(plan))), source, write, limit=tile_limit(plan, jobs, buffer), jobs=jobs, progress=progress)
 
 
 def run_portions(
@@ -245,7 +251,7 @@ def run_portions(
         number, portion = item
         for part in portion.tiles:
             for tile in split(part, limit):
-                read = run_tile(tile, source, write, space)
+                read = run_tile(tile, source, write, space, source.casts)
                 with lock:
                     progress(read)
                 if stop.is_set():
@@ -254,6 +260,23 @@ def run_portions(
 
     # half of the workers begin at either end: they seldom want to write to the same file
     in_threads(jobs, lambda number: queue.pop() if number % 2 else queue.popleft(), move)
+
+
+@contextmanager
+def casts_judged(plan: Plan, source: Source) -> Iterator[None]:
+    """While it runs, the casts of `plan` are judged as `source` was told, else strictly. One that is refused, by a tile that showed it,
+    is told with all that its tensor would lose."""
+    if source.casts is None and casts_in(plan):
+        from reshard.casts import Casts
+
+        source.casts = Casts()
+    try:
+        yield
+    except CastError:
+        from reshard.casts import refused
+        from reshard.rearrange import whole_loss
+
+        raise refused(whole_loss(plan, source, source.casts)) from None
 
 
 def run_batches(
@@ -305,7 +328,7 @@ def run_batches(
         rooms.room.reset()
         held = source.hold(batch.ranges[0], rooms.room, tell)
         for tile in batch.tiles:
-            run_tile(tile, held, write, space)
+            run_tile(tile, held, write, space, source.casts)
         if not stop.is_set():
             moved(number)
 

@@ -10,9 +10,9 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 from reshard.block import Stored
-from reshard.join import Copy, Plan
+from reshard.planner.plan import Copy, Plan
+from reshard.planner.tiles import Tile, groups, tile_limit
 from reshard.stores import DTYPE_SIZE
-from reshard.tiles import Tile, cut, ordered, tile_limit
 
 GAP = 256 << 10  # bytes
 BATCH = 4 << 20  # bytes
@@ -42,12 +42,11 @@ class Batch:
     def size(self) -> int:
         return sum(r.stop - r.start for side in self.ranges for r in side)
 
-    def without(self, finished: set[int]) -> "Batch":
-        """What is left when destinations, by id, are finished."""
-        if not any(id(c.dst) in finished for tile in self.tiles for c in tile.copies):
+    def without(self, finished: set[str]) -> "Batch":
+        """What is left when the output files `finished` are."""
+        if not any(copy.dst.file in finished for tile in self.tiles for copy in tile.copies):
             return self
-        tiles = [Tile(tile.boxes, [c for c in tile.copies if id(c.dst) not in finished], tile.checks) for tile in self.tiles]
-        return Batch([tile for tile in tiles if tile.copies], self.ranges)
+        return Batch([left for tile in self.tiles if (left := tile.without(finished)).copies], self.ranges)
 
 
 def of_plan(tile: Tile) -> tuple[list[Reading], ...]:
@@ -76,8 +75,8 @@ def batches(plan: Plan, readings: Callable[[Tile], tuple[list[Reading], ...]] = 
         return tuple(merged([r for reading in side for r in _ranges(reading, gap)], gap) for side in readings(tile))
 
     out: list[Batch] = []
-    for group in ordered(plan, sides=("src",)):
-        for tile in _split(group, limit, lambda t: Batch([t], ranges(t)).size):
+    for group in groups(plan, sides=("src",)):
+        for tile in _split(group.tile(plan), limit, lambda t: Batch([t], ranges(t)).size):
             own = ranges(tile)
             if out:
                 last = out[-1]
@@ -101,13 +100,13 @@ def _split(tile: Tile, limit: int, size: Callable[[Tile], int]) -> Iterator[Tile
             yield tile
             return
         for key, box in tile.boxes.items():
-            yield from _split(cut(tile, {key: box}), limit, size)
+            yield from _split(tile.cut({key: box}), limit, size)
         return
     start, stop = next(iter(tile.boxes.values()))[axis]
     step = -(-(stop - start) // min(-(-total // limit), stop - start))
     for low in range(start, stop, step):
         part = (low, min(low + step, stop))
-        yield from _split(cut(tile, {k: b[:axis] + (part,) + b[axis + 1 :] for k, b in tile.boxes.items()}), limit, size)
+        yield from _split(tile.cut({k: b[:axis] + (part,) + b[axis + 1 :] for k, b in tile.boxes.items()}), limit, size)
 
 
 def _slowest(tile: Tile) -> int | None:

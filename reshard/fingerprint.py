@@ -3,13 +3,13 @@
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 from reshard import __version__
-from reshard.block import Stored
 from reshard.fetch import BATCH, GAP
 from reshard.job import Job
-from reshard.tiles import _MOST_PORTION, _PORTION
+from reshard.planner.plan import digest as digest_of
+from reshard.planner.tiles import MOST_PORTION, PORTION
 
 
 def fingerprint(job: Job) -> str:
@@ -19,10 +19,10 @@ def fingerprint(job: Job) -> str:
     both sides, and all that the output's files hold besides.
     """
     digest = hashlib.sha256(conversion(job).encode())
-    _add(digest, job.rank, _PORTION, _MOST_PORTION)
+    _add(digest, job.rank, PORTION, MOST_PORTION)
     if job.batches is not None:
         _add(digest, GAP, BATCH, [batch.size for batch in job.batches])
-    _add_stored(digest, job.plan.destinations)
+    _add(digest, job.plan.fingerprint)
     for file in job.folder.files:
         _add(digest, file.path, file.image.size, {name: info.offset for name, info in file.image.tensors.items()})
         for offset, content in [*file.image.segments, *sorted((file.image.tensors[n].offset, c) for n, c in file.constants.items())]:
@@ -35,7 +35,7 @@ def conversion(job: Job) -> str:
     """A digest of source, layout and options: what all ranks of one conversion have in common."""
     digest = hashlib.sha256()
     _add(digest, __version__, options(job) | {"rank": None}, source_state(job), plain(job.source.layout.section(job.section)), dict(job.source.layout.sizes))
-    _add_stored(digest, job.source.stored)
+    _add(digest, digest_of(job.source.stored))
     return digest.hexdigest()
 
 
@@ -58,17 +58,6 @@ def source_state(job: Job) -> str:
 
 def _add(digest, *values: object) -> None:
     digest.update(json.dumps(values, default=str).encode() + b"\n")
-
-
-def _add_stored(digest, tensors: Iterable[Stored]) -> None:
-    """Every block of every tensor. Layers and experts share their blocks, whose text is made once."""
-    texts: dict[int, str] = {}
-    for stored in tensors:
-        for _, block in stored.blocks:
-            if id(block) not in texts:
-                texts[id(block)] = repr((block.box, block.offset, block.strides))
-        blocks = [(key, texts[id(block)]) for key, block in stored.blocks]
-        digest.update(repr((stored.rank, stored.name, stored.dtype, stored.shape, stored.file, stored.start, blocks)).encode())
 
 
 def plain(value: object) -> object:

@@ -6,6 +6,7 @@
 import json
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from reshard import formats
 from reshard.checkpoint import Checkpoint, read_config
@@ -15,11 +16,15 @@ from reshard.fetch import peak as peak_of_fetching
 from reshard.formats import Folder, Target
 from reshard.formats.manifest import NAME as MANIFEST
 from reshard.formats.manifest import manifest_bytes
-from reshard.join import Plan, join
-from reshard.layout import Mesh, Placement, Rank, parse_version
+from reshard.layout import Mesh, Placement, Rank
+from reshard.planner.plan import Plan
+from reshard.planner.plan import plan as make_plan
+from reshard.planner.tiles import BUFFER, Portion, peak_buffer, portions
 from reshard.stores.identity import Identity, identity
 from reshard.text import count, human, some, table
-from reshard.tiles import BUFFER, Portion, peak_buffer, portions
+
+if TYPE_CHECKING:
+    from reshard.casts import Casts
 
 DTYPES = {"bf16": "BF16", "fp16": "F16", "fp32": "F32"}
 #: files beside the weights that every folder gets, when the source has them
@@ -53,6 +58,7 @@ class Job:
     def portions(self) -> list[Batch] | list[Portion]:
         """The whole work in pieces that a journal notes by number."""
         return portions(self.plan) if self.batches is None else self.batches
+    casts: "Casts | None" = None  # counts values that become infinite, where that is allowed; None: they are refused
 
     @property
     def bytes_read(self) -> int:
@@ -86,8 +92,7 @@ class Job:
         """Per destination rank: bytes it needs read, bytes of its files, bytes of its tensors."""
         written: dict[int, int] = {}
         for file in self.folder.files:
-            rank = next((s.rank for s in file.tensors.values()), 0)
-            written[rank] = written.get(rank, 0) + file.image.size
+            written[file.rank] = written.get(file.rank, 0) + file.image.size
         return [{**row, "bytes_written": written.get(row["rank"], 0)} for row in self.plan.per_rank()]
 
     def describe(self, path: str | None = None) -> str:
@@ -156,9 +161,11 @@ def prepare(
     rank: int | None = None,
     jobs: int | None = None,
     buffer: int = BUFFER,
+    allow_overflow: bool = False,
 ) -> Job:
     """Plan the conversion of `source`, for all ranks or for `rank` alone (replicas in the source are then not compared).
 
+    `allow_overflow`: a value that has no room in its new dtype becomes infinite, and is counted, instead of ending the run.
     Raises PlanError with every problem found; nothing is written.
     """
     kind = formats.get(format)
@@ -171,8 +178,7 @@ def prepare(
     engine_version = engine_version or kind.newest
     target = Target(placement, ranks, engine_version, max_file)
     folder = kind.write(target, plan.destinations)
-    used = {id(s) for file in folder.files for s in file.tensors.values()}
-    assert used == {id(s) for s in plan.destinations}, "a format left tensors out of its files"
+    plan = plan.located({s.id: (file.path, file.image.tensors[name].offset) for file in folder.files for name, s in file.tensors.items()})
     sizes = {file.path: file.image.size for file in folder.files}
     native = native_dtypes(source, plan)
     alone = rank is not None and len(placement.ranks) > 1
@@ -187,12 +193,21 @@ def prepare(
     fetched = batches(plan) if source.remote else None
     peak = peak_buffer(plan, jobs, buffer) if fetched is None else peak_of_fetching(workers(jobs, buffer))
     seen = {str(path): identity(path.stat()) for path in companions.values() if isinstance(path, Path)}
-    return Job(source, format, placement.mesh, plan, folder, companions, engine_version, dtype, peak, fetched, rank if alone else None, max_file, seen)
+    return Job(source, format, placement.mesh, plan, folder, companions, engine_version, dtype, peak, fetched, rank if alone else None, max_file, seen,
+               counting(allow_overflow))  # fmt: skip
 
 
 def left_out(source: Checkpoint) -> dict:
     """Weights in the files of `source` that no conversion carries: their names, and their bytes."""
     return {"tensors": sorted({stored.name for stored in source.left_out}), "bytes": source.left_out_bytes}
+
+
+def counting(allow_overflow: bool) -> "Casts | None":
+    if not allow_overflow:
+        return None
+    from reshard.casts import Casts
+
+    return Casts(allow=True)
 
 
 def default_jobs(source: Checkpoint) -> int:
@@ -206,9 +221,7 @@ def place(source: Checkpoint, format: str, mesh: Mesh, engine_version: str | Non
     section = source.layout.section(kind.section)
     if mesh.ep > 1 and not source.layout.sizes.get("expert"):
         raise PlanError([f"ep={mesh.ep}, but {source.layout.name} is a model without experts"], "leave out --ep")
-    if engine_version is not None and kind.newest is None:
-        raise PlanError([f"--engine-version {engine_version} has no meaning for format {format}"], "it goes with --to vllm and --to sglang")
-    version = parse_version(engine_version) if engine_version else None
+    version = kind.release(engine_version) if engine_version is not None else None
     return Placement(source.layout, section.for_version(version), kind.rules, mesh, engine=version)
 
 
@@ -227,7 +240,7 @@ def join_to(source: Checkpoint, placement: Placement, dtype: str | None, ranks=N
         raise PlanError(placement.problems, split_hint(placement))
     keep = [t.name for t in source.layout.descriptor.tensors.values() if t.dtype]
     sizes = {t.name: source.layout.shape(t) for t in source.layout.descriptor.tensors.values()}
-    return join(source.stored, destinations, cast=DTYPES.get(dtype or ""), keep=keep, native=source.native, sizes=sizes, complete=complete, check=complete)
+    return make_plan(source.stored, destinations, cast=DTYPES.get(dtype or ""), keep=keep, native=source.native, sizes=sizes, complete=complete, check=complete)
 
 
 def native_dtypes(source: Checkpoint, plan: Plan) -> dict[str, str]:

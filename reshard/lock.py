@@ -8,7 +8,6 @@ import contextlib
 import fcntl
 import json
 import os
-import socket
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -71,7 +70,7 @@ def _beside(path: Path) -> Path:
 
 
 def _create(path: Path) -> Callable[[], None] | None:
-    mine = json.dumps({"host": socket.gethostname(), "pid": os.getpid()}).encode()
+    mine = json.dumps({"host": os.uname().nodename, "pid": os.getpid()}).encode()
     for _ in range(2):
         try:
             handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
@@ -96,7 +95,7 @@ def _dead(path: Path) -> bool:
     """Whether the process that made lock file `path` ran on this host and has ended."""
     try:
         owner = json.loads(path.read_bytes()[:1000])
-        if owner["host"] != socket.gethostname():
+        if owner["host"] != os.uname().nodename:
             return False
         if owner["pid"] == os.getpid():
             return False

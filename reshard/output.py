@@ -42,10 +42,6 @@ class Output:
         self.doubtful = False
         self._folder, self._durable, self._mode, self._folder_mode = folder, durable, mode, folder_mode
         self._todo = {file.path: file for file in files}
-        self._place = {
-            id(stored): (file.path, file.image.tensors[name].offset, DTYPE_SIZE[stored.dtype])
-            for file in self._todo.values() for name, stored in file.tensors.items()
-        }  # fmt: skip
         self._there = there
         self._left = {path: file.image.size - there.get(path, 0) for path, file in self._todo.items()}
         self._dirty = dict.fromkeys(self._todo, 0)
@@ -59,8 +55,7 @@ class Output:
 
     def write(self, stored: Stored, element: int, data: memoryview) -> None:
         """Store `data` from `element` on of a destination tensor."""
-        path, start, width = self._place[id(stored)]
-        self._put(path, start + element * width, data)
+        self._put(stored.file, stored.start + element * DTYPE_SIZE[stored.dtype], data)
 
     def finish(self) -> None:
         """Write the files in which no tensor has any bytes, and wait for the disk; every file must be complete then."""

@@ -1,6 +1,6 @@
 """Elements that do not lie in long runs: read what a tile needs, order it in a buffer with numpy's strides, write that.
 
-Words are moved as integers of their width, never as numbers; only ``cast`` looks at values.
+Words are moved as integers of their width, never as numbers; only a cast (``casts.py``) looks at values.
 """
 
 from collections import defaultdict
@@ -10,28 +10,31 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from reshard.block import Box, Stored, end
+from reshard.casts import Casts, Loss, word
+from reshard.coverage import label
 from reshard.errors import FormatError
 from reshard.execute import Source, Workspace, contiguous_from
 from reshard.fetch import _split as cut_until
 from reshard.fetch import runs
-from reshard.join import Copy, label, where
+from reshard.planner.plan import Copy, Plan, where
+from reshard.planner.tiles import Tile, between, groups, sides, spans, split
 from reshard.stores import DTYPE_SIZE
-from reshard.tiles import Tile, between, sides, source_bytes, spans
 
+_LOSS_TILE = 2 << 20  # bytes
 GAP = 16 << 10  # bytes between runs of a file that are rather read than left out
 
 
-def rearrange(tile: Tile, source: Source, write: Callable[[Stored, int, memoryview], None], space: Workspace) -> int:
+def rearrange(tile: Tile, source: Source, write: Callable[[Stored, int, memoryview], None], space: Workspace, casts: Casts | None = None) -> int:
     """Read all that the tile needs, put each destination together in a buffer, and write that.
 
-    One rank's columns lie far apart: a tile that spans much more than it needs is cut, so that its span fits in its own bytes.
+    `casts`: how casts are judged. One rank's columns lie far apart: a tile that spans much more than it needs is cut, so that its span fits in its own bytes.
     """
-    if not source.in_memory and between(tile) > (most := max(source_bytes(tile), 1 << 20)):
+    if not source.in_memory and between(tile) > (most := max(tile.source_bytes, 1 << 20)):
         parts = list(cut_until(tile, most, between))
         if len(parts) > 1:
             mark, read = space.mark(), 0
             for part in parts:
-                read += rearrange(part, source, write, space)
+                read += rearrange(part, source, write, space, casts)
                 space.reset(mark)
             return read
     windows, read = _windows(tile, source, space)
@@ -44,12 +47,13 @@ def rearrange(tile: Tile, source: Source, write: Callable[[Stored, int, memoryvi
                 f"{where(check.src)} and {where(check.dst)} both hold {label(check.key)}, with different values",
                 "the ranks are not of one checkpoint, or its replicas drifted apart; take the files of one step",
             )
-    by_target: dict[int, list[Copy]] = defaultdict(list)
+    by_target: dict[tuple[int, str], list[Copy]] = defaultdict(list)
     for copy in tile.copies:
-        by_target[id(copy.dst)].append(copy)
+        by_target[copy.dst.id].append(copy)
     mark = space.mark()
+    casts, counted = casts or Casts(), set()
     for copies in by_target.values():
-        _fill(copies, windows, write, space)
+        _fill(copies, windows, write, space, casts, counted)
         space.reset(mark)
     return read
 
@@ -58,10 +62,10 @@ def rearrange(tile: Tile, source: Source, write: Callable[[Stored, int, memoryvi
 class Windows:
     """The source bytes of one tile: per stored tensor, the element at which its window begins, and the words from there."""
 
-    words: dict[int, tuple[int, np.ndarray]] = field(default_factory=dict)
+    words: dict[tuple[int, str], tuple[int, np.ndarray]] = field(default_factory=dict)
 
     def view(self, stored: Stored, box: Box, offset: int, strides: tuple[int, ...]) -> np.ndarray:
-        low, words = self.words[id(stored)]
+        low, words = self.words[stored.id]
         return strided(words[offset - low :], box, strides)
 
 
@@ -84,7 +88,7 @@ def mapped(source: Source, stored: Stored, low: int, high: int, runs: Iterable[t
     else:
         raw = np.empty((high - low) * width, np.uint8)  # pages that nothing is read into take no memory
         _read_runs(source, stored, low, runs or [(low, high)], memoryview(raw))
-    return raw.view(_word(width))
+    return raw.view(word(width))
 
 
 def _read_runs(source: Source, stored: Stored, low: int, runs: Iterable[tuple[int, int]], into: memoryview) -> None:
@@ -102,13 +106,13 @@ def _read_runs(source: Source, stored: Stored, low: int, runs: Iterable[tuple[in
 
 def _windows(tile: Tile, source: Source, space: Workspace) -> tuple[Windows, int]:
     """Read what a tile needs, each source once. And count it."""
-    needed: dict[int, set] = defaultdict(set)
+    needed: dict[tuple[int, str], set] = defaultdict(set)
     windows, total = Windows(), 0
     found = spans(tile)
     for stored, copy, offset, strides in sides(tile):
-        _, low, high, used = found[id(stored)]
+        _, low, high, used = found[stored.id]
         if used != high - low and not source.in_memory:
-            needed[id(stored)].update(runs(offset, copy.move.shape, strides, GAP // DTYPE_SIZE[stored.dtype]))
+            needed[stored.id].update(runs(offset, copy.move.shape, strides, GAP // DTYPE_SIZE[stored.dtype]))
     for at, (stored, low, high, used) in found.items():
         width = DTYPE_SIZE[stored.dtype]
         total += used * width
@@ -117,23 +121,24 @@ def _windows(tile: Tile, source: Source, space: Workspace) -> tuple[Windows, int
         else:
             buffer = space.take((high - low) * width)
             _read_runs(source, stored, low, needed[at] or [(low, high)], buffer)
-            words = np.frombuffer(buffer, _word(width))
+            words = np.frombuffer(buffer, word(width))
         windows.words[at] = low, words
     return windows, total
 
 
-def _fill(copies: list[Copy], windows: Windows, write: Callable[[Stored, int, memoryview], None], space: Workspace) -> None:
+def _fill(copies: list[Copy], windows: Windows, write: Callable[[Stored, int, memoryview], None], space: Workspace,
+          casts: Casts, counted: set[tuple]) -> None:  # fmt: skip
     """Write the copies of one tile into one stored tensor."""
     dst = copies[0].dst
     width = DTYPE_SIZE[dst.dtype]
     low = min(c.move.dst_offset for c in copies)
     high = max(end(c.move.dst_offset, c.move.shape, c.move.dst_strides) for c in copies)
-    views = [cast(windows.view(c.src, c.move.box, c.move.src_offset, c.move.src_strides), c.src.dtype, dst.dtype) for c in copies]
+    views = [casts.cast(c, windows.view(c.src, c.move.box, c.move.src_offset, c.move.src_strides), counted) for c in copies]
     if sum(c.move.size for c in copies) < high - low:  # holes between them: each by itself, in runs
         for copy, view in zip(copies, views):
             _scatter(view, copy.move.dst_offset, copy.move.dst_strides, dst, write)
         return
-    buffer = np.frombuffer(space.take((high - low) * width), _word(width))
+    buffer = np.frombuffer(space.take((high - low) * width), word(width))
     for copy, view in zip(copies, views):
         place = np.lib.stride_tricks.as_strided(buffer[copy.move.dst_offset - low :], view.shape, [s * width for s in copy.move.dst_strides])
         np.copyto(place, view)
@@ -153,22 +158,14 @@ def _scatter(view: np.ndarray, offset: int, strides: tuple[int, ...], dst: Store
         write(dst, at, _bytes(inner[index]))
 
 
-def cast(view: np.ndarray, src: str, dst: str) -> np.ndarray:
-    """`view`'s words of dtype `src` as words of dtype `dst`, rounded to nearest even as torch does."""
-    if src == dst:
-        return view
-    import torch
-
-    kinds = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
-    words = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-    writable = np.require(view, requirements=["C", "W"])  # torch takes no array that it may not write to
-    flat = torch.from_numpy(writable.view(f"i{view.itemsize}").reshape(-1))
-    out = flat.view(kinds[src]).to(kinds[dst]).view(words[DTYPE_SIZE[dst]]).numpy()
-    return out.view(_word(DTYPE_SIZE[dst])).reshape(view.shape)
-
-
-def _word(width: int) -> np.dtype:
-    """A dtype that carries `width` bytes untouched."""
-    return np.dtype(f"u{width}") if width in (1, 2, 4, 8) else np.dtype(("V", width))
-
-
+def whole_loss(plan: Plan, source: Source, found: Casts) -> list[Loss]:
+    """What all of the tensors in `found.lost` lose, of which a tile was enough to refuse them."""
+    whole, counted = Casts(allow=True), set()
+    lossy = [group for group in groups(plan) if any(plan.join.runs[number].key(i) in found.lost for number, i in group.members)]
+    for tile in (tile for group in lossy for tile in split(group.tile(plan), _LOSS_TILE)):
+        for copy in tile.copies:
+            if copy.key in found.lost:
+                move = copy.move
+                words = mapped(source, copy.src, move.src_offset, end(move.src_offset, move.shape, move.src_strides))
+                whole.cast(copy, strided(words, move.box, move.src_strides), counted)
+    return list(whole.lost.values())

@@ -1,4 +1,6 @@
-"""Numbers and tables for people."""
+"""Numbers and tables for people. Names in them come from files: nothing here lets one command the terminal."""
+
+from reshard.stores.foreign import printable
 
 
 def human(size: float) -> str:
@@ -17,7 +19,7 @@ def count(number: int, word: str) -> str:
 
 def table(rows: list[tuple], head: tuple[str, ...]) -> str:
     """Rows in columns; numbers to the right."""
-    cells = [tuple(map(str, row)) for row in [head, *rows]]
+    cells = [tuple(printable(str(cell), keep="") for cell in row) for row in [head, *rows]]
     widths = [max(len(row[i]) for row in cells) for i in range(len(head))]
     right = [all(isinstance(row[i], int | float) for row in rows) for i in range(len(head))]
     lines = ["  ".join(c.rjust(w) if r else c.ljust(w) for c, w, r in zip(row, widths, right, strict=True)).rstrip() for row in cells]
@@ -26,4 +28,4 @@ def table(rows: list[tuple], head: tuple[str, ...]) -> str:
 
 def some(names: list[str], shown: int = 4) -> str:
     """The first few of `names`, and how many more there are."""
-    return ", ".join(names[:shown]) + (f" and {len(names) - shown} more" if len(names) > shown else "")
+    return printable(", ".join(names[:shown]), keep="") + (f" and {len(names) - shown} more" if len(names) > shown else "")

@@ -16,22 +16,20 @@ from pathlib import Path
 from reshard import __version__
 from reshard.checkpoint import Checkpoint
 from reshard.destination import Place, modes, sync_folder
-from reshard.errors import DestinationError, FormatError
-from reshard.execute import Source, run_batches, run_portions
+from reshard.errors import DestinationError, FormatError, HubError
+from reshard.execute import Source, casts_judged, run_batches, run_portions
 from reshard.fetch import Batch
 from reshard.fingerprint import conversion, fingerprint, options, source_state
-from reshard.formats import OutFile
 from reshard.formats.manifest import NAME as MANIFEST
 from reshard.formats.manifest import merged, of_conversion, read_incomplete
 from reshard.job import Job, default_jobs
-from reshard.join import Plan
 from reshard.journal import NAME as JOURNAL
 from reshard.journal import Done, Journal, notes_in, opened
 from reshard.output import Output
+from reshard.planner.tiles import BUFFER, Portion, tile_limit
 from reshard.stores import DTYPE_SIZE
 from reshard.stores.identity import changed
 from reshard.text import human
-from reshard.tiles import BUFFER, Portion, tile_limit
 
 _DURABLE_EVERY = 30  # seconds: how much of the work a loss of power may cost
 
@@ -88,6 +86,10 @@ def convert(
         progress(job.bytes_read)
         return Report(place.given, names, 0, 0, time.monotonic() - began, len(names), resumed_bytes=job.bytes_read, notes=notes)
     if _ranks_there(job, place) is None:
+        other = read_incomplete(place.path) if job.rank is not None and not overwrite else None
+        if other:
+            held = ", ".join(map(str, other["ranks"]["held"]))
+            raise DestinationError(f"{place.given} holds rank {held} of another conversion: other source files, layout or options", "choose another destination, or use --overwrite to replace it")
         place.check_free(overwrite, "".join(f"; {note}" for note in notes))
     first = {"fingerprint": fingerprint(job), "reshard": __version__, "source": job.source.name, "options": options(job), "state": source_state(job)}
     _check_leftover(notes_in(place.partial), first, job, place, overwrite)
@@ -101,6 +103,7 @@ def convert(
         left = [file for file in job.folder.files if file.path not in work.done.files]
         there = written_by(job, work.portions, work.done.batches) if work.done.batches else {}
         output = Output(place.partial, left, journal.file if fsync else None, there, files_mode, folders_mode)
+        source.casts = job.casts
         try:
             _move(job, work, source, output, journal, jobs=jobs, buffer=buffer, progress=progress)
             output.finish()
@@ -123,6 +126,7 @@ def convert(
         with place.locked():
             there = _ranks_there(job, place)
             if there is not None:
+                journal.publish(place.path.stat().st_ino, place.partial.name)
                 place.add([*names, *(name for name in small if name != MANIFEST)], merged(there, small[MANIFEST]), fsync)
             else:
                 place.publish(journal, overwrite, fsync)
@@ -141,10 +145,11 @@ def _move(job: Job, work: Work, source: Source, output: Output, journal: Journal
             marked[0], mark = time.monotonic(), journal.mark()
             output.sync(lambda: journal.durable(mark))
 
-    if source.remote:
-        run_batches(work.left, source, output.write, jobs=jobs, buffer=buffer, progress=progress, moved=moved)
-    else:
-        run_portions(work.left, source, output.write, limit=tile_limit(job.plan, jobs, buffer), jobs=jobs, progress=progress, moved=moved)
+    with casts_judged(job.plan, source):
+        if source.remote:
+            run_batches(work.left, source, output.write, jobs=jobs, buffer=buffer, progress=progress, moved=moved)
+        else:
+            run_portions(work.left, source, output.write, limit=tile_limit(job.plan, jobs, buffer), jobs=jobs, progress=progress, moved=moved)
 
 
 def received(source: Checkpoint) -> int:
@@ -156,11 +161,19 @@ def _finished(job: Job, place: Place, healed: dict | None) -> bool:
     """Whether an earlier run of this very job did all: it was killed when its folder had its name already, or its rank is in the folder."""
     if healed and healed["fingerprint"] == fingerprint(job):
         return _whole(job, place.path)
-    there = _ranks_there(job, place)
-    if there is None or job.rank not in there["ranks"]["held"] or not _whole(job, place.path):
+    if job.rank is None or not _whole(job, place.path):
         return False
-    if place.partial.is_dir() and not place.partial.is_symlink() and notes_in(place.partial):
+    there = _ranks_there(job, place)
+    left = [] if place.partial.is_symlink() else notes_in(place.partial)
+    if there is None or job.rank not in there["ranks"]["held"]:
+        # or it was the last: the folder is whole and says nothing of ranks any more, but what the run left does
+        moved = bool(left) and left[0]["fingerprint"] == fingerprint(job) and any("publish" in note for note in left)
+        if not moved or read_incomplete(place.path) or any((place.partial / file.path).exists() for file in job.folder.files):
+            return False
+    if left:
         shutil.rmtree(place.partial)
+    with place.locked():
+        pass  # which removes a lock file that the run left
     return True
 
 
@@ -220,8 +233,7 @@ def _resume(journal: Journal, job: Job, partial: Path, first: dict) -> Work:
     _clean(partial, whole if done.batches else done.files)
     left = list(enumerate(work))
     if done.files or done.batches:
-        finished = {id(s) for file in job.folder.files if file.path in done.files for s in file.tensors.values()}
-        left = [(number, portion.without(finished)) for number, portion in left if number not in done.batches]
+        left = [(number, portion.without(done.files)) for number, portion in left if number not in done.batches]
         left = [(number, portion) for number, portion in left if portion.tiles]
         return Work(work, done, left, job.bytes_read - sum(portion.size for _, portion in left))
     return Work(work, done, left, 0)
@@ -241,23 +253,23 @@ def _clean(partial: Path, keep: set[str]) -> None:
 
 def written_by(job: Job, portions: list[Batch] | list[Portion], batches: set[int]) -> dict[str, int]:
     """How many bytes of each output file those portions write."""
-    file_of = {id(stored): file.path for file in job.folder.files for stored in file.tensors.values()}
-    size = dict.fromkeys(file_of.values(), 0)
+    size = {file.path: 0 for file in job.folder.files}
     for number in batches:
         for tile in portions[number].tiles:
             for copy in tile.copies:
-                size[file_of[id(copy.dst)]] += copy.move.size * DTYPE_SIZE[copy.dst.dtype]
+                size[copy.dst.file] += copy.move.size * DTYPE_SIZE[copy.dst.dtype]
     return size
 
 
 def _give_up(job: Job, work: Work, journal: Journal, place: Place, error: FormatError) -> None:
     """What is kept of a run whose source turned out to be wrong: where one file of the Hub's came wrong, all that is not made of it; else nothing."""
     file = getattr(error, "source_file", None)
+    if file is None and isinstance(error, HubError):  # a small file of the Hub's came wrong: nothing was made of it
+        return
     if not job.source.remote or file is None:
         shutil.rmtree(place.partial)
         return
-    wrong = {id(copy.dst) for copy in job.plan.copies if copy.src.file == file}
-    outputs = [out.path for out in job.folder.files if any(id(s) in wrong for s in out.tensors.values())]
+    outputs = sorted({copy.dst.file for copy in job.plan.copies if copy.src.file == file})
     journal.redo(outputs, [n for n, portion in enumerate(work.portions) if any(c.src.file == file for tile in portion.tiles for c in tile.copies)])
 
 
@@ -278,14 +290,6 @@ def _check_space(job: Job, place: Place) -> None:
     free = status.f_bavail * status.f_frsize
     if need > free:
         raise DestinationError(f"{above} has {free:,} bytes free, the conversion writes {need:,}", "free some space, or write to another disk")
-
-
-def only(plan: Plan, files: list[OutFile]) -> Plan:
-    """What of `plan` fills `files`."""
-    wanted = {id(s) for file in files for s in file.tensors.values()}
-    left = [copy for copy in plan.copies if id(copy.dst) in wanted]
-    keys = {copy.key for copy in left}
-    return Plan([s for s in plan.destinations if id(s) in wanted], left, [c for c in plan.checks if c.key in keys])
 
 
 def _small_files(job: Job) -> dict[str, bytes]:

@@ -11,8 +11,10 @@ from math import prod
 import numpy as np
 
 from reshard.block import Block, cut
-from reshard.join import disjoint, move_between, union_volume
 from reshard.layout.fusion import Group, Item, fuse, parse, slice_dim
+from reshard.planner.join import Slot
+from reshard.planner.pieces import disjoint, pieces, union_volume
+from reshard.planner.plan import move_between
 
 Boxes = dict[str, tuple[tuple[int, int], int]]  # per axis: the range in the padded tensor, and the true size
 Tree = tuple[int, list]
@@ -198,7 +200,9 @@ def check_boxes(rng: random.Random) -> None:
     assert disjoint(held) == (times.max() < 2)
     strides = [tuple(rng.randint(1, 9) for _ in range(rank)) for _ in "ab"]
     a, b = (Block(one, rng.randint(0, 9), s) for one, s in zip((held[0], held[-1]), strides))
-    move = move_between(a, b)
+    shared_piece = pieces([a.box], [b.box])
+    slots = [Slot(0, "BF16", side.box, side.strides) for side in (a, b)]
+    move = move_between(*slots, shared_piece[0].box) if shared_piece else None
     both = [np.full(size, -1) for _ in "ab"]
     for whole, block in zip(both, (a, b)):
         part_of(whole, block.box)[...] = positions(block)
@@ -207,5 +211,5 @@ def check_boxes(rng: random.Random) -> None:
         assert not shared.any()
     else:
         assert move.size == shared.sum()
-        for whole, offset, own in zip(both, (move.src_offset, move.dst_offset), (move.src_strides, move.dst_strides)):
+        for whole, offset, own in zip(both, (a.offset + move.src_offset, b.offset + move.dst_offset), (move.src_strides, move.dst_strides)):
             assert np.array_equal(part_of(whole, move.box), positions(Block(move.box, offset, own)))

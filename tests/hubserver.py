@@ -56,6 +56,11 @@ class Fault:
     ignore_range: bool = False  # 200 and all of it
     corrupt: bool = False  # flip a bit
     delay: float = 0  # seconds, before the answer
+    lose: bool = False  # do what is asked, then close without an answer
+    body: bytes | None = None  # answer 200, or `status`, with this
+    change: dict[str, str] = field(default_factory=dict)  # headers of the true answer that are replaced, or added
+    drip: float = 0  # seconds between one byte of the body and the next
+    act: object = None  # called, with the hub, before the answer
     skip: int = 0  # let so many fitting requests pass first
 
 
@@ -269,13 +274,23 @@ class _Handler(BaseHTTPRequestHandler):
     def _route(self) -> None:
         try:
             time.sleep(self.fault.delay if self.fault else 0)
-            if self.fault and self.fault.status:
+            if self.fault and self.fault.act:
+                self.fault.act(self.hub)
+            if self.fault and self.fault.body is not None:
+                raise _Answer(self.fault.status or 200, self.fault.body, dict(self.fault.headers))
+            if self.fault and self.fault.status and not self.fault.lose:
                 raise _Answer(self.fault.status, {"error": "fault"}, self.fault.headers)
             parts = urlsplit(self.path)
             (self._cdn if self.host == "cdn" else self._api)(unquote(parts.path), parts.path, parse_qs(parts.query, keep_blank_values=True))
             raise _Answer(404, {"error": "no such route"})
-        except _Answer as answer:
+        except _Answer:
+            if self.fault and self.fault.lose and self.fault.status:
+                answer = _Answer(self.fault.status, {"error": "fault"}, self.fault.headers)
+            elif self.fault and self.fault.lose:
+                raise ConnectionResetError from None
             self._send(answer)
+        except ConnectionResetError:
+            raise
         except Exception as error:  # noqa: BLE001  5xx but 501 would be tried again for half a minute
             self._send(_Answer(501, {"error": repr(error)}))
 
@@ -314,6 +329,9 @@ class _Handler(BaseHTTPRequestHandler):
             raw = answer.body if isinstance(answer.body, bytes) else json.dumps(answer.body).encode() if answer.body is not None else b""
             headers.setdefault("Content-Length", str(len(raw)))
             headers.setdefault("Content-Type", "application/json")
+        if fault and fault.change:
+            changed = {name.lower() for name in fault.change}
+            headers = {name: value for name, value in headers.items() if name.lower() not in changed} | fault.change
         self.entry.status = status
         self.send_response(status)
         for name, value in headers.items():
@@ -322,7 +340,10 @@ class _Handler(BaseHTTPRequestHandler):
         if self.command == "HEAD":
             return
         if answer.file is None:
-            self.wfile.write(raw)
+            self._drip(raw) if self.fault and self.fault.drip else self.wfile.write(raw)
+            return
+        if fault and fault.drip:
+            self._drip(answer.file.read_bytes()[start:stop])
             return
         with open(answer.file, "rb") as file:
             file.seek(start)
@@ -339,6 +360,12 @@ class _Handler(BaseHTTPRequestHandler):
             self.wfile.flush()
             self.close_connection = True
             self.connection.shutdown(2)
+
+    def _drip(self, raw: bytes) -> None:
+        for at in range(len(raw)):
+            self.wfile.write(raw[at : at + 1])
+            self.entry.sent += 1
+            time.sleep(self.fault.drip)
 
     # the other origin: content of large files, and where they are put
 
@@ -366,7 +393,7 @@ class _Handler(BaseHTTPRequestHandler):
             raise _Answer(200, {"errors": [], "warnings": []})
         if path == "/api/whoami-v2":
             raise _Answer(200, {"name": user, "type": "user", "orgs": []}) if user else _error(401, "Unauthorized")
-        if found := re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/(revision|tree|preupload|commit|xet-read-token|xet-write-token|auth-check|branch)(?:/(.+))?)?", raw):
+        if found := re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/(revision|tree|preupload|commit|xet-read-token|xet-write-token|auth-check|branch|refs)(?:/(.+))?)?", raw):
             name, verb, rest = unquote(found[1]), found[2] or "info", found[3] or ""
             repo = self._repo(name, user)
             revision, _, inside = rest.partition("/")
@@ -434,6 +461,11 @@ class _Handler(BaseHTTPRequestHandler):
             raise _error(403, "no right to write here")
         repo.refs[revision] = json.loads(self.body or b"{}").get("startingPoint") or repo.refs["main"]
         raise _Answer(200, {})
+
+    def _refs(self, name, repo, revision, inside, query, user) -> None:
+        rows = [{"name": ref, "ref": ref, "targetCommit": oid} for ref, oid in repo.refs.items()]
+        raise _Answer(200, {"branches": [row for row in rows if not row["ref"].startswith("refs/pr/")], "tags": [], "converts": [],
+                            "pullRequests": [row for row in rows if row["ref"].startswith("refs/pr/")]})  # fmt: skip
 
     def _preupload(self, name, repo, revision, inside, query, user) -> None:
         tree = repo.commits.get(repo.refs.get(revision, ""), {})

@@ -8,12 +8,14 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 import reshard
-from reshard import block, compare, join, tiles
-from reshard.block import Block
+from reshard import block, checkpoint, compare
+from reshard.block import Block, Part
 from reshard.cli import main
-from reshard.coverage import Coverage, axes_of, meet, nested
+from reshard.coverage import axes, faults_of, meet, nested
 from reshard.demo import make_model
 from reshard.layout import fusion
+from reshard.planner import join, tiles
+from reshard.planner.pieces import pieces
 
 # fmt: off
 MODEL = {"architectures": ["LlamaForCausalLM"], "hidden_size": 8, "intermediate_size": 16, "num_attention_heads": 8, "num_key_value_heads": 2,
@@ -83,7 +85,7 @@ def test_diff_never_says_equal_under_a_broken_cutter(folders, monkeypatch, spoil
 def test_diffs_own_count_sees_what_a_broken_cutter_forgot(folders, monkeypatch, spoil):
     """issue, 1: with the check of opening taken out, so that diff's is what answers."""
     monkeypatch.setattr(fusion, "cut", lambda *at: spoil(block.cut(*at)))
-    monkeypatch.setattr(Coverage, "faults", lambda self, stored: [])
+    monkeypatch.setattr(checkpoint, "faults_of", lambda stored: [])
     for a, b in PAIRS:
         assert not reshard.diff(folders / a, folders / b)
 
@@ -92,15 +94,9 @@ def test_diff_counts_what_it_passed_over(folders, monkeypatch):
     """issue, 1: boxes that are lost between the two sides, or while they are cut into tiles, are no equal boxes."""
     assert reshard.diff(folders / "hf", folders / "tp8")
 
-    def passed_over(source, destination):
-        move = join.move_between(source, destination)
-        if move is None or move.box[0] == (0, 1):
-            return None
-        return move
-
     clip, cut_small = tiles._clip, tiles.tiles
     for module, name, broken in (
-        (compare, "move_between", passed_over),
+        (join, "pieces", lambda a, b: pieces(a, b)[1:]),
         (tiles, "_clip", lambda copies, boxes: clip(copies, boxes)[1:]),
     ):
         with monkeypatch.context() as patch:
@@ -192,27 +188,28 @@ def test_two_blocks_meet_where_brute_force_says_so():
                 strides.insert(0, span + int(rng.choice([0, 0, 1, 3])))
                 span += (size - 1) * strides[0]
             blocks.append(Block(tuple((0, size) for size in shape), int(rng.integers(0, 20)), tuple(strides)))
-        assert all(nested(axes_of(one)) for one in blocks)
+        assert all(nested(axes(one.strides, one.shape)) for one in blocks)
         a, b = ({one.offset + int(np.dot(index, one.strides)) for index in np.ndindex(*one.shape)} for one in blocks)
-        assert meet(blocks[1].offset - blocks[0].offset, axes_of(blocks[0]), axes_of(blocks[1])) == bool(a & b)
+        assert meet(blocks[1].offset - blocks[0].offset, axes(blocks[0].strides, blocks[0].shape), axes(blocks[1].strides, blocks[1].shape)) == bool(a & b)
         met += bool(a & b)
     assert 2000 < met < 18000
 
 
 def test_blocks_outside_or_upon_each_other_or_holes_are_named():
     """defects.md A5: nothing tested bounds or overlaps inside one stored tensor."""
-    whole = block.Stored(0, "x", "", (4, 4), ((("q",), Block(((0, 2), (0, 4)), 0, (4, 1))), (("k",), Block(((0, 2), (0, 4)), 8, (4, 1)))))
-    assert Coverage().faults(whole) == []
+    q, k = (Part((name,), Block(((0, 2), (0, 4)), offset, (4, 1))) for name, offset in (("q", 0), ("k", 8)))
+    whole = block.Stored(0, "x", "", (4, 4), (q, k))
+    assert faults_of(whole) == []
     for offset, words in (
         (9, "k would lie at elements 9 to 17 of 16"),
         (4, "q and k would lie on the same elements"),
         (-8, "-8 to 0 of 16"),
     ):
-        spoiled = replace(whole, blocks=(whole.blocks[0], (("k",), Block(((0, 2), (0, 4)), offset, (4, 1)))))
-        assert words in Coverage().faults(spoiled)[0]
+        spoiled = replace(whole, parts=(q, Part(("k",), Block(((0, 2), (0, 4)), offset, (4, 1)))))
+        assert words in faults_of(spoiled)[0]
     assert (
         "8 of 16 elements are under no tensor, 0 are declared to be padding"
-        in Coverage().faults(replace(whole, blocks=whole.blocks[:1]))[0]
+        in faults_of(replace(whole, parts=(q,)))[0]
     )
-    assert Coverage().faults(replace(whole, blocks=whole.blocks[:1], pad=8)) == []
-    assert "on elements of its own" in Coverage().faults(replace(whole, blocks=((("q",), Block(((0, 4), (0, 4)), 0, (1, 1))),)))[0]
+    assert faults_of(replace(whole, parts=(q,), pad=8)) == []
+    assert "on elements of its own" in faults_of(replace(whole, parts=(Part(("q",), Block(((0, 4), (0, 4)), 0, (1, 1))),)))[0]

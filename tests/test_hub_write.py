@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 from hubcases import command, environment, files_of, hub, large, model, no_token_elsewhere, weights  # noqa: F401  fixtures among them
@@ -14,6 +15,8 @@ from hubserver import Fault
 from huggingface_hub import HfApi
 
 import reshard
+from reshard.hub.card import card
+from reshard.layout import Mesh
 
 
 @pytest.fixture(params=["lfs", "xet"])
@@ -83,7 +86,7 @@ def test_convert_straight_to_the_hub_needs_disk_for_one_file(hub, mode, large, t
 
 
 def test_failed_push_leaves_the_branch_and_goes_on_with_what_is_missing(hub, mode, large, tmp_path, monkeypatch):
-    monkeypatch.setattr("reshard.hub.failures.TRIES", 1)
+    monkeypatch.setattr("reshard.hub.patience.TRIES", 1)
     hub.fault(Fault(host="hub", path="/commit/", status=501, times=1))
     with pytest.raises(reshard.HubError, match="answered 501"):
         reshard.convert(large, "hf://ada/name", format="tp", tp=3)
@@ -235,3 +238,11 @@ def test_pull_finds_a_flipped_bit(hub, large, tmp_path, monkeypatch):
     assert not (tmp_path / "out").exists()
     reshard.pull("hf://org/name", tmp_path / "out")
     assert files_of(tmp_path / "out") == files_of(large)
+
+
+def test_card_repeats_no_markup_that_a_file_brings():
+    """defects.md Low: architectures[0] and the manifest's origin went into the card as they were, HTML too"""
+    bad = "<script>alert(1)</script>\x1b[31m|`x`[a](b)"
+    source = SimpleNamespace(architecture=bad, origin={"repo": bad, "revision": bad})
+    text = card("ada/name", "", "vllm", Mesh(2), bad, source).decode()
+    assert "<script>" not in text and "\x1b" not in text and "[a](b)" not in text

@@ -203,7 +203,7 @@ def test_every_rank_is_chunk_and_cat(family, mesh, models, tmp_path):
     reshard.convert(source, tmp_path / "m", format="megatron", fsync=False, **mesh)
     assert (tmp_path / "m/latest_checkpointed_iteration.txt").read_text() == "release"
     assert {p.name for p in (tmp_path / "m/release").iterdir()} == set(want)
-    numbers = {formats.megatron.rank_folder(rank, Mesh(**{"etp": 0, **mesh})): rank.number for rank in formats.megatron.mp_ranks(Mesh(**mesh))}
+    numbers = {formats.megatron.folder_name(rank, Mesh(**{"etp": 0, **mesh})): rank.number for rank in formats.megatron.mp_ranks(Mesh(**mesh))}
     loaded = max(want)
     for name, (state,) in want.items():
         blob = load_pt_with_args(tmp_path / "m/release" / name / "model_optim_rng.pt")

@@ -2,8 +2,10 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -273,3 +275,19 @@ def test_report_of_a_resumed_run_on_the_command_line(big, tmp_path):
     result = json.loads(subprocess.run(args, capture_output=True, check=True, text=True).stdout)
     assert result["resumed_bytes"] + result["bytes_read"] == reshard.plan(big, **VLLM).bytes_read and result["resumed_bytes"] > 40_000_000
     assert np.isfinite(result["seconds"]) and output._WRITE
+
+
+@pytest.mark.parametrize("pause", [0.0, 0.05])
+def test_ctrl_c_again_and_again_is_no_traceback(big, tmp_path, pause):
+    """defects.md Low: 2nd Ctrl-C"""
+    args = [sys.executable, "-m", "reshard", "convert", str(big), str(tmp_path / "out"), "--to", "vllm", "--tp", "4", "-j1", "--buffer", "100kB"]
+    process = subprocess.Popen(args, stderr=subprocess.PIPE, text=True)
+    while not (tmp_path / ".out.reshard" / "model-rank-0-part-0.safetensors").exists() and process.poll() is None:
+        time.sleep(0.005)
+    for _ in range(5):
+        process.send_signal(signal.SIGINT)
+        time.sleep(pause)
+    _, err = process.communicate()
+    assert process.returncode == 130 and err.strip() == "interrupted; run the same command to go on where it stopped"
+    report = reshard.convert(big, tmp_path / "out", **VLLM)
+    assert reshard.diff(big, tmp_path / "out") and report.resumed_bytes >= 0

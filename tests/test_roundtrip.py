@@ -1,34 +1,32 @@
-"""Properties over random sizes, meshes and formats; and an oracle written the dumb way, with chunk and cat."""
+"""Properties over random models of all families, on random meshes of all formats.
+
+Seeds are fixed. A long run of other ones, by hand: ``RESHARD_ROUNDTRIPS=5000 pytest tests/test_roundtrip.py -s``.
+"""
 
 import json
+import os
 import tempfile
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import torch
+from families import CLASSES, FORMATS, FUSED, models, targets
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
+from shard_oracle import ORACLES, megatron_rank
 
 import reshard
 from reshard.demo import make_model
 
 LLAMA = {"architectures": ["LlamaForCausalLM"], "hidden_size": 16, "max_position_embeddings": 64, "rms_norm_eps": 1e-5, "dtype": "bfloat16"}
+LONG = int(os.environ.get("RESHARD_ROUNDTRIPS", "0"))
 
 
-@st.composite
-def models(draw):
-    kv = draw(st.integers(1, 4))
-    group = draw(st.integers(1, 4))
-    return {**LLAMA, "num_key_value_heads": kv, "num_attention_heads": kv * group, "head_dim": draw(st.sampled_from([2, 4, 8])),
-            "hidden_size": draw(st.sampled_from([8, 12, 20])), "intermediate_size": draw(st.integers(4, 24)),
-            "vocab_size": draw(st.integers(5, 300)), "num_hidden_layers": draw(st.sampled_from([1, 2, 4])),
-            "tie_word_embeddings": draw(st.booleans()), "attention_bias": draw(st.booleans()), "mlp_bias": draw(st.booleans())}  # fmt: skip
-
-
-targets = st.fixed_dictionaries({
-    "format": st.sampled_from(["tp", "rank-pt", "vllm", "megatron", "hf"]), "tp": st.integers(1, 8), "pp": st.sampled_from([1, 1, 2]),
-})  # fmt: skip
+def examples(count: int):
+    """So many examples from a fixed seed; in a long run, as many as asked for, from a new one."""
+    return settings(max_examples=LONG or count, derandomize=not LONG, database=None, deadline=None, suppress_health_check=list(HealthCheck))
 
 
 def try_convert(source, destination, target) -> bool:
@@ -41,84 +39,71 @@ def try_convert(source, destination, target) -> bool:
     return True
 
 
-@settings(max_examples=120, deadline=None, suppress_health_check=list(HealthCheck))
-@given(models(), targets, targets)
-def test_there_and_back_and_through_another(config, first, second):
-    with tempfile.TemporaryDirectory() as name:
-        root = Path(name)
-        make_model(root / "a", config)
-        if not try_convert(root / "a", root / "b", first):
-            return
-        assert reshard.diff(root / "a", root / "b")
-        assert try_convert(root / "b", root / "back", {"format": "hf"})
-        assert (root / "back/model.safetensors").read_bytes() == (root / "a/model.safetensors").read_bytes()
-        if try_convert(root / "a", root / "straight", second):
-            assert try_convert(root / "b", root / "through", second)
-            files = [p for p in (root / "straight").rglob("*") if p.is_file()]
-            for path in files:
-                assert path.read_bytes() == (root / "through" / path.relative_to(root / "straight")).read_bytes(), path
+def test_there_and_back_and_through_another():
+    """issue, 7: drew Llama only, and rejected 93 % of the fused draws. Nearly all of them must be legal, and most have tp > 1."""
+    seen = Counter()
+
+    @examples(120)
+    @given(st.data())
+    def there_and_back(data):
+        family, config = data.draw(models())
+        first, second = data.draw(targets(family, config)), data.draw(targets(family, config))
+        with tempfile.TemporaryDirectory() as name:
+            root = Path(name)
+            make_model(root / "a", config)
+            accepted = try_convert(root / "a", root / "b", first)
+            seen[family, first["format"], first["tp"] > 1, accepted] += 1
+            if not accepted:
+                return
+            assert reshard.diff(root / "a", root / "b")
+            assert try_convert(root / "b", root / "back", {"format": "hf"})
+            assert (root / "back/model.safetensors").read_bytes() == (root / "a/model.safetensors").read_bytes()
+            if try_convert(root / "a", root / "straight", second):
+                assert try_convert(root / "b", root / "through", second)
+                files = [p for p in (root / "straight").rglob("*") if p.is_file()]
+                assert len(files) > 2
+                for path in files:
+                    assert path.read_bytes() == (root / "through" / path.relative_to(root / "straight")).read_bytes(), path
+
+    there_and_back()
+    drawn = seen.total()
+    legal = Counter({key: count for key, count in seen.items() if key[3]})
+    fused = sum(count for (_, format, many, _), count in legal.items() if format in FUSED and many)
+    print(f"\n{drawn} draws, {legal.total()} legal ({legal.total() / drawn:.0%}), {fused} of them fused with tp > 1")
+    assert legal.total() >= 0.8 * drawn and fused >= 0.25 * drawn
+    assert {key[0] for key in legal} == set(CLASSES) and {key[1] for key in legal} == set(FORMATS)
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
-@given(models(), st.integers(1, 8))
-def test_engine_and_megatron_shards_equal_chunk_and_cat(config, tp):
-    config = {**config, "tie_word_embeddings": False}
-    with tempfile.TemporaryDirectory() as name:
-        make_model(Path(name) / "a", config)
-        whole = load_file(Path(name) / "a/model.safetensors")
-        for format, oracle in (("vllm", vllm_rank), ("megatron", megatron_rank)):
-            for rank in range(tp):
+def test_engine_and_megatron_shards_equal_chunk_and_cat():
+    """The judge is tests/shard_oracle.py, which cuts the Hugging Face tensors with chunk and cat and knows no descriptor."""
+    seen = Counter()
+
+    @examples(60)
+    @given(st.data())
+    def compare(data):
+        family, config = data.draw(models())
+        target = data.draw(targets(family, config, tuple(ORACLES), tp_alone=True))
+        with tempfile.TemporaryDirectory() as name:
+            make_model(Path(name) / "a", config)
+            whole = load_file(Path(name) / "a/model.safetensors")
+            for rank in range(target["tp"]):
                 try:
-                    state = reshard.load(Path(name) / "a", format=format, tp=tp, rank=rank)
+                    state = reshard.load(Path(name) / "a", rank=rank, **target)
                 except reshard.PlanError:
-                    assert oracle(whole, config, tp, rank) is None
-                    break
-                for key, want in oracle(whole, config, tp, rank).items():
-                    assert torch.equal(state[key], want), (format, rank, key)
+                    seen[target["format"], "refused"] += 1
+                    return
+                wanted = ORACLES[target["format"]](family, config, whole, target["tp"], rank)
+                for key, tensor in wanted.items():
+                    assert state[key].dtype == tensor.dtype and torch.equal(state[key], tensor), (target, rank, key)
+                replicated = {key: tensor for key, tensor in state.items() if key not in wanted and not key.endswith("_scale")}
+                for key, tensor in replicated.items():  # norms, routers, biases that are added once: as they are
+                    assert any(tensor.shape == own.shape and torch.equal(tensor.to(own.dtype), own) for own in whole.values()), (target, rank, key)
+            seen[target["format"], target["tp"] > 1] += 1
 
-
-def vllm_rank(whole, config, tp, rank):
-    heads, kv, d = config["num_attention_heads"], config["num_key_value_heads"], config["head_dim"]
-    padded = -(-config["vocab_size"] // 64) * 64
-    if heads % tp or (kv % tp and tp % kv) or config["intermediate_size"] % tp or padded % tp:
-        return None
-    at = "model.layers.0."
-    q = whole[at + "self_attn.q_proj.weight"].chunk(tp)[rank]
-    k, v = (whole[at + f"self_attn.{x}_proj.weight"] for x in "kv")
-    if tp <= kv:
-        k, v = k.chunk(tp)[rank], v.chunk(tp)[rank]
-    else:
-        head = rank // (tp // kv)
-        k, v = k[head * d : (head + 1) * d], v[head * d : (head + 1) * d]
-    embed = torch.zeros(padded, config["hidden_size"], dtype=torch.bfloat16)
-    embed[: config["vocab_size"]] = whole["model.embed_tokens.weight"]
-    return {
-        at + "self_attn.qkv_proj.weight": torch.cat([q, k, v]),
-        at + "self_attn.o_proj.weight": whole[at + "self_attn.o_proj.weight"].chunk(tp, 1)[rank],
-        at + "mlp.gate_up_proj.weight": torch.cat([whole[at + f"mlp.{x}_proj.weight"].chunk(tp)[rank] for x in ("gate", "up")]),
-        at + "mlp.down_proj.weight": whole[at + "mlp.down_proj.weight"].chunk(tp, 1)[rank],
-        "model.embed_tokens.weight": embed.chunk(tp)[rank],
-        "model.norm.weight": whole["model.norm.weight"],
-    }
-
-
-def megatron_rank(whole, config, tp, rank):
-    heads, kv, d = config["num_attention_heads"], config["num_key_value_heads"], config["head_dim"]
-    rows = (heads + 2 * kv) * d
-    if heads % tp or (kv % tp and tp % kv) or config["intermediate_size"] % tp or rows % tp:
-        return None
-    at, to = "model.layers.0.", "decoder.layers.0."
-    q, k, v = (whole[at + f"self_attn.{x}_proj.weight"].view(kv, -1, d, config["hidden_size"]) for x in "qkv")
-    qkv = torch.cat([q, k, v], dim=1).reshape(-1, config["hidden_size"])
-    padded = -(-config["vocab_size"] // (128 * tp)) * 128 * tp
-    embed = torch.zeros(padded, config["hidden_size"], dtype=torch.bfloat16)
-    embed[: config["vocab_size"]] = whole["lm_head.weight"]
-    return {
-        to + "self_attention.linear_qkv.weight": qkv.chunk(tp)[rank],
-        to + "self_attention.linear_proj.weight": whole[at + "self_attn.o_proj.weight"].chunk(tp, 1)[rank],
-        to + "mlp.linear_fc1.weight": torch.cat([whole[at + f"mlp.{x}_proj.weight"].chunk(tp)[rank] for x in ("gate", "up")]),
-        "output_layer.weight": embed.chunk(tp)[rank],
-    }
+    compare()
+    print(f"\n{dict(seen)}")
+    refused = sum(count for (_, how), count in seen.items() if how == "refused")
+    assert refused <= 0.1 * seen.total() and all(seen[format, True] >= 0.15 * seen.total() for format in ORACLES)
 
 
 def test_control_a_wrong_interleave_is_seen(tmp_path):
@@ -129,10 +114,10 @@ def test_control_a_wrong_interleave_is_seen(tmp_path):
     whole = load_file(tmp_path / "a/model.safetensors")
     state = reshard.load(tmp_path / "a", format="megatron", tp=2, rank=0)
     key = "decoder.layers.0.self_attention.linear_qkv.weight"
-    assert torch.equal(state[key], megatron_rank(whole, config, 2, 0)[key])
+    assert torch.equal(state[key], megatron_rank("llama", config, whole, 2, 0)[key])
     name = "model.layers.0.self_attn.q_proj.weight"
     whole[name] = whole[name].view(4, 4, 8)[[0, 2, 1, 3]].reshape(16, 8)
-    assert not torch.equal(state[key], megatron_rank(whole, config, 2, 0)[key])
+    assert not torch.equal(state[key], megatron_rank("llama", config, whole, 2, 0)[key])
 
 
 def test_replicas_that_disagree_are_found(tmp_path):
@@ -177,7 +162,7 @@ def test_load_reads_one_ranks_bytes_only(tmp_path, monkeypatch):
               "vocab_size": 512, "num_hidden_layers": 2}  # fmt: skip
     make_model(tmp_path / "a", config)
     sources = []
-    monkeypatch.setattr(execute, "Source", lambda folder, real=execute.Source: sources.append(real(folder)) or sources[-1])
+    monkeypatch.setattr(execute, "Source", lambda *args, real=execute.Source: sources.append(real(*args)) or sources[-1])
     reshard.load(tmp_path / "a", format="vllm", tp=8, rank=3)
     whole = load_file(tmp_path / "a/model.safetensors")
     want = sum(t.nbytes if "norm" in name else t.nbytes // 8 for name, t in whole.items())

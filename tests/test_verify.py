@@ -5,6 +5,7 @@ By default a spread of the table below runs: every pair of a family, a format an
 
 import json
 import os
+import shutil
 from itertools import combinations, product
 from pathlib import Path
 from random import Random
@@ -278,3 +279,29 @@ def test_a_wrong_descriptor_passes_diff_and_not_verify(format, mesh, wrong, tmp_
     report = verify(tmp_path / "out", original)
     assert isinstance(report, Report) and not report.shards.figures.passed
     assert report.shards.parted.path.startswith("model.layers.0.")
+
+
+def test_a_megatron_folder_of_tp2_ep2_whose_experts_are_not_cut(tmp_path):
+    """defects.md D2: two processes, mp_rank_00_000 and mp_rank_01_001, and args as megatron-core's default leaves them"""
+    reshard.convert(SAMPLES / "hf/qwen3_moe", tmp_path / "out", format="megatron", tp=2, ep=2, etp=1, fsync=False)
+    files = sorted((tmp_path / "out").glob("release/*/*.pt"))
+    assert [file.parent.name for file in files] == ["mp_rank_00_000", "mp_rank_01_001"]
+    for file in files:
+        blob = torch.load(file, weights_only=False)
+        blob["args"].expert_tensor_parallel_size = None
+        torch.save(blob, file)
+    (tmp_path / "out/reshard.json").unlink()
+    assert_sound(verify(tmp_path / "out", SAMPLES / "hf/qwen3_moe"), 2)
+
+
+def test_an_architecture_that_transformers_does_not_know_gets_a_way_on(tmp_path):
+    """defects.md B: verify on a made-up model said only that config.json can't be read"""
+    import reshard.verify
+
+    for name in ("hf", "out"):
+        shutil.copytree(SAMPLES / "hf/llama", tmp_path / name)
+        config = json.loads((tmp_path / name / "config.json").read_text())
+        (tmp_path / name / "config.json").write_text(json.dumps(config | {"model_type": "mymodel", "architectures": ["MyModelForCausalLM"]}))
+    with pytest.raises(reshard.ReshardError, match="transformers cannot read the config.json") as error:
+        reshard.verify.verify(tmp_path / "out", reference=tmp_path / "hf", device="cpu")
+    assert "reshard diff" in error.value.hint

@@ -365,6 +365,7 @@ DEFECTS = [
     Defect("GPT-OSS: alternate gate and up rows stored as halves", "gpt_oss", "vllm", TP2, MLP,
            each(W13, lambda x: torch.stack([halves(expert) for expert in x]))),
     Defect("GPT-OSS: an expert bias on all ranks instead of the first", "gpt_oss", "vllm", TP2, MLP, everywhere(0, W2.replace("weight", "bias"))),
+    Defect("GPT-OSS: an expert's output bias stale on one rank", "gpt_oss", "megatron", TP2, MLP, on(1, M + "mlp.experts.linear_fc2.bias3", rolled)),
     Defect("DeepSeek: the router's correction bias in another order", "deepseek_v3", "vllm", TP2, MLP,
            each(L + "mlp.experts.gate.e_score_correction_bias", lambda x: x.roll(2))),
     Defect("DeepSeek: the router's correction bias lost", "deepseek_v3", "vllm", TP2, MLP, each(L + "mlp.experts.gate.e_score_correction_bias", torch.zeros_like)),

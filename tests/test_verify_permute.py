@@ -4,6 +4,7 @@ It judges the descriptors' cuts with nothing of ours but the merge: transformers
 """
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -78,5 +79,42 @@ def test_nothing_to_permute_is_said(tmp_path):
     with pytest.raises(FormatError, match="one tensor-parallel rank"):
         verify(source, source)
     reshard.convert(source, tmp_path / "tp3", format="tp", tp=3, fsync=False)
-    with pytest.raises(FormatError, match="ranks that hold unlike pieces"):
+    with pytest.raises(FormatError, match="ranks that hold unlike pieces") as error:
         verify(tmp_path / "tp3", source)
+    assert "--method tp" in error.value.hint and "reshard diff" in error.value.hint
+
+
+@pytest.mark.models
+def test_without_a_planted_defect_nothing_is_proved(tmp_path, monkeypatch):
+    """defects.md, tests: permute passed with zero controls"""
+    from reshard.verify import permute
+
+    reshard.convert(SAMPLES / "hf/llama", tmp_path / "out", format="tp", tp=2, fsync=False)
+    monkeypatch.setattr(permute, "left_in_order", lambda checkpoint: None)
+    report = verify(tmp_path / "out", SAMPLES / "hf/llama")
+    assert report.shards.passed and not report.controls
+    assert not report and not report.to_json()["passed"] and report.verdict().startswith("INCONCLUSIVE: logits agree, but no defect could be planted")
+
+
+@pytest.mark.models
+def test_a_layer_without_a_tensor_cut_by_input_still_gets_its_defect(tmp_path):
+    """The middle layer's row-parallel tensors held whole by a descriptor: another cut tensor is left in order."""
+    text = (Path(__file__).parents[1] / "layouts/llama.toml").read_text()
+    layout = tmp_path / "whole.toml"
+    whole = [line.replace("*", "") if re.match("(o|down) = ", line) else line for line in text.splitlines()]
+    assert "\n".join(whole) != text.rstrip()
+    layout.write_text("\n".join(whole))
+    reshard.convert(SAMPLES / "hf/llama", tmp_path / "out", format="tp", tp=2, layout=layout, fsync=False)
+    report = verify(tmp_path / "out", SAMPLES / "hf/llama", layout=layout)
+    assert len(report.controls) == 1 and "left in order" in report.controls[0].name
+
+
+@pytest.mark.models
+def test_settings_and_what_was_left_open_are_in_this_verdict_too(tmp_path):
+    """defects.md D10, E14"""
+    reshard.convert(SAMPLES / "hf/llama", tmp_path / "out", format="tp", tp=2, fsync=False)
+    config = json.loads((tmp_path / "out/config.json").read_text())
+    (tmp_path / "out/config.json").write_text(json.dumps(config | {"max_position_embeddings": 64}))
+    report = verify(tmp_path / "out", SAMPLES / "hf/llama")
+    assert report.shards.passed and not report and "max_position_embeddings is 64" in report.verdict()
+    assert any("--method tp" in text for text in report.unexercised)

@@ -2,6 +2,7 @@
 
 import gc
 import json
+import signal
 import sys
 
 import click
@@ -52,6 +53,7 @@ def main(argv: list[str] | None = None) -> None:
             click.echo(f"Error: {error}" + (f"\n\nhint: {hint}" if hint else ""), err=True)
         sys.exit(1)
     except (KeyboardInterrupt, click.Abort):
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C, while threads come to their end, has nothing to add
         click.echo("interrupted; run the same command to go on where it stopped", err=True)
         sys.exit(130)
 

@@ -6,7 +6,8 @@ import click
 
 from reshard.cli.options import Place, Size, json_option, push_options, rank_option, run_options, source_options, target_options
 from reshard.cli.progress import progress_bar
-from reshard.text import count, human
+from reshard.stores.foreign import quote
+from reshard.text import count, human, some
 
 
 def opened(path: str, from_=None, layout=None, config=None, cache=False):
@@ -28,32 +29,32 @@ def planned(source, to, tp, pp, ep, etp, dtype, engine_version, **options):
 @source_options
 @run_options
 @push_options
-def convert(src, dst, from_, layout, config, cache, public, create_pr, base_model, **options):
+def convert(src, dst, from_, layout, config, cache, public, create_pr, include_code, base_model, **options):
     """Convert the checkpoint in SRC into DST, in another format or on another mesh. Both may be hf://ORG/NAME[@REV][/SUBDIR].
 
     To the Hub, files are written and sent one by one, with disk for one of them, and appear there in one commit."""
     from reshard.hub import is_remote
 
-    push = {"public": public, "create_pr": create_pr, "base_model": base_model}
+    push = {"public": public, "create_pr": create_pr, "include_code": include_code, "base_model": base_model}
     if any(push.values()) and not is_remote(dst):
-        raise click.UsageError("--public, --create-pr and --base-model go with a destination on the Hub (hf://ORG/NAME)")
+        raise click.UsageError("--public, --create-pr, --include-code and --base-model go with a destination on the Hub (hf://ORG/NAME)")
     run_conversion(opened(src, from_, layout, config, cache), dst, push if is_remote(dst) else None, **options)
 
 
-def run_conversion(source, dst, push=None, *, to, tp, pp, ep, etp, dtype, engine_version, rank, dry_run, jobs, buffer, no_fsync, overwrite, as_json, quiet, verbose):
+def run_conversion(source, dst, push=None, *, to, tp, pp, ep, etp, dtype, engine_version, rank, dry_run, jobs, buffer, no_fsync, overwrite, allow_overflow, as_json, quiet, verbose):
     """What is left of ``convert`` and ``pull`` once the source is open; `push` are options for a destination on the Hub."""
     from reshard.transaction import convert as run
     from reshard.transaction import resumed
 
-    job = planned(source, to, tp, pp, ep, etp, dtype, engine_version, rank=rank, jobs=jobs, buffer=buffer)
+    job = planned(source, to, tp, pp, ep, etp, dtype, engine_version, rank=rank, jobs=jobs, buffer=buffer, allow_overflow=allow_overflow)
     if push is not None and not dry_run:
         from reshard.hub.push import convert_and_push
 
         with progress_bar(job.bytes_read, quiet or as_json) as tell:
             done = convert_and_push(job, dst, overwrite=overwrite, jobs=jobs, buffer=buffer, progress=tell, **push)
-        say_pushed(done, {**job.to_json(dst), "bytes_written": job.bytes_written}, as_json, quiet)
+        say_pushed(done, {**job.to_json(dst), "bytes_written": job.bytes_written, **overflowed(job)}, as_json, quiet)
         if not (as_json or quiet):
-            say_left_out(job)
+            say_what_is_lost(job)
         return
     if dry_run:
         click.echo(json.dumps({"ok": True, **job.to_json(dst)})) if as_json else click.echo(job.describe(dst))
@@ -65,28 +66,53 @@ def run_conversion(source, dst, push=None, *, to, tp, pp, ep, etp, dtype, engine
     if as_json:
         done = {"bytes_read": report.bytes_read, "bytes_written": report.bytes_written, "seconds": round(report.seconds, 3)}
         if source.remote:
-            done |= {"bytes_received": report.bytes_received, "checked_files": report.checked_files}
+            done |= {"bytes_received": report.bytes_received, "checked_files": report.checked_files, "unchecked_files": _unchecked(source)}
         click.echo(json.dumps({"ok": True, **job.to_json(dst), **done, "resumed_files": report.resumed_files, "resumed_bytes": report.resumed_bytes,
-                               "notes": report.notes}))  # fmt: skip
+                               "notes": report.notes, **overflowed(job)}))  # fmt: skip
     elif not quiet:
         rate = human(report.bytes_written / max(report.seconds, 1e-9))
         files = len(report.files)
         came = f"; {human(report.bytes_received)} came from {source.revision[:12]}" if source.remote else ""
         came += f", sha256 of {count(report.checked_files, 'file')} checked" if report.checked_files else ""
+        unchecked = _unchecked(source) if source.remote else []
+        came += f", not checked: {count(len(unchecked), 'file')} (ranges only)" if unchecked else ""
         click.echo(f"{resumed(report)}wrote {count(files - report.resumed_files, 'file')}, {human(report.bytes_written)} in {report.seconds:.1f}s ({rate}/s): {dst}, {job.format} {job.mesh}{came}")
-        say_left_out(job)
+        say_what_is_lost(job)
 
 
-def say_left_out(job) -> None:
+def overflowed(job) -> dict:
+    return {"overflowed": job.casts.values} if job.casts else {}
+
+
+def say_what_is_lost(job) -> None:
+    """Weights that the result lacks, and values that became infinite because that was allowed."""
     if job.left_out:
         click.echo(job.what_is_left_out())
+    for loss in job.casts.lost.values() if job.casts else ():
+        click.echo(f"infinite now: {loss.words()}")
+
+
+def _unchecked(source) -> list[str]:
+    """Weight files of which only ranges came over the network: the Hub's checksums are of whole files."""
+    repository = source.path.repository
+    return [path for path in repository.unchecked if path in {(source.path / file).path for file in source.files}]
+
+
+def say_left_out(files: dict[str, int], why: str) -> None:
+    """Names and sizes of what a push or pull left out, on stderr."""
+    if files:
+        names = some([f"{quote(name)} ({human(size)})" for name, size in files.items()], 12)
+        click.echo(f"left out: {names}; {why}", err=True)
 
 
 def say_pushed(done, result: dict, as_json: bool, quiet: bool) -> None:
+    if not (as_json or quiet):
+        say_left_out(done.left_out, "only weights and the files known to go with them are published; --include-code adds .py files")
     if as_json:
         result["destination"] |= {"revision": done.commit, "url": done.url}
         click.echo(json.dumps({"ok": True, **result, "committed": done.committed, "new_files": done.new, "bytes_new": done.bytes_new,
-                               "pull_request": done.pull_request, "seconds": round(done.seconds, 3)}))  # fmt: skip
+                               "pull_request": done.pull_request,
+                               "left_out": [{"path": name, "bytes": size} for name, size in done.left_out.items()], "seconds": round(done.seconds, 3)}))  # fmt: skip
     elif not quiet and not done.committed:
         click.echo(f"nothing to do: {done.location} holds these {count(len(done.files), 'file')} already, at {done.commit[:12]}")
     elif not quiet:

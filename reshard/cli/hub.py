@@ -2,11 +2,10 @@
 
 import json
 from functools import partial
-from pathlib import Path
 
 import click
 
-from reshard.cli.convert import opened, run_conversion, say_pushed
+from reshard.cli.convert import opened, run_conversion, say_left_out, say_pushed
 from reshard.cli.options import Place, json_option, push_options, run_options, source_options, target_options
 from reshard.cli.progress import progress_bar
 from reshard.text import count, human, table
@@ -33,13 +32,14 @@ def pull(src, dst, from_, layout, config, cache, **options):
     if given:
         raise click.UsageError(f"--{given[0].replace('_', '-')} needs --to: without it, files are fetched as they are")
     from reshard.hub.folder import open_folder
+    from reshard.hub.pull import left_out, wanted
     from reshard.hub.pull import pull as run
-    from reshard.hub.pull import wanted
 
     folder = open_folder(src, cache)
     files = wanted(folder)
     result = {"source": {"path": src, "revision": folder.revision}, "destination": {"path": dst},
-              "files": [{"path": name, "bytes": size} for name, size in sorted(files.items())]}  # fmt: skip
+              "files": [{"path": name, "bytes": size} for name, size in sorted(files.items())],
+              "left_out": [{"path": name, "bytes": size} for name, size in left_out(folder).items()]}  # fmt: skip
     if options["dry_run"]:
         rows = [(name, human(size)) for name, size in sorted(files.items())]
         click.echo(json.dumps({"ok": True, **result})) if options["as_json"] else click.echo(table(rows, ("file", "size")))
@@ -51,6 +51,7 @@ def pull(src, dst, from_, layout, config, cache, **options):
         click.echo(json.dumps({"ok": True, **result, "seconds": round(done.seconds, 3)}))
     elif not silent:
         click.echo(f"fetched {count(len(done.files), 'file')}, {human(done.bytes)} in {done.seconds:.1f}s, checksums compared: {dst}, {src} at {done.revision[:12]}")
+        say_left_out(left_out(folder), "code, hidden files and other formats are not fetched")
 
 
 @click.command()
@@ -62,14 +63,17 @@ def pull(src, dst, from_, layout, config, cache, **options):
 @json_option
 @click.option("-q", "--quiet", is_flag=True, help="No progress, no summary.")
 @click.option("-v", "--verbose", is_flag=True, help="Tracebacks with errors.")
-def push(folder, dst, from_, layout, config, public, create_pr, base_model, overwrite, as_json, quiet, verbose):
-    """Publish the checkpoint in DIR as hf://ORG/NAME[@BRANCH][/SUBDIR], with a model card, in one commit."""
+def push(folder, dst, from_, layout, config, public, create_pr, include_code, base_model, overwrite, as_json, quiet, verbose):
+    """Publish the checkpoint in DIR as hf://ORG/NAME[@BRANCH][/SUBDIR], with a model card, in one commit.
+
+    Weights, configuration, tokenizer, card and licence go up; nothing else that lies in DIR does."""
     from reshard.hub import is_remote
     from reshard.hub.push import push as run
+    from reshard.hub.selection import select
 
     if not is_remote(dst):
         raise click.BadParameter(f"{dst} is not on the Hub; write hf://ORG/NAME", param_hint="DST")
-    with progress_bar(sum(path.stat().st_size for path in Path(folder).rglob("*") if path.is_file()), quiet or as_json) as tell:
-        done = run(folder, dst, public=public, create_pr=create_pr, overwrite=overwrite, base_model=base_model, progress=tell,
-                   format=from_, layout=layout, config=config)  # fmt: skip
+    selection = select(folder, include_code, format=from_, layout=layout, config=config)
+    with progress_bar(selection.size, quiet or as_json) as tell:
+        done = run(selection, dst, public=public, create_pr=create_pr, overwrite=overwrite, base_model=base_model, progress=tell)
     say_pushed(done, {"source": {"path": folder}, "destination": {"path": dst}}, as_json, quiet)

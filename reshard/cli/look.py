@@ -1,7 +1,9 @@
 """``inspect``, ``diff``, ``layouts`` and ``demo``: what is there, and whether it is the same."""
 
 import json
+import shutil
 import sys
+import textwrap
 from pathlib import Path
 
 import click
@@ -10,6 +12,7 @@ from reshard.cli.convert import opened
 from reshard.cli.options import FORMATS, Place, json_option, source_options
 from reshard.cli.progress import progress_bar
 from reshard.errors import ReshardError
+from reshard.stores.foreign import printable
 from reshard.text import count, human, table
 
 
@@ -30,7 +33,7 @@ def inspect(path, from_, layout, config, tensors, as_json):
         result["tensors"] = [dict(zip(("name", "shape", "dtype", "split_dim", "fused", "ranks"), row)) for row in rows] if tensors else len(rows)
         click.echo(json.dumps(result))
         return
-    click.echo(f"{path}: {ckpt.format} {ckpt.mesh}, {ckpt.architecture} (layout {ckpt.layout.name}), {len(rows)} tensors, {human(ckpt.bytes)}")
+    click.echo(f"{printable(str(path))}: {ckpt.format} {ckpt.mesh}, {ckpt.architecture} (layout {ckpt.layout.name}), {len(rows)} tensors, {human(ckpt.bytes)}")
     if tensors:
         text = [(n, "×".join(map(str, s)) or "scalar", d, "-" if x is None else x, "+".join(f) or "-", len(r)) for n, s, d, x, f, r in rows]
         click.echo(table(text, ("name", "shape per rank", "dtype", "split dim", "fused", "ranks")))
@@ -80,7 +83,7 @@ def diff(a, b, config, layout, as_json, quiet):
         sides = (a, report.missing_in_a, report.bytes_missing_in_a), (b, report.missing_in_b, report.bytes_missing_in_b)
         for word, names, size in sides:
             for name in names[:20]:
-                click.echo(f"missing in {word}: {name}")
+                click.echo(printable(f"missing in {word}: {name}"))
             if names:
                 click.echo(f"missing in {word}: {count(len(names), 'tensor')}, {human(size)}")
         if report.differing:
@@ -93,15 +96,27 @@ def diff(a, b, config, layout, as_json, quiet):
 
 
 @click.group(invoke_without_command=True)
+@json_option
 @click.pass_context
-def layouts(ctx):
+def layouts(ctx, as_json):
     """List the architectures that reshard knows; `layouts show NAME` explains one."""
     if ctx.invoked_subcommand:
         return
     from reshard.layout import builtin_descriptors
 
-    rows = [(n, ", ".join(d.architectures), ", ".join(sorted(d.formats)), d.description) for n, d in builtin_descriptors().items()]
-    click.echo(table(rows, ("layout", "architectures", "formats", "what")))
+    known = builtin_descriptors()
+    if as_json:
+        rows = [{"name": n, "architectures": list(d.architectures), "formats": sorted(d.formats), "description": d.description} for n, d in known.items()]
+        click.echo(json.dumps({"ok": True, "layouts": rows}))
+        return
+    rows = [(n, ", ".join(d.architectures), ", ".join(sorted(d.formats)), d.description) for n, d in known.items()]
+    text = table(rows, ("layout", "architectures", "formats", "what"))
+    width = shutil.get_terminal_size((1000, 24)).columns  # as wide as need be where it is no terminal
+    if max(map(len, text.splitlines())) <= width:
+        click.echo(text)
+        return
+    for name, *lines in rows:  # too narrow for columns
+        click.echo("\n".join([name, *(textwrap.fill(line, width, initial_indent="  ", subsequent_indent="    ") for line in lines)]))
 
 
 @layouts.command("show")
@@ -116,7 +131,7 @@ def show(name, tp, format_, config):
 
     known = builtin_descriptors()
     if not name.endswith(".toml") and name not in known:
-        raise ReshardError(f"no layout {name!r}", f"known: {', '.join(known)}")
+        raise ReshardError(f"no layout {name!r}", f"known: {', '.join(known)}; or the path of a file, FILE.toml")
     descriptor = load_descriptor(Path(name)) if name.endswith(".toml") else known[name]
     kind = formats.get(format_)
     if config is None:

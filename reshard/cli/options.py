@@ -84,6 +84,7 @@ def run_options(command):
         click.option("-q", "--quiet", is_flag=True, help="No progress, no summary."),
         json_option,
         click.option("--overwrite", is_flag=True, help="Replace what the destination holds."),
+        click.option("--allow-overflow", is_flag=True, help="With --dtype: store a value that has no room in it as infinity, instead of refusing."),
         click.option("--no-fsync", is_flag=True, help="Don't wait until the files are durable."),
         click.option("--buffer", type=Size(), default="128MB", show_default=True, help="Memory for buffers, in all."),
         click.option("-j", "--jobs", type=click.IntRange(1, 256), help="Threads; default 2, and 8 where SRC is on the Hub."),
@@ -97,5 +98,6 @@ def run_options(command):
 
 def push_options(command):
     command = click.option("--base-model", metavar="ORG/NAME", help="For the model card, where the files don't tell.")(command)
+    command = click.option("--include-code", is_flag=True, help="Publish the .py files that lie directly in the folder, too.")(command)
     command = click.option("--create-pr", is_flag=True, help="Open a pull request instead of committing to the branch.")(command)
     return click.option("--public/--private", default=False, help="A new repository is private, and a public one is refused, unless --public.")(command)

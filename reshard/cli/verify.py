@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -36,6 +37,7 @@ def verify(ckpt, reference, nproc, device, dtype, method, prompts, low_memory, t
     """
     from reshard.verify import verify as run
 
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # through the blocks that end the ranks and remove their folder
     try:
         found = run(ckpt, reference=reference, nproc=nproc, format=from_, config=config, layout=layout, device=device, dtype=dtype, method=method,
                     prompts=prompts, low_memory=low_memory, told=not (quiet or as_json))  # fmt: skip

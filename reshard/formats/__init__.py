@@ -4,13 +4,13 @@ A format reads a folder into ``Contents`` (which tensors lie where, on which mes
 ``OutFile``s, sizes and headers known, no tensor byte touched. What the tensors mean is the descriptors' business.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from reshard.block import Stored
-from reshard.errors import FormatError
-from reshard.layout import Mesh, Placement, Rank, Rules
+from reshard.errors import FormatError, LayoutError, PlanError
+from reshard.layout import Layout, Mesh, Placement, Rank, Rules, parse_version
 from reshard.stores import FileImage, TensorInfo
 from reshard.stores.foreign import quote
 
@@ -21,7 +21,7 @@ class Contents:
 
     `boxes` holds, for formats that cut whole HF tensors into arbitrary boxes, the offsets of each rank's pieces.
     `stages` is the layers of each pipeline stage where the files show them. `ignore` are name patterns that every
-    model of this format may have and that are no weights.
+    model of this format may have and that are no weights. `settings` is what each file says of the model's sizes.
     """
 
     mesh: Mesh
@@ -31,16 +31,19 @@ class Contents:
     stages: list[list[int]] | None = None
     boxes: list[dict[str, tuple[int, ...]]] | None = None
     ignore: tuple[str, ...] = ()
+    settings: Mapping[str, Mapping[str, object]] = field(default_factory=dict)
 
 
 @dataclass
 class OutFile:
-    """A weight file to write: its path in the folder, its skeleton, the stored tensors in it, and constants' bytes."""
+    """A weight file to write: its path in the folder, its skeleton, the stored tensors in it, constants' bytes, and the
+    number of the rank whose file it is (0 in formats without ranks)."""
 
     path: str
     image: FileImage
     tensors: dict[str, Stored]
     constants: dict[str, bytes] = field(default_factory=dict)
+    rank: int = 0
 
 
 @dataclass
@@ -61,8 +64,20 @@ class Format:
     recognise: Callable[[Path, set[str]], bool]
     read: Callable[[Path], Contents]
     write: Callable[["Target", list[Stored]], Folder]
-    summary: str
     newest: str | None = None  # release of the engine whose files it writes, the newest known
+    oldest: str | None = None  # the oldest whose names are known
+    disagreements: Callable[[Layout, Contents], list[str]] | None = None  # of a folder's own settings with config.json
+
+
+    def release(self, version: str) -> tuple[int, ...]:
+        """The engine's release that `version` names, if its tensors' names are known. Raises PlanError or LayoutError."""
+        if self.newest is None:
+            raise PlanError([f"--engine-version {quote(version)} has no meaning for format {self.name}"], "it goes with --to vllm and --to sglang")
+        release, oldest, newest = parse_version(version), parse_version(self.oldest), parse_version(self.newest)
+        if release[: len(newest)] > newest or release < oldest[: len(release)]:
+            raise PlanError([f"--engine-version {quote(version)}: of {self.name}, names are known for {self.oldest} to {self.newest}"],
+                            f"use --engine-version {self.newest if release > newest else self.oldest}, if its tensors are still named so")  # fmt: skip
+        return release
 
 
 @dataclass(frozen=True)
@@ -78,6 +93,9 @@ class Target:
         """Each rank that is written, with its tensors by name."""
         own: dict[int, dict[str, Stored]] = {rank.number: {} for rank in self.ranks}
         for s in stored:
+            if s.name in own[s.rank]:
+                labels = " and ".join(f"{other.entry.label} ({', '.join(other.entry.of)})" for other in (own[s.rank][s.name], s))
+                raise LayoutError(f"layout {self.placement.layout.name}: two entries store {s.name}: {labels}", "give them different names, or conditions of which one holds")
             own[s.rank][s.name] = s
         return [(rank, own[rank.number]) for rank in self.ranks]
 
@@ -104,21 +122,24 @@ def get(name: str) -> Format:
 def recognise(folder: Path) -> Format:
     """The format of `folder`, by its manifest or the names of its files. Raises FormatError."""
     from reshard.formats.manifest import read_manifest
+    from reshard.formats.unsupported import refuse_file, refuse_folder
 
     if not folder.is_dir():
         hint = None
         if not folder.exists() and not folder.is_absolute() and len(folder.parts) == 2:
             hint = f"did you mean hf://{folder}?"
-        raise FormatError(f"{folder} is not a folder" if folder.exists() else f"{folder} does not exist", hint)
+        raise refuse_file(folder) if folder.exists() else FormatError(f"{folder} does not exist", hint)
     manifest = read_manifest(folder)
     if manifest:
+        if manifest["format"] not in formats():
+            raise FormatError(f"{folder}: its reshard.json is of format {quote(repr(manifest['format']))}, which this release does not know",
+                              f"formats: {', '.join(formats())}")  # fmt: skip
         return get(manifest["format"])
     names = {path.name for path in folder.iterdir()}
     for format in formats().values():
         if format.recognise(folder, names):
             return format
-    some = ", ".join(sorted(names)[:5]) or "nothing"
-    raise FormatError(f"{folder} holds no checkpoint that reshard knows (it holds {some})", "say which with --from, or see `reshard convert --help`")
+    raise refuse_folder(folder, names)
 
 
 def safe_join(folder: Path, name: str) -> Path:

@@ -21,8 +21,10 @@ from reshard.layout.mesh import grid
 from reshard.stores import DTYPE_SIZE, TensorInfo, safetensors
 from reshard.stores.foreign import quote
 
-_FILE = re.compile(r"model-rank-(\d+)-part-(\d+)\.safetensors")
-_STAGED = re.compile(r"model-pp-(\d+)-tp-(\d+)-part-(\d+)\.safetensors")
+_NUMBER = r"(0|[1-9][0-9]{0,6})"  # as the engines write them: model-rank-00-… or other digits are other files
+_FILE = re.compile(rf"model-rank-{_NUMBER}-part-{_NUMBER}\.safetensors")
+_STAGED = re.compile(rf"model-pp-{_NUMBER}-tp-{_NUMBER}-part-{_NUMBER}\.safetensors")
+_ALIKE = re.compile(r"model-(?:rank|pp)-\d.*\.safetensors")
 
 
 def uneven_stages(layers: int, stages: int) -> list[list[int]]:
@@ -45,14 +47,17 @@ def _read(name: str, folder: Path) -> Contents:
             by_rank[0, int(match[1])][int(match[2])] = path.name
         elif match := _STAGED.fullmatch(path.name):
             by_rank[int(match[1]), int(match[2])][int(match[3])] = path.name
+        elif _ALIKE.fullmatch(path.name):
+            raise FormatError(f"{quote(path)} is named like a rank's file, but no engine writes its numbers so", "remove it, or copy the folder again, whole")
     if not by_rank:
         raise FormatError(f"{folder} holds no model-rank-…-part-….safetensors")
     manifest = read_manifest(folder)
-    mesh = Mesh(max(t for _, t in by_rank) + 1, max(p for p, _ in by_rank) + 1)
-    if len(by_rank) != mesh.tp * mesh.pp:
-        p, t = next((p, t) for p in range(mesh.pp) for t in range(mesh.tp) if (p, t) not in by_rank)
-        raise FormatError(f"{folder} holds files of {len(by_rank)} ranks, their names tell of {mesh.tp * mesh.pp} ({mesh}): no files of rank {t} (stage {p})",
-                          "copy the folder again, whole")  # fmt: skip
+    tp, pp = max(t for _, t in by_rank) + 1, max(p for p, _ in by_rank) + 1
+    if len(by_rank) != tp * pp:
+        p, t = next((p, t) for p in range(pp) for t in range(tp) if (p, t) not in by_rank)
+        raise FormatError(f"{folder} holds files of {len(by_rank)} ranks, their names tell of {tp * pp} (tp{tp}{f'×pp{pp}' if pp > 1 else ''}): "
+                          f"no files of rank {t} (stage {p})", "copy the folder again, whole")  # fmt: skip
+    mesh = Mesh(tp, pp)
     if manifest and (mesh_of(manifest).tp, mesh_of(manifest).pp) != (mesh.tp, mesh.pp):
         raise FormatError(f"{folder} holds files of {mesh}, its manifest says {mesh_of(manifest)}", "files of another conversion were mixed in; convert again")
     tensors: list[dict[str, tuple[str, TensorInfo]]] = []
@@ -84,7 +89,7 @@ def _write(name: str, target: Target, stored: list[Stored]) -> Folder:
             image = safetensors.compose([spec for spec in specs if spec[0] in chosen])
             where = f"pp-{rank.pp}-tp-{rank.tp}" if target.mesh.pp > 1 else f"rank-{rank.tp}"
             values = {n: constant_bytes(c.value, c.dtype) * prod(c.shape) for n, c in constants.items() if n in chosen}
-            files.append(OutFile(f"model-{where}-part-{i}.safetensors", image, {n: own[n] for n in part if n in own}, values))
+            files.append(OutFile(f"model-{where}-part-{i}.safetensors", image, {n: own[n] for n in part if n in own}, values, rank.number))
     return Folder(files, {})
 
 
@@ -92,9 +97,9 @@ def _check_release(engine: str, version: str, mesh: Mesh) -> None:
     """Refuse meshes whose files this release could not read. Raises PlanError."""
     if engine == "sglang" and mesh.pp > 1:
         raise PlanError([f"SGLang has no names for files of pipeline stages (pp={mesh.pp})"], "use --pp 1")
-    if engine == "vllm" and mesh.pp > 1 and parse_version(version) <= (0, 28):
+    if engine == "vllm" and mesh.pp > 1 and parse_version(version)[:2] <= (0, 28):
         raise PlanError([f"vLLM {version} has no names for files of pipeline stages (pp={mesh.pp})"], "use --engine-version 0.32 or --pp 1")
-    if engine == "vllm" and mesh.ep > 1 and parse_version(version) < (0, 28):
+    if engine == "vllm" and mesh.ep > 1 and parse_version(version)[:2] < (0, 28):
         raise PlanError([f"vLLM {version} wants each rank's expert map beside its weights, which reshard does not write (ep={mesh.ep})"],
                         "use --engine-version 0.28 or newer, or --ep 1")  # fmt: skip
 
@@ -109,10 +114,10 @@ def constant_bytes(value: float, dtype: str) -> bytes:
     return struct.pack(codes[dtype], value)
 
 
-def _format(name: str, summary: str, newest: str) -> Format:
+def _format(name: str, oldest: str, newest: str) -> Format:
     recognise = _recognise if name == "vllm" else lambda folder, names: False  # the two look alike; --from tells
-    return Format(name, name, Rules(grid, uneven_stages), recognise, partial(_read, name), partial(_write, name), summary, newest)
+    return Format(name, name, Rules(grid, uneven_stages), recognise, partial(_read, name), partial(_write, name), newest, oldest)
 
 
-VLLM = _format("vllm", "vLLM sharded_state (--load-format sharded_state)", "0.32")
-SGLANG = _format("sglang", "SGLang sharded_state (--load-format sharded_state)", "0.5.23")
+VLLM = _format("vllm", "0.11", "0.32")
+SGLANG = _format("sglang", "0.5", "0.5.23")

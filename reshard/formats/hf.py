@@ -16,13 +16,14 @@ from reshard.formats.manifest import mesh_of, read_manifest
 from reshard.layout import Mesh, Rules
 from reshard.layout.mesh import even_stages, grid
 from reshard.stores import DTYPE_SIZE, TensorInfo, safetensors
-from reshard.stores.foreign import LIMIT, parse, quote
+from reshard.stores.files import read_json
+from reshard.stores.foreign import quote
 
 _INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 #: bytes: small enough that a model of some size has several files, which can be written side by side and fetched so
 _MAX_FILE = 2 * 10**9
 _SINGLES = ("model.safetensors", "pytorch_model.bin")
-_SHARD = re.compile(r"(?:model|pytorch_model)-\d{5}-of-\d{5}\.(?:safetensors|bin)")
+_SHARD = re.compile(r"(?:model|pytorch_model)-[0-9]{5}-of-[0-9]{5}\.(?:safetensors|bin)")
 
 
 def _recognise(folder: Path, names: set[str]) -> bool:
@@ -35,6 +36,9 @@ def _read(folder: Path) -> Contents:
         raise FormatError(f"{folder} is of format hf, which is whole; its manifest says {mesh_of(manifest)}", "the manifest is of another folder; delete it")
     for index_name, single in zip(_INDEXES, _SINGLES):
         if (folder / index_name).is_file():
+            if (folder / single).is_file() and single not in _index(folder / index_name):
+                raise FormatError(f"{folder} holds both {single} and {index_name}, which lists other files",
+                                  f"transformers would load {single} alone; remove whichever of the two is not the model")  # fmt: skip
             return Contents(Mesh(), [_indexed(folder, index_name)])
         if (folder / single).is_file():
             return Contents(Mesh(), [_file(folder, single)])
@@ -71,14 +75,7 @@ def _indexed(folder: Path, index_name: str) -> dict[str, tuple[str, TensorInfo]]
 
 def _index(path: Path) -> dict[str, list[str]]:
     """The names of an index, by file."""
-    size = path.stat().st_size
-    if size > LIMIT:
-        raise FormatError(f"{path} has {size} bytes, more than the {LIMIT} of any index")
-    raw = path.read_bytes()
-    try:
-        table = parse(raw)
-    except ValueError as error:
-        raise FormatError(f"{path} is not JSON: {error}", "download it again") from None
+    table = read_json(path)
     weight_map = table.get("weight_map") if isinstance(table, dict) else None
     if not isinstance(weight_map, dict):
         raise FormatError(f"{path} has no weight_map of names to files", "it should hold {\"weight_map\": {\"tensor\": \"file\", …}}")
@@ -153,5 +150,4 @@ def _depth(stored: Stored, target: Target) -> int:
     return -1 if tensor.stage == "first" else target.placement.layout.layers
 
 
-FORMAT = Format("hf", "hf", Rules(grid, even_stages, even=False), _recognise, _read, _write,
-                "Hugging Face checkpoint (model.safetensors, sharded with index, pytorch_model*.bin)")  # fmt: skip
+FORMAT = Format("hf", "hf", Rules(grid, even_stages, even=False), _recognise, _read, _write)

@@ -10,6 +10,7 @@ from pathlib import Path
 from reshard.errors import FormatError
 from reshard.layout import Mesh
 from reshard.stores import DTYPE_SIZE
+from reshard.stores.files import read_small
 from reshard.stores.foreign import LIMIT, parse, quote
 from reshard.text import some
 
@@ -22,7 +23,7 @@ def read_manifest(folder: Path) -> dict | None:
     path = folder / NAME
     if not path.is_file():
         return None
-    raw = path.read_bytes()
+    raw = read_small(path)
     try:
         manifest = parse(raw)
         problem = _problem(manifest)

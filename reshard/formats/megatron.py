@@ -11,56 +11,37 @@ from collections import defaultdict
 from collections.abc import Mapping
 from itertools import islice
 from pathlib import Path
-from types import SimpleNamespace
 
 from reshard.block import Stored
 from reshard.errors import FormatError, PlanError
 from reshard.formats import Contents, Folder, Format, OutFile, Target, safe_join
 from reshard.formats.hf import tensors_of, torch_tree
-from reshard.formats.manifest import read_manifest
-from reshard.formats.megatron_args import megatron_args
-from reshard.layout import Mesh, Rank, Rules
-from reshard.layout.mesh import even_stages, stage_order
+from reshard.formats.manifest import mesh_of, read_manifest
+from reshard.formats.megatron_args import megatron_args, model_args
+from reshard.formats.megatron_compare import SIZES, compare_args, fields
+from reshard.formats.megatron_ranks import FOLDER, expert_cuts, folder_name, folder_names, mp_ranks
+from reshard.layout import Layout, Mesh, Rank, Rules
+from reshard.layout.mesh import MOST_RANKS, even_stages
+from reshard.stores.foreign import quote
 
 TRACKER = "latest_checkpointed_iteration.txt"
 FILE = "model_optim_rng.pt"
-_RANK = re.compile(r"mp_rank_(\d{2,})(?:_(\d{3}))?(?:_(\d{3}))?")
-_LAYER = re.compile(r"decoder\.layers\.(\d+)\.")
-_MODEL = re.compile(r"model\d*")
+_LAYER = re.compile(r"decoder\.layers\.([0-9]{1,6})\.")
+_MODEL = re.compile(r"model[0-9]{0,6}")
 _PREFIX = re.compile(r"^(module\.)+")  # of wrappers that Megatron itself takes off before it saves
 _MIXED = "files of several checkpoints were mixed"
 _IGNORE = ("*._extra_state", "*.local_tokens_per_expert", "*.global_tokens_per_expert", "*.inv_freq")
 
 
-def mp_ranks(mesh: Mesh) -> list[Rank]:
-    """Every (tensor, pipeline, expert) rank that gets a file: each pair of tp and ep that occurs in a stage."""
-    etp = mesh.etp or mesh.tp
-    if mesh.tp % etp and etp % mesh.tp:
-        raise PlanError([f"etp={etp} and tp={mesh.tp}: one must divide the other"])
-    if etp > mesh.tp:
-        raise PlanError([f"etp={etp} is larger than tp={mesh.tp}: a file holds one tp rank's and one etp rank's tensors"])
-    out, number = [], 0
-    for p in range(mesh.pp):
-        held = {(t, e): x for t, e, x in reversed(stage_order(mesh, etp))}  # several processes may share a file: the first writes it
-        for (t, e), x in sorted(held.items(), key=lambda item: item[0][::-1]):
-            out.append(Rank(number, t, p, e, x))
-            number += 1
-    return out
-
-
-def rank_folder(rank: Rank, mesh: Mesh) -> str:
-    return f"mp_rank_{rank.tp:02d}" + (f"_{rank.pp:03d}" if mesh.pp > 1 else "") + (f"_{rank.ep:03d}" if mesh.ep > 1 else "")
-
-
 def _recognise(folder: Path, names: set[str]) -> bool:
-    if any(_RANK.fullmatch(name) for name in names):
+    if any(FOLDER.fullmatch(name) for name in names):
         return True
     root = _tracked(folder) if TRACKER in names else None
     return root is not None and (not root.is_dir() or _has_ranks(root))  # torch_dist has the same tracker, other files
 
 
 def _has_ranks(root: Path) -> bool:
-    return any(_RANK.fullmatch(path.name) for path in root.iterdir())
+    return any(FOLDER.fullmatch(path.name) for path in root.iterdir())
 
 
 def _tracked(folder: Path) -> Path | None:
@@ -70,7 +51,7 @@ def _tracked(folder: Path) -> Path | None:
         return None
     text = tracker.read_text(errors="replace").strip()
     if text != "release" and not (text.isascii() and text.isdigit()):
-        raise FormatError(f"{tracker} says {text!r}, expected a number or release")
+        raise FormatError(f"{tracker} says {quote(repr(text))}, expected a number or release")
     return folder / ("release" if text == "release" else f"iter_{int(text):07d}")
 
 
@@ -90,23 +71,40 @@ def _root(folder: Path) -> Path:
 
 def _read(folder: Path) -> Contents:
     root = _root(folder)
-    names = sorted(path.name for path in root.iterdir() if _RANK.fullmatch(path.name))
+    names = sorted(path.name for path in root.iterdir() if FOLDER.fullmatch(path.name))
     files = {name: str((root / name / FILE).relative_to(folder)) for name in names}
     blobs = {name: _blob(safe_join(folder, files[name])) for name in names}
     mesh = _mesh(root, blobs)
+    manifest = read_manifest(folder)
+    if manifest and _full(mesh_of(manifest)) != _full(mesh):
+        raise FormatError(f"{folder} holds files of {_sizes(mesh)}, its manifest says {_sizes(mesh_of(manifest))}",
+                          "files of another conversion were mixed in; convert again")  # fmt: skip
     chunks = _chunks(root, blobs)
     virtual = Mesh(mesh.tp, mesh.pp * len(chunks), mesh.ep, mesh.etp)
     tensors, depth = [], defaultdict(set)
     for rank in mp_ranks(virtual):
         chunk, stage = divmod(rank.pp, mesh.pp)  # virtual stage v·P + s lies in the files of stage s
-        name = rank_folder(Rank(0, rank.tp, stage, rank.ep, rank.etp), mesh)
+        name = folder_name(Rank(0, rank.tp, stage, rank.ep, rank.etp), mesh)
         held = {_PREFIX.sub("", key): at for key, at in tensors_of(blobs[name][chunks[chunk]], files[name]).items()}
         tensors.append(held)
         depth[rank.pp].update(int(match[1]) for key in held if (match := _LAYER.match(key)))
-    manifest = read_manifest(folder)
     layers = iter(range(sum(map(len, depth.values()))))
     stages = [list(islice(layers, len(depth[p]))) for p in range(virtual.pp)]
-    return Contents(virtual, tensors, manifest and manifest.get("layout"), stages=stages, ignore=_IGNORE)
+    settings = {files[name]: fields(blob.get("args")) for name, blob in blobs.items()}
+    return Contents(virtual, tensors, manifest and manifest.get("layout"), stages=stages, ignore=_IGNORE, settings=settings)
+
+
+def _disagreements(layout: Layout, contents: Contents) -> list[str]:
+    """Sizes that the files' args state otherwise than config.json: by equal products, they would scramble rows unseen."""
+    told = {file: table for file, table in contents.settings.items() if table}
+    if not told:
+        return []
+    expected = model_args(layout, names=[name for name in SIZES + ("group_query_attention",)])
+    by_text: dict[str, list[str]] = defaultdict(list)
+    for file, table in told.items():
+        for difference in compare_args(table, expected, SIZES):
+            by_text[str(difference)].append(file)
+    return [f"{files[0]}{f' and {len(files) - 1} more' if len(files) > 1 else ''}: {text}" for text, files in by_text.items()]
 
 
 def _blob(file: Path) -> dict:
@@ -139,48 +137,65 @@ def _chunks(root: Path, blobs: Mapping[str, dict]) -> list[str]:
 
 def _mesh(root: Path, blobs: Mapping[str, dict]) -> Mesh:
     """The mesh by the files' args, or where those are silent by the folders' names; checked against the folders."""
-    names = list(blobs)
-    said = {name: mesh for name, blob in blobs.items() if (mesh := _said(blob.get("args")))}
-    first, mesh = next(iter(said.items()), (None, None))
-    other = next((name for name, value in said.items() if value != mesh), None)
+    names = set(blobs)
+    said = {name: sizes for name, blob in blobs.items() if (sizes := _said(root / name / FILE, fields(blob.get("args"))))}
+    first, sizes = next(iter(said.items()), (None, None))
+    other = next((name for name, value in said.items() if value != sizes), None)
     if other:
-        raise FormatError(f"{root}: args in {first} say {_sizes(mesh)}, in {other} {_sizes(said[other])}", _MIXED)
-    mesh = mesh or _by_names(root, blobs)
-    expected = [rank_folder(rank, mesh) for rank in mp_ranks(mesh)]
+        raise FormatError(f"{root}: args in {first} say {_sizes(_of(sizes))}, in {other} {_sizes(_of(said[other]))}", _MIXED)
+    tp, pp, ep, etp = sizes or (*_by_names(root, blobs), None)
+    # where args don't say how experts are cut: by tp, Megatron's default, unless the folders can't be of such a mesh
+    tried = [_of((tp, pp, ep, cut)) for cut in ([etp] if etp else expert_cuts(tp))]
+    try:
+        mesh = next((mesh for mesh in tried if set(folder_names(mesh)) == names), tried[0])
+        expected = folder_names(mesh)
+    except PlanError as error:
+        raise FormatError(f"{root / next(iter(blobs)) / FILE}: {error}") from None
     problems = [f"{text} {', '.join(some[:8])}{' …' if len(some) > 8 else ''}" for text, some in (
-        ("lacks", [name for name in expected if name not in names]), ("has besides", [name for name in names if name not in expected])) if some]  # fmt: skip
+        ("lacks", [name for name in expected if name not in names]), ("has besides", sorted(names - set(expected)))) if some]  # fmt: skip
     if problems:
         raise FormatError(f"{root} {' and '.join(problems)}: its {'args' if said else 'folders'} say {_sizes(mesh)}", "copy the checkpoint again, whole, into an empty folder")
     return mesh
 
 
-def _said(args: object) -> Mesh | None:
-    """The mesh that one file's args state."""
-    table = vars(args) if isinstance(args, (argparse.Namespace, SimpleNamespace)) else args if isinstance(args, dict) else {}
-    tp, pp, ep, etp = (table.get(f"{kind}_parallel_size") for kind in ("tensor_model", "pipeline_model", "expert_model", "expert_tensor"))
+def _of(sizes: tuple[int, int, int, int | None]) -> Mesh:
+    tp, pp, ep, etp = sizes
+    return Mesh(tp, pp, ep, 0 if etp in (None, tp) else etp)
+
+
+def _said(file: Path, args: Mapping[str, object]) -> tuple[int, int, int, int | None] | None:
+    """tp, pp, ep and etp (None: not said) that one file's args state; None where they don't."""
+    tp, pp, ep, etp = (args.get(f"{kind}_parallel_size") for kind in ("tensor_model", "pipeline_model", "expert_model", "expert_tensor"))
     if not tp or not pp:
         return None
     sizes = (tp, pp, ep or 1, etp or tp)
-    if not all(type(n) is int and n > 0 for n in sizes) or tp * pp * sizes[2] > 1_000_000:
-        raise FormatError(f"args state tp={tp}, pp={pp}, ep={ep}, expert tp={etp}: no mesh")
-    return Mesh(*sizes[:3], 0 if sizes[3] == tp else sizes[3])
+    if not all(type(n) is int and 0 < n <= MOST_RANKS for n in sizes) or tp * pp * sizes[2] > MOST_RANKS:
+        raise FormatError(f"{file}: args state tp={quote(tp)}, pp={quote(pp)}, ep={quote(ep)}, expert tp={quote(etp)}: no mesh")
+    return tp, pp, ep or 1, etp or None
 
 
-def _by_names(root: Path, blobs: Mapping[str, dict]) -> Mesh:
-    numbers = {name: [int(n) for n in _RANK.fullmatch(name).groups() if n is not None] for name in blobs}
+def _by_names(root: Path, blobs: Mapping[str, dict]) -> tuple[int, int, int]:
+    """tp, pp and ep by the folders' names."""
+    numbers = {name: [int(n) for n in FOLDER.fullmatch(name).groups() if n is not None] for name in blobs}
     short, long = min(numbers, key=lambda n: len(numbers[n])), max(numbers, key=lambda n: len(numbers[n]))
     if len(numbers[short]) != len(numbers[long]):
         raise FormatError(f"{root}: folders {short} and {long} are named for different meshes", _MIXED)
-    tp, *rest = (max(column) + 1 for column in zip(*numbers.values()))
+    sizes = [max(column) + 1 for column in zip(*numbers.values())]
+    if max(sizes) > max(MOST_RANKS // 64, len(blobs)):  # each rank has a folder of its own: no need to count them
+        raise FormatError(f"{root} holds {len(blobs)} mp_rank_… folders, among them {max(numbers, key=lambda n: max(numbers[n]))}",
+                          "copy the checkpoint again, whole, into an empty folder")  # fmt: skip
+    tp, *rest = sizes
     if len(rest) == 1:  # mp_rank_00_001 is of a pipeline stage or of an expert-parallel rank: only the latter has an embedding
         second = next((blob for name, blob in blobs.items() if numbers[name][1]), {})
         keys = {_PREFIX.sub("", str(key)) for key in second.get("model", ())}
         rest = [1, *rest] if "embedding.word_embeddings.weight" in keys else [*rest, 1]
-    meshes = [Mesh(tp, *(rest or (1, 1)), etp) for etp in range(1, tp + 1) if tp % etp == 0]
-    # with args silent, experts are cut by tp, Megatron's default, unless the folders can't be of such a mesh
-    fits = [mesh for mesh in reversed(meshes) if {rank_folder(rank, mesh) for rank in mp_ranks(mesh)} == set(blobs)]
-    found = fits[0] if fits else meshes[-1]
-    return Mesh(found.tp, found.pp, found.ep, found.etp if found.etp != tp else 0)
+    pp, ep = rest or (1, 1)
+    return tp, pp, ep
+
+
+def _full(mesh: Mesh) -> Mesh:
+    """`mesh` with the cut of experts spelled out."""
+    return Mesh(mesh.tp, mesh.pp, mesh.ep, mesh.etp or mesh.tp)
 
 
 def _sizes(mesh: Mesh) -> str:
@@ -195,9 +210,8 @@ def _write(target: Target, stored: list[Stored]) -> Folder:
     for rank, own in target.by_rank(stored):
         model = {s.name: torchzip.TensorSpec(s.name, s.dtype, s.shape) for s in own.values()}
         blob = {"args": args, "checkpoint_version": 3.0, "iteration": 0, "model": model}
-        files.append(OutFile(f"release/{rank_folder(rank, mesh)}/{FILE}", torchzip.compose(blob), own))
+        files.append(OutFile(f"release/{folder_name(rank, mesh)}/{FILE}", torchzip.compose(blob), own, rank=rank.number))
     return Folder(files, {TRACKER: b"release"})
 
 
-FORMAT = Format("megatron", "megatron", Rules(mp_ranks, even_stages, local=True), _recognise, _read, _write,
-                "Megatron-LM legacy checkpoint (mp_rank_XX/model_optim_rng.pt)")  # fmt: skip
+FORMAT = Format("megatron", "megatron", Rules(mp_ranks, even_stages, local=True), _recognise, _read, _write, disagreements=_disagreements)

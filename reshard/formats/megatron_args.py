@@ -5,12 +5,14 @@ them, arguments.py, which names them. What it does not read back (norms' epsilon
 there all the same, for people and other tools. Settings of training (losses, dropout at large) are the trainer's.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from reshard.block import Stored
-from reshard.layout.expressions import evaluate
+from reshard.errors import LayoutError
 from reshard.formats import Target
-from reshard.layout import Layout
+from reshard.layout import Layout, Section
+from reshard.layout.expressions import evaluate
+from reshard.stores.foreign import quote
 
 #: name → expression over config.json, over _scope, and over the layout's axes; a descriptor's [megatron.args] adds to it
 ARGS = {
@@ -54,11 +56,9 @@ _FLOATS = frozenset((
 def megatron_args(target: Target, stored: list[Stored]) -> dict[str, object]:
     """The fields of ``args`` for a checkpoint of `target`, whose tensors are `stored`."""
     layout, mesh = target.placement.layout, target.mesh
-    table = ARGS | dict(target.placement.section.args)
-    scope = _scope(layout)
-    scope["num_experts"] = evaluate(table["num_experts"], scope)
-    out = {name: _typed(name, evaluate(text, scope)) for name, text in table.items()}
-    padded = next((s for s in stored if s.rank == 0 and s.entry and s.entry.pad), None)
+    out = model_args(layout, target.placement.section)
+    first = target.placement.stored(target.placement.ranks[:1])  # which need not be among those that are written
+    padded = next((s for s in first if s.entry and s.entry.pad), None)
     if padded is not None:
         out["padded_vocab_size"] = padded.shape[0] * mesh.tp
     dtype = next((s.dtype for s in stored if s.dtype in ("BF16", "F16")), None)
@@ -70,12 +70,29 @@ def megatron_args(target: Target, stored: list[Stored]) -> dict[str, object]:
     }  # fmt: skip
 
 
-def _typed(name: str, value: object) -> object:
+def model_args(layout: Layout, section: Section | None = None, names: Iterable[str] | None = None) -> dict[str, object]:
+    """The fields of ``args`` that describe the model of `layout`, or those of them in `names`: nothing of a mesh or of files.
+
+    `section` is the layout's Megatron table (its own by default). Raises LayoutError for a config.json that says nonsense.
+    """
+    table = ARGS | dict((section or layout.section("megatron")).args)
+    scope = _scope(layout)
+    scope["num_experts"] = evaluate(table["num_experts"], scope)
+    chosen = table if names is None else [name for name in names if name in table]
+    return {name: _typed(layout, name, evaluate(table[name], scope)) for name in chosen}
+
+
+def _typed(layout: Layout, name: str, value: object) -> object:
     if name in _FLOATS and value is not None:
-        return float(value)
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise LayoutError(f"layout {layout.name}: [megatron.args] {name} is {quote(repr(value))}, expected a number", "check config.json")
+        try:
+            return float(value)
+        except OverflowError:
+            raise LayoutError(f"layout {layout.name}: [megatron.args] {name} is {quote(value)}, which is no size", "check config.json") from None
     if name in ("rotary_base", "rotary_seq_len_interpolation_factor") and isinstance(value, float) and value.is_integer():
         return int(value)
-    return tuple(value) if name == "window_size" and value is not None else value
+    return tuple(value) if name == "window_size" and isinstance(value, list) else value
 
 
 def _scope(layout: Layout) -> dict[str, object]:
@@ -83,7 +100,10 @@ def _scope(layout: Layout) -> dict[str, object]:
     config = layout.scope
     rope = {**_table(config, "rope_scaling"), **_table(config, "rope_parameters")}
     rope["type"] = rope.get("rope_type") or rope.get("type") or "default"
-    sliding = [kind == "sliding_attention" for kind in config.get("layer_types") or ()]
+    kinds = config.get("layer_types") or ()
+    if not isinstance(kinds, (list, tuple)):
+        raise LayoutError(f"config.json: layer_types is {quote(repr(kinds))}, expected a list of names")
+    sliding = [kind == "sliding_attention" for kind in kinds]
     router = layout.descriptor.tensors.get("router")
     sparse = [int(layout.exists(router, i)) for i in range(layout.layers)] if router else []
     return {

@@ -12,7 +12,7 @@ from reshard.layout import Mesh, Rules
 from reshard.layout.mesh import even_stages, grid
 from reshard.stores.foreign import quote
 
-_FILE = re.compile(r"rank_(\d{1,5})\.pt")
+_FILE = re.compile(r"rank_([0-9]{1,5})\.pt")
 
 
 def _recognise(folder: Path, names: set[str]) -> bool:
@@ -24,11 +24,12 @@ def _read(folder: Path) -> Contents:
     if not found:
         raise FormatError(f"{folder} holds no rank_XX.pt")
     manifest = read_manifest(folder)
-    mesh = mesh_of(manifest) if manifest else Mesh(found[-1][0] + 1)
-    count = mesh.tp * mesh.pp
+    told = mesh_of(manifest) if manifest else None
+    count = told.tp * told.pp if told else found[-1][0] + 1
     if len(found) != count or any(rank != i for i, (rank, _) in enumerate(found)):
         ranks = quote(", ".join(str(rank) for rank, _ in found))
         raise FormatError(f"{folder} holds {len(found)} rank_XX.pt, of ranks {ranks}; expected {count}, of ranks 0 to {count - 1}", "copy the folder again, whole")
+    mesh = told or Mesh(count)
     return Contents(mesh, [state_dict(folder / name, name) for _, name in found])
 
 
@@ -38,9 +39,8 @@ def _write(target: Target, stored: list[Stored]) -> Folder:
     files = []
     for rank, own in target.by_rank(stored):
         image = torchzip.compose({s.name: torchzip.TensorSpec(s.name, s.dtype, s.shape) for s in own.values()})
-        files.append(OutFile(f"rank_{rank.number:02d}.pt", image, own))
+        files.append(OutFile(f"rank_{rank.number:02d}.pt", image, own, rank=rank.number))
     return Folder(files, {})
 
 
-FORMAT = Format("rank-pt", "hf", Rules(grid, even_stages, even=False), _recognise, _read, _write,
-                "plain rank_XX.pt per rank, HF names")  # fmt: skip
+FORMAT = Format("rank-pt", "hf", Rules(grid, even_stages, even=False), _recognise, _read, _write)

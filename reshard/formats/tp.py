@@ -22,7 +22,7 @@ from reshard.layout.mesh import even_stages, grid
 from reshard.stores import DTYPE_SIZE, TensorInfo, safetensors
 from reshard.stores.foreign import parse
 
-_FILE = re.compile(r"shard-(\d{5})-model-(\d{5})-of-(\d{5})\.safetensors")
+_FILE = re.compile(r"shard-([0-9]{5})-model-([0-9]{5})-of-([0-9]{5})\.safetensors")
 
 
 def _recognise(folder: Path, names: set[str]) -> bool:
@@ -54,13 +54,20 @@ def _read(folder: Path) -> Contents:
             tensors[-1].update({name: (file, info) for name, info in held.items()})
             try:
                 info = parse(metadata.get("DCP_SHARDING_INFO", "{}").encode())
-                offsets[-1].update({name: tuple(value["saved_offsets"]) for name, value in info.items()})
+                offsets[-1].update({name: _offset(value["saved_offsets"]) for name, value in info.items()})
             except (ValueError, KeyError, TypeError, AttributeError):
                 raise FormatError(f"{folder / file}: DCP_SHARDING_INFO is not the JSON that torch writes") from None
             notes.add(_mesh_note(folder / file, metadata.get("reshard")))
     if notes == {None}:  # written by transformers or torch: boxes of whole tensors, on a mesh that only the boxes tell
         return Contents(Mesh(), tensors, boxes=offsets)
     return _ours(folder, tensors, notes)
+
+
+def _offset(numbers: object) -> tuple[int, ...]:
+    """Raises ValueError for what is no list of sizes."""
+    if not isinstance(numbers, list) or not all(type(n) is int and 0 <= n < 1 << 63 for n in numbers):
+        raise ValueError
+    return tuple(numbers)
 
 
 def _mesh_note(path: Path, note: str | None) -> tuple[str, Mesh] | None:
@@ -103,7 +110,7 @@ def _write(target: Target, stored: list[Stored]) -> Folder:
             metadata = {"DCP_SHARDING_INFO": json.dumps(boxes), "DCP_VERSION": "1.0", "format": "pt", "reshard": json.dumps(note)}
             image = safetensors.compose([(s.name, s.dtype, s.shape) for s in tensors.values()], metadata)
             path = f"shard-{rank.number + 1:05d}-model-{i:05d}-of-{len(names):05d}.safetensors"
-            files.append(OutFile(path, image, tensors))
+            files.append(OutFile(path, image, tensors, rank=rank.number))
     return Folder(files, {})
 
 
@@ -111,12 +118,15 @@ def _offsets(target: Target) -> Callable[[Stored], tuple[int, ...] | None]:
     """``whole_offsets`` for the tensors of `target`, worked out once for all layers and experts, whose blocks they share."""
     single = Placement(target.placement.layout, target.placement.section, target.placement.rules, Mesh())
     wholes = {s.name: s for s in single.stored()}
-    known: dict[tuple[int, ...], tuple[int, ...] | None] = {}
+    known: dict[tuple, tuple[int, ...] | None] = {}
 
     def offset_of(stored: Stored) -> tuple[int, ...] | None:
-        shared = tuple(id(block) for _, block in stored.blocks)
+        whole = wholes.get(stored.name)
+        if whole is None:
+            return None
+        shared = tuple([(side.shape, *[(part.first[0], part.block, part.count) for part in side.parts]) for side in (stored, whole)])
         if shared not in known:
-            known[shared] = whole_offsets(stored, wholes[stored.name]) if stored.name in wholes else None
+            known[shared] = whole_offsets(stored, whole)
         return known[shared]
 
     return offset_of
@@ -151,5 +161,4 @@ def _per_dim(stride: int, steps: tuple[int, ...]) -> tuple[int, int]:
     return dim, stride // steps[dim]
 
 
-FORMAT = Format("tp", "hf", Rules(grid, even_stages, even=False), _recognise, _read, _write,
-                "reshard's own: one self-describing safetensors set per rank, HF names")  # fmt: skip
+FORMAT = Format("tp", "hf", Rules(grid, even_stages, even=False), _recognise, _read, _write)

@@ -1,19 +1,24 @@
 """The Hugging Face Hub as a place of checkpoints: ``hf://ORG/NAME[@REV][/SUBDIR]`` wherever a folder may stand.
 
     location      what such a text names
-    failures      the client's exceptions as one line and a hint; patience with what may pass
-    repository    one repository at one commit: its files, their places, ranges of their bytes
+    client        the client library, set up and watched: no token to another host, no wait without end
+    failures      its exceptions, and answers that make no sense, as one line and a hint
+    patience      failures that pass by themselves: how long, how often, how slow
+    answers       what the Hub says of a repository, checked before it is believed
+    repository    one repository at one commit: its files, and what of them was fetched and checked
+    ranges        ranges of their bytes over the network
     folder        a folder of it, as formats see folders
     source        its bytes, as the executor wants them
-    checksum      the Hub's sha256 of files that pass by whole
-    pull, push, card   whole folders down and up, and the model card
+    checksum      the Hub's sha256 of files that are read whole
+    pull          whole folders down; destination: where they may be put, and how
+    push, card    whole folders up, and the model card; selection: which files; target: where to; commit: the last step
 
-The client library does what it can; ours are the ranged reads, since it has none that are bounded, pinned and resumable.
+The client library creates repositories, uploads and commits. Listings and ranged reads are ours: its own follow any link with the
+token, and are not bounded, pinned and resumable.
 huggingface_hub takes a third of a second to import, so nothing here is imported before a location is seen to be remote.
 """
 
 
 def is_remote(path: object) -> bool:
-    """Whether `path`, as a user wrote it, names a place on the Hub."""
-    text = str(path)
-    return text.startswith("hf://") or "://" in text
+    """Whether `path`, as a user wrote it, names a place on the Hub: with a scheme, hf:// or that of a URL pasted from the browser."""
+    return "://" in str(path)

@@ -1,8 +1,11 @@
 """The model card of a pushed checkpoint: where the weights come from, which format and mesh they are in, how to load them."""
 
+import html
 import json
+import re
 
 from reshard.checkpoint import Checkpoint
+from reshard.stores.foreign import quote
 
 MARK = "<!-- written by reshard -->"
 
@@ -20,20 +23,21 @@ _PYTHON = ("hf", "tp", "rank-pt")
 def card(repo: str, folder: str, format: str, mesh, engine_version: str | None, source: Checkpoint, base_model: str | None = None) -> bytes:
     """README.md for `repo`/`folder`. `source` tells architecture and origin; `base_model` says the origin's name where files don't."""
     origin = source.origin or {}
-    base = base_model or origin.get("repo")
+    base = _plain(base_model or origin.get("repo") or "")
+    architecture, revision, engine_version = _plain(source.architecture), _plain(origin.get("revision") or ""), _plain(engine_version or "")
     local = repo.rpartition("/")[2] + (f"/{folder}" if folder else "")
     head = {"library_name": "transformers" if format == "hf" else "reshard", "tags": ["reshard", format]}
     if base:
         head = {"base_model": base, **head}
     lines = ["---", *(f"{key}: {json.dumps(value)}" for key, value in head.items()), "---", MARK, "", f"# {local}", ""]
-    lines += [f"{source.architecture} in the format `{format}` on the mesh `{mesh}`, written by reshard.", ""]
-    rows = [("format", format), ("mesh", f"tp {mesh.tp}, pp {mesh.pp}, ep {mesh.ep}"), ("architecture", source.architecture)]
+    lines += [f"{architecture} in the format `{format}` on the mesh `{mesh}`, written by reshard.", ""]
+    rows = [("format", format), ("mesh", f"tp {mesh.tp}, pp {mesh.pp}, ep {mesh.ep}"), ("architecture", architecture)]
     if engine_version:
         rows.append(("engine release", engine_version))
     if base:
         rows.append(("base model", f"[{base}](https://huggingface.co/{base})"))
-    if origin.get("revision"):
-        rows.append(("source revision", f"`{origin['revision']}`"))
+    if revision:
+        rows.append(("source revision", f"`{revision}`"))
     lines += ["| | |", "| --- | --- |", *(f"| {key} | {value} |" for key, value in rows), ""]
     where = f'"{repo}"' + (f', subfolder="{folder}"' if folder else "")
     load = _LOAD[format].format(repo=where, id=f"{repo}/{folder}".rstrip("/"), folder=local, tp=mesh.tp, pp=mesh.pp)
@@ -44,3 +48,8 @@ def card(repo: str, folder: str, format: str, mesh, engine_version: str | None, 
     lines += ["Into another format or mesh, straight from here:", "", "```"]
     lines += [f"reshard convert hf://{repo}{'/' + folder if folder else ''} DIR --to hf", "```", ""]
     return "\n".join(lines).encode()
+
+
+def _plain(text: str) -> str:
+    """A name from a file that others wrote, for a page: no markup, no control characters."""
+    return html.escape(re.sub(r"[`|\[\]()*\\]", "", quote(text)))

@@ -1,28 +1,23 @@
-"""The Hub client's exceptions as one line and a hint, and patience with those that pass by themselves.
+"""The Hub client's exceptions, and answers that nobody expected, as one line and a hint.
 
 No text that leaves here holds a token or the query of a signed URL.
 """
 
-import logging
 import re
-import time
 from collections.abc import Callable
 from contextlib import contextmanager
 from typing import TypeVar
+from urllib.parse import urlsplit
 
 from huggingface_hub import constants, errors, get_token
-from huggingface_hub.utils import parse_ratelimit_headers
 
-from reshard.errors import HubError
-from reshard.hub.client import endpoint
+from reshard.errors import HubError, ReshardError
+from reshard.hub.client import endpoint, watched
 from reshard.hub.location import Location
+from reshard.hub.patience import Slow, patiently
 from reshard.stores.foreign import quote
 
 T = TypeVar("T")
-log = logging.getLogger("reshard.hub")
-
-PASSING = (408, 429, 500, 502, 503, 504)
-TRIES = 5
 _QUERY = re.compile(r"(https?://[^\s?'\"<>]+)\?[^\s'\"<>)]*")
 _TOKEN = re.compile(r"\bhf_[A-Za-z0-9_]{3,}|(?i:bearer) +\S+")
 
@@ -32,47 +27,43 @@ def safe(text: object) -> str:
     return quote(_TOKEN.sub("hf_…", _QUERY.sub(r"\1", " ".join(str(text).split()))), 400)
 
 
-def wait_for(headers, tries: int) -> float:
-    """Seconds until the next attempt: as the server says, else 1, 2, 4, 8, 8 …"""
-    limit = parse_ratelimit_headers(headers)
-    if limit is not None and limit.remaining == 0:
-        return limit.reset_in_seconds + 1.0
-    after = str(headers.get("Retry-After", "")).strip()
-    return float(after) if after.isdigit() else min(8.0, 2.0 ** (tries - 1))
+def asked(what: str, call: Callable[[], T], sleep: Callable[[float], object] | None = None) -> T:
+    """`call()`, a request that the client makes and whose answer it reads, with patience.
+
+    An answer that the client stumbles over (a field of another type, a body that is no JSON) is a HubError about `what`, a URL's path.
+    """
+    try:
+        return patiently(call, sleep)
+    except (ReshardError, errors.HTTPError, OSError, errors.EntryNotFoundError, errors.HFValidationError):
+        raise
+    except RuntimeError as error:
+        if _is_of_xet(error):
+            raise
+        raise unexpected(what, error) from None
+    except Exception as error:  # noqa: BLE001  whatever a hostile answer makes of the client
+        raise unexpected(what, error) from None
 
 
-def passing(error: BaseException) -> bool:
-    """Whether `error` may be gone the next time."""
-    if isinstance(error, errors.HfHubHTTPError):
-        return error.response.status_code in PASSING
-    return isinstance(error, errors.HTTPError | TimeoutError | ConnectionError) and not isinstance(error, errors.OfflineModeIsEnabled)
+def unexpected(what: str, why: object) -> HubError:
+    """The Hub answered a request for `what`, a URL's path, as no Hub does."""
+    kind = f"{type(why).__name__}: " if isinstance(why, Exception) else ""
+    return HubError(f"{endpoint()}: unexpected answer for {safe(urlsplit(what).path)}: {kind}{safe(why)}", "check HF_ENDPOINT, and run the same command again")
 
 
-def patiently(call: Callable[[], T], sleep: Callable[[float], object] = time.sleep) -> T:
-    """`call()`, again after a failure that may pass, at most five times; the last failure is raised as it is."""
-    for tries in range(1, TRIES + 1):
-        try:
-            return call()
-        except (errors.HTTPError, OSError) as error:
-            if tries == TRIES or not passing(error):
-                raise
-            pause(wait_for(getattr(getattr(error, "response", None), "headers", {}), tries), safe(error), sleep)
-    raise AssertionError
-
-
-def pause(seconds: float, why: str, sleep: Callable[[float], object]) -> None:
-    """Wait; who must wait long is told why."""
-    log.log(logging.WARNING if seconds > 10 else logging.INFO, "waiting %.0f s: %s", seconds, why)
-    sleep(seconds)
+def _is_of_xet(error: BaseException) -> bool:
+    return bool(re.search(r"xet|\bcas\b|reconstruct", f"{type(error)} {error}", re.IGNORECASE))
 
 
 @contextmanager
 def told(location: Location, what: str = ""):
     """Everything the client raises inside, as a HubError about `location` (and `what`, a file of it)."""
     try:
-        yield
+        with watched():
+            yield
     except HubError:
         raise
+    except Slow as error:
+        raise HubError(f"{location}: {what}: {safe(error)}", "run the same command again later: it goes on from here") from None
     except (errors.HTTPError, OSError, errors.EntryNotFoundError, errors.RevisionResolutionError, errors.CachedRepoTreeNotFoundError,
             errors.HFValidationError, errors.XetDownloadError, errors.SafetensorsParsingError) as error:  # fmt: skip
         if type(error).__module__ == "hf_xet":  # OSErrors, of its own
@@ -81,7 +72,7 @@ def told(location: Location, what: str = ""):
             raise  # a disk's, not the Hub's
         raise explain(error, location, what) from None
     except RuntimeError as error:  # hf_xet has no class of its own for these
-        if re.search(r"xet|\bcas\b|reconstruct", f"{type(error)} {error}", re.IGNORECASE):
+        if _is_of_xet(error):
             raise _of_xet(error, location) from None
         raise
 

@@ -146,5 +146,10 @@ def open_folder(text: str, cache: bool = False) -> HubPath:
         plain = [name for name in names if any(fnmatchcase(Path(name).name, pattern) for pattern in _CACHED)]
         if not any(name.endswith(".safetensors") for name in plain):
             plain += [name for name in names if name.endswith((".bin", ".pt"))]
-        repository.fill_cache(plain)
+        repository.fill_cache([glob_safe(name) for name in plain])
     return folder
+
+
+def glob_safe(name: str) -> str:
+    """A pattern that is `name` and nothing else."""
+    return "".join(f"[{c}]" if c in "*?[" else c for c in name)

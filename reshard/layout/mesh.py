@@ -5,6 +5,10 @@ from dataclasses import dataclass
 from math import lcm
 
 from reshard.errors import PlanError
+from reshard.stores.foreign import quote
+
+#: ranks of one mesh: more than any model was ever spread over, and few enough to be counted one by one
+MOST_RANKS = 65536
 
 
 @dataclass(frozen=True, slots=True)
@@ -15,6 +19,14 @@ class Mesh:
     pp: int = 1
     ep: int = 1
     etp: int = 0
+
+    def __post_init__(self):
+        for name, least in (("tp", 1), ("pp", 1), ("ep", 1), ("etp", 0)):
+            size = getattr(self, name)
+            if type(size) is not int or not least <= size <= MOST_RANKS:
+                raise PlanError([f"{name} is {quote(repr(size))}, expected a whole number from {least} to {MOST_RANKS}"])
+        if self.pp * max(self.tp, self.ep) > MOST_RANKS:
+            raise PlanError([f"tp={self.tp}, pp={self.pp}, ep={self.ep} is a mesh of more than {MOST_RANKS} ranks"])
 
     def __str__(self) -> str:
         sizes = [f"{name}{size}" for name, size in (("pp", self.pp), ("ep", self.ep)) if size > 1]

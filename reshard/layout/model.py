@@ -10,6 +10,7 @@ from functools import cached_property
 
 from reshard.errors import LayoutError
 from reshard.layout.fusion import Group, fused_dim
+from reshard.stores.foreign import quote
 
 Dims = tuple[tuple[str, ...], ...]
 
@@ -172,7 +173,8 @@ class Descriptor:
 
 
 def parse_version(text: str) -> tuple[int, ...]:
-    numbers = re.findall(r"\d+", text)
-    if not numbers:
-        raise LayoutError(f"{text!r} is not a version", "write it like 0.32")
-    return tuple(int(n) for n in numbers[:3])
+    """(0, 11, 2) of "0.11.2", "v0.11.2" or "0.11.2rc1+cu128"; as many numbers as are said, up to three."""
+    match = re.fullmatch(r"v?([0-9]{1,9}(?:\.[0-9]{1,9}){0,2})(?:[^0-9].{0,80})?", text) if isinstance(text, str) else None
+    if not match:
+        raise LayoutError(f"{quote(repr(text))} is not a version", "write it like 0.32")
+    return tuple(map(int, match[1].split(".")))

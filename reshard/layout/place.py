@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from math import prod
 
-from reshard.block import Block, Stored, chunk
+from reshard.block import Part, Stored, chunk
 from reshard.errors import LayoutError
 from reshard.layout.bound import Layout, Scope
 from reshard.layout.expressions import evaluate, holds, names_in
@@ -34,7 +34,6 @@ class Pattern:
     varying: bool  # sizes, pads or aligns depend on the number
     heads: dict = field(default_factory=dict)
     geometry: dict = field(default_factory=dict)
-    moved: dict = field(default_factory=dict)
 
     @property
     def expert(self) -> bool:
@@ -166,7 +165,7 @@ class Placement:
             head = self._head(pattern, number, printed)
             lead = (number,) if own else ()
             if not pattern.expert:
-                held = tuple([((t, *lead), block) for t, block in blocks])
+                held = tuple([Part((t, *lead), block) for t, block in blocks])
                 yield Stored(rank.number, head, "", self._viewed(entry, shape), held, entry, pad=pad)
                 continue
             experts = self._experts(pattern, rank, number)
@@ -175,7 +174,7 @@ class Placement:
                 dims = self._viewed(entry, shape)
                 for i, expert in enumerate(experts):
                     name = f"{before}{i if local else expert}{after}"
-                    yield Stored(rank.number, name, "", dims, tuple([((t, *lead, expert), block) for t, block in blocks]), entry, pad=pad)
+                    yield Stored(rank.number, name, "", dims, tuple([Part((t, *lead, expert), block) for t, block in blocks]), entry, pad=pad)
             else:
                 yield self._stack(pattern, rank, head, shape, blocks, pad, [(*lead, expert) for expert in experts], (len(experts),))
 
@@ -198,15 +197,11 @@ class Placement:
 
     def _stack(self, pattern: Pattern, rank: Rank, name: str, shape, blocks, pad: int, numbers: list[tuple], lead: tuple[int, ...]) -> Stored:
         """One stored tensor that holds many layers' or experts' tensors one after another."""
-        size = prod(shape)
-        out = [((tensor, *own), self._moved(pattern, block, i * size)) for i, own in enumerate(numbers) for tensor, block in blocks]
+        size, out = prod(shape), []
+        for tensor, block in blocks:
+            for i, count in _stretches(numbers):
+                out.append(Part((tensor, *numbers[i]), block.moved(i * size), count, size if count > 1 else 0))
         return Stored(rank.number, name, "", self._viewed(pattern.entry, lead + shape), tuple(out), pattern.entry, pad=pad * len(numbers))
-
-    def _moved(self, pattern: Pattern, block: Block, elements: int) -> Block:
-        at = block, elements
-        if at not in pattern.moved:
-            pattern.moved[at] = block.moved(elements)
-        return pattern.moved[at]
 
     def _viewed(self, entry: Entry, dims: tuple[int, ...]) -> tuple[int, ...]:
         """The dimensions that a stored tensor of `dims` is declared under: the same elements in the same order."""
@@ -327,6 +322,15 @@ class Placement:
         line = f"{entry.name}: {text}"
         if line not in self.problems:
             self.problems.append(line)
+
+
+def _stretches(numbers: list[tuple[int, ...]]) -> Iterator[tuple[int, int]]:
+    """(position, count) of the tensors of a stack whose last numbers count up by one."""
+    start = 0
+    for i in range(1, len(numbers) + 1):
+        if i == len(numbers) or numbers[i] != (*numbers[i - 1][:-1], numbers[i - 1][-1] + 1):
+            yield start, i - start
+            start = i
 
 
 def _prints(name: str, place: str) -> bool:

@@ -7,6 +7,15 @@ import json
 
 #: a longer JSON is no header and no index of a checkpoint; the safetensors library draws the line here
 LIMIT = 100_000_000
+#: values in one JSON: 400,000 tensors' headers have as many, and Python needs some hundred bytes for each
+_MOST_VALUES = 4_000_000
+
+
+def printable(text: str, keep: str = "\n") -> str:
+    """`text` with everything that a terminal would obey (or hide) written as an escape, but for the characters in `keep`."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() or c in keep else c.encode("unicode_escape").decode() for c in text)
 
 
 def quote(value: object, limit: int = 120) -> str:
@@ -15,15 +24,18 @@ def quote(value: object, limit: int = 120) -> str:
         value = value[:limit]
     try:
         text = str(value)
-    except ValueError:  # an integer of more than 4300 digits
+    except (ValueError, RecursionError):  # an integer of more than 4300 digits, lists in lists in lists
         text = f"a {type(value).__name__} too long to print"
     if len(text) > limit:
         text = text[:limit] + "…"
-    return text if text.isprintable() else "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    return printable(text, keep="")
 
 
 def parse(raw: bytes) -> object:
     """JSON in UTF-8 in which no key stands twice. Raises ValueError, with a text that is safe to print."""
+    values = raw.count(b",") + raw.count(b"[") + raw.count(b"{")
+    if values > _MOST_VALUES:
+        raise ValueError(f"it holds up to {values} values, more than the {_MOST_VALUES} allowed")
     try:
         value = json.loads(raw.decode("utf-8"), object_pairs_hook=_unique)
         if b"\\u" in raw:

@@ -4,6 +4,7 @@ Stricter than the library in nothing, more talkative in everything. Source of th
 """
 
 import json
+import os
 import struct
 from collections.abc import Sequence
 from math import prod
@@ -11,8 +12,8 @@ from pathlib import Path
 
 from reshard.errors import FormatError
 from reshard.stores import DTYPE_SIZE, FileImage, TensorInfo
+from reshard.stores.files import is_lfs_pointer, open_file, reading
 from reshard.stores.foreign import LIMIT, parse, quote
-from reshard.stores.identity import note
 
 NOT_SAFETENSORS = "this is no safetensors file, or it is damaged; copy it again"
 #: the library writes tensors by falling alignment, ties by this order of dtypes (falling), then by name
@@ -21,10 +22,18 @@ _ORDER = ("BOOL", "U8", "I8", "F8_E5M2", "F8_E4M3", "F8_E8M0", "I16", "U16", "F1
 
 def read(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
     """Tensors and metadata of a file, from its header. Raises FormatError for anything the format forbids."""
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        note(path, file)
+    with reading(path):
+        return _read(path)
+
+
+def _read(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
+    with open_file(path) as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(0)
         prefix = file.read(8)
+        if is_lfs_pointer(prefix + file.read(min(size, 200))):
+            raise FormatError(f"{path} is a Git LFS pointer of {size} bytes, not the file itself", "fetch it with `git lfs pull`")
+        file.seek(8)
         if len(prefix) < 8:
             raise FormatError(f"{path} has {size} bytes, too few for a safetensors file", "the file is truncated; copy it again")
         (length,) = struct.unpack("<Q", prefix)

@@ -1,7 +1,7 @@
 """The allowlist of a pickle: every callable that it may name, and the names that it may mention. All else is refused.
 
 None of the callables has an effect, and none hashes, allocates or nests without bound: what a pickle calls, it calls
-with arguments of its own choice.
+with arguments of its own choice. What calls copy is counted by a ``Budget``.
 """
 
 import argparse
@@ -19,11 +19,37 @@ _INERT = frozenset((("torch", "device"), ("_io", "BytesIO"), ("io", "BytesIO"), 
 TENSOR_TYPES = frozenset((("torch", "Tensor"), ("torch.nn.parameter", "Parameter"), ("torch.nn.parameter", "Buffer")))
 
 
+#: parts of a tuple that is a key: comparing and hashing one costs its length, each time it is used
+_MOST_PARTS = 16
+
+
+class Budget:
+    """How much all calls of one pickle together may copy: bytes, and items of lists.
+
+    A pickle may name one long text or list once and pass it to a call a million times, for three bytes each. What torch
+    writes copies everything about once, so a few times the pickle's own size is plenty.
+    """
+
+    def __init__(self, most: int, what: str):
+        self.most = self.left = most
+        self.what = what
+
+    def take(self, cost: int) -> None:
+        self.left -= cost
+        if self.left < 0:
+            raise ValueError(f"{self.what} more than {self.most}")
+
+
+def cost(argument: object) -> int:
+    """What a call may copy of one of its arguments."""
+    return len(argument) if isinstance(argument, (str, bytes, bytearray, list, tuple, dict, set, frozenset)) else 1
+
+
 def flat(keys: Iterable) -> list:
     """`keys` if each hashes without recursion: C code hashing a tuple nested 100,000 deep would end the process."""
     keys = list(keys)
-    if not all(type(k) in FLAT or type(k) is tuple and all(type(part) in FLAT for part in k) for k in keys):
-        raise ValueError("keys and set members may not be nested")
+    if not all(type(k) in FLAT or type(k) is tuple and len(k) <= _MOST_PARTS and all(type(part) in FLAT for part in k) for k in keys):
+        raise ValueError("keys and set members may not be nested or long")
     return keys
 
 
@@ -50,7 +76,7 @@ def _bytearray(content: object = b"", encoding: str = "latin1") -> bytearray:
 
 
 def _ordered_dict(items: object = ()) -> OrderedDict:
-    pairs = [tuple(pair) for pair in items]
+    pairs = [tuple(pair) if isinstance(pair, (tuple, list)) and len(pair) == 2 else (pair,) for pair in items]
     flat(key for key, _ in pairs)
     return OrderedDict(pairs)
 
@@ -59,17 +85,31 @@ def _path(*parts: str) -> PurePosixPath:
     return PurePosixPath(*parts)
 
 
+def _size(sizes: object = ()) -> tuple:
+    """torch.Size: of a tuple or list of numbers, not of bytes or a text, which have items too."""
+    if not isinstance(sizes, (tuple, list)) or not all(type(n) is int for n in sizes):
+        raise TypeError("torch.Size of no numbers")
+    return tuple(sizes)
+
+
+def _complex(real: float = 0.0, imag: float = 0.0) -> complex:
+    """Of numbers, not of texts to be parsed."""
+    if not isinstance(real, (int, float)) or not isinstance(imag, (int, float)):
+        raise TypeError("complex of no numbers")
+    return complex(float(real), float(imag))
+
+
 #: every callable there is, by the name that a pickle uses; none has an effect
 CALLS: dict[tuple[str, str], Callable] = {
     ("collections", "OrderedDict"): _ordered_dict,
     ("collections", "defaultdict"): lambda factory=None: {},
     ("argparse", "Namespace"): argparse.Namespace,
     ("types", "SimpleNamespace"): types.SimpleNamespace,
-    ("torch", "Size"): lambda sizes=(): tuple(sizes),
+    ("torch", "Size"): _size,
     ("_codecs", "encode"): _encode,
     ("builtins", "bytes"): lambda: b"",
     ("builtins", "bytearray"): _bytearray,
-    ("builtins", "complex"): lambda real=0.0, imag=0.0: complex(float(real), float(imag)),
+    ("builtins", "complex"): _complex,
     ("builtins", "slice"): _slice,
     ("builtins", "set"): lambda items=(): set(flat(items)),
     ("builtins", "frozenset"): lambda items=(): frozenset(flat(items)),

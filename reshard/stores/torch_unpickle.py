@@ -14,7 +14,7 @@ from typing import ClassVar, NoReturn
 from reshard.errors import FormatError
 from reshard.stores import DTYPE_SIZE, TensorInfo
 from reshard.stores.foreign import quote
-from reshard.stores.torch_allowlist import CALLS, REFERENCES, TENSOR_TYPES, flat, is_inert
+from reshard.stores.torch_allowlist import CALLS, REFERENCES, TENSOR_TYPES, Budget, cost, flat, is_inert
 from reshard.stores.torch_names import (
     DTYPE_NAME,
     DTYPE_OF_NAME,
@@ -30,6 +30,7 @@ from reshard.stores.torch_names import (
 from reshard.stores.ziprecords import COPY, Archive
 
 _PICKLE_LIMIT = 256 << 20
+_LONGEST_NAME = 500  # of a module and of a class
 #: bounds on what a pickle may unfold to, so that a caller may walk the tree by plain recursion
 _DEPTH_LIMIT, _NODE_LIMIT = 200, 20_000_000
 
@@ -47,8 +48,11 @@ class Unpickler(pickle._Unpickler):
                                           pickle.EXT4, pickle.NEXT_BUFFER, pickle.READONLY_BUFFER, pickle.BYTEARRAY8)}  # fmt: skip
 
     def __init__(self, archive: Archive):
-        super().__init__(io.BytesIO(archive.content("data.pkl", _PICKLE_LIMIT)))
+        content = archive.content("data.pkl", _PICKLE_LIMIT)
+        super().__init__(io.BytesIO(content))
         self.archive = archive
+        self.budget = Budget((1 << 20) + 4 * len(content), "its calls copy bytes and items,")
+        self.repeated = Budget(max(1 << 20, archive.end - archive.start), "its tensors repeat bytes of their storages,")
         self.storages: dict[str, Storage] = {}
         self.globals: dict[tuple[str, str], Global | DType] = {}
         self.calls = CALLS | {
@@ -83,6 +87,8 @@ class Unpickler(pickle._Unpickler):
     # names and calls
 
     def find_class(self, module: str, name: str) -> Global | DType:
+        if len(module) > _LONGEST_NAME or len(name) > _LONGEST_NAME:
+            self._fail(f"its pickle names {quote(module)}.{quote(name)}, which nothing is called")
         key = ("builtins" if module == "__builtin__" else module, name)
         if key not in self.globals:
             self.globals[key] = self._resolve(*key)
@@ -104,6 +110,7 @@ class Unpickler(pickle._Unpickler):
             self._fail(f"its pickle calls a {type(what).__name__} with a {type(args).__name__}")
         key = (what.module, what.name)
         if key in self.calls:
+            self.budget.take(1 + len(args) + sum(map(cost, args)))
             return self.calls[key](*args)
         if is_inert(*key):
             return Opaque(*key, args)
@@ -120,6 +127,7 @@ class Unpickler(pickle._Unpickler):
         if isinstance(held, Opaque):
             held.state = state
         elif type(held) in (argparse.Namespace, types.SimpleNamespace):
+            self.budget.take(1 + cost(state))
             if type(state) is not dict or not all(type(name) is str for name in state):
                 self._fail("a namespace's state is not a dict of names")
             vars(held).update(state)
@@ -223,6 +231,7 @@ class Unpickler(pickle._Unpickler):
         if (last + 1) * size > storage.nbytes or prod(shape) * size >= 1 << 63:
             self._fail(f"a tensor of {dtype} {quote(shape)} with strides {quote(strides)} ends at byte {(last + 1) * size} of its storage "
                        f"data/{quote(storage.key)}, which has {storage.nbytes}")  # fmt: skip
+        self.repeated.take(max(0, prod(shape) * size - storage.nbytes))
         plain = strides == row_major or all(n == 1 or a == b for n, a, b in zip(shape, strides, row_major))
         return TensorInfo(dtype, shape, storage.offset + offset * size, None if plain else strides)
 
@@ -255,8 +264,10 @@ def _unbounded(root: object) -> str | None:
     stack = [(root, False)]
     while stack:
         node, leaving = stack.pop()
+        if id(node) in done:  # before its children are listed: a long list may be held a million times
+            continue
         children = _children(node)
-        if children is None or id(node) in done:
+        if children is None:
             continue
         if leaving:
             depth = size = 0

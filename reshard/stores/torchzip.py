@@ -17,7 +17,7 @@ from pathlib import Path
 
 from reshard.errors import FormatError
 from reshard.stores import DTYPE_SIZE, FileImage, TensorInfo
-from reshard.stores.identity import note
+from reshard.stores.files import open_file, reading
 from reshard.stores.torch_names import DTYPE_NAME, DType, Global, Opaque, TensorSpec
 from reshard.stores.torch_pickle import Pickler
 from reshard.stores.torch_unpickle import Unpickler
@@ -32,8 +32,7 @@ def read(path: Path, start: int = 0, length: int | None = None) -> object:
     `start` and `length` say where in the file the zip lies; default is all of it. Reads the zip's directory, the pickle
     and one header per storage, no tensor. Raises FormatError for anything broken, foreign or unsafe.
     """
-    with path.open("rb", buffering=0) as file:
-        note(path, file)
+    with reading(path), open_file(path, buffering=0) as file:
         size = file.seek(0, io.SEEK_END)
         end = size if length is None else start + length
         if not 0 <= start <= end <= size:

@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import BinaryIO
 
 from reshard.errors import FormatError
+from reshard.stores.files import is_lfs_pointer
 from reshard.stores.foreign import quote
 
 ALIGNMENT = 64
 RESAVE = "re-save it with a current torch: torch.save(torch.load(path, weights_only=True), path)"
 COPY = "the file is damaged; copy it again"
-_DIRECTORY_LIMIT = 256 << 20
+_DIRECTORY_LIMIT = 64 << 20  # of a million tensors
 
 _LOCAL = struct.Struct("<4s5H3L2H")
 _CENTRAL = struct.Struct("<4s6H3L5H2L")
@@ -93,6 +94,8 @@ class Archive:
         head = self._at(self.start, min(512, self.end - self.start))
         if head[:1] == b"\x80" or head[257:262] == b"ustar":
             return self.error("is in torch's format of before 1.6 (a bare pickle or a tar)", RESAVE)
+        if is_lfs_pointer(head):
+            return self.error("is a Git LFS pointer, not the file itself", "fetch it with `git lfs pull`")
         if head[:4] == b"PK\3\4":
             return self.error(f"zip of {self.end - self.start} bytes has no end record: it is truncated")
         return self.error("is not a torch.save file", "expected a zip that holds a data.pkl")

@@ -9,7 +9,7 @@ from collections import defaultdict
 import torch
 
 from reshard.block import Block
-from reshard.join import label
+from reshard.coverage import label
 from reshard.sync.fp8 import quantise
 from reshard.sync.fp8_blocks import scale_place
 from reshard.sync.messages import RankPlan

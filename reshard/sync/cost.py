@@ -9,7 +9,7 @@ from collections import defaultdict
 from dataclasses import dataclass, field
 
 from reshard.block import Box, overlap, volume
-from reshard.join import union_volume
+from reshard.planner.pieces import union_volume
 from reshard.stores import DTYPE_SIZE
 from reshard.sync.plan import SyncPlan, wire_dtype
 from reshard.text import human, table

@@ -12,7 +12,6 @@ from functools import lru_cache
 from math import prod
 
 from reshard.block import Stored, row_major
-from reshard.join import move_between
 from reshard.stores import DTYPE_SIZE
 from reshard.sync.fp8_blocks import Blocks, scale_place
 from reshard.sync.plan import SyncPlan, Transfer
@@ -132,9 +131,9 @@ def _copy(t: Transfer) -> Copy:
 @lru_cache(maxsize=65536)
 def _geometry(src_block, dst_block, box):
     """(shape, offset and strides at the source, at the destination) in the destination's order, with as few axes as do."""
-    move = move_between(src_block.clip(box), dst_block)
-    axes = [(n, s, d) for n, s, d in zip(move.shape, move.src_strides, move.dst_strides) if n > 1]
-    return _folded(move.src_offset, move.dst_offset, sorted(axes, key=lambda a: (-a[2], -a[1])))
+    src, dst = src_block.clip(box), dst_block.clip(box)
+    axes = [(n, s, d) for n, s, d in zip(dst.shape, src.strides, dst.strides) if n > 1]
+    return _folded(src.offset, dst.offset, sorted(axes, key=lambda a: (-a[2], -a[1])))
 
 
 def _folded(src_offset: int, dst_offset: int, axes: list[tuple[int, int, int]]):

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from reshard.block import Box, overlap, volume
-from reshard.join import disjoint
+from reshard.planner.pieces import disjoint
 
 #: (member, box) of each stored block of one tensor, in the order of the side's members
 Pattern = tuple[tuple[int, Box], ...]

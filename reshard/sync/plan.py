@@ -13,8 +13,8 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 from reshard.block import Block, Box, Key, Stored, volume
+from reshard.coverage import label
 from reshard.errors import PlanError
-from reshard.join import label
 from reshard.stores import DTYPE_SIZE
 from reshard.sync.fp8_blocks import Blocks, block_grid
 from reshard.sync.pieces import Pattern, Piece, halved, pieces

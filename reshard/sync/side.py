@@ -11,13 +11,13 @@ from math import prod
 from pathlib import Path
 
 from reshard import formats
-from reshard.block import Stored, chunk, restride, row_major
+from reshard.block import Stored, chunk, restride, row_major, singles
 from reshard.checkpoint import axes_in, find_config, model_config, read_config
+from reshard.errors import LayoutError, PlanError
+from reshard.job import DTYPES, split_hint
 from reshard.layout import Layout, Mesh, Placement, Rank, Section, find_descriptor, load_descriptor, parse_version
 from reshard.layout.fusion import slice_dim
 from reshard.layout.mesh import stage_order
-from reshard.errors import LayoutError, PlanError
-from reshard.job import DTYPES, split_hint
 from reshard.sync.fp8_blocks import Fp8, linear_tensors, scale_shape
 
 #: how one dimension of a device mesh cuts a tensor: None replicates, a number is Shard(dim), a pair is _StridedShard(dim, split_factor)
@@ -128,8 +128,11 @@ class Side:
             stored[s.rank].append(s)
         if placement.problems:
             raise PlanError(placement.problems, split_hint(placement))
-        for s in (s for member in stored for s in member):
-            s.dtype = "F8_E4M3" if quantised and quantised.tensors.issuperset(s.entry.of) else _dtype(layout, s, dtype, dtypes)
+
+        def word(s: Stored) -> str:
+            return "F8_E4M3" if quantised and quantised.tensors.issuperset(s.entry.of) else _dtype(layout, s, dtype, dtypes)
+
+        stored = [[replace(s, dtype=word(s)) for s in member] for member in stored]
         holders = [tuple(p for p, n in zip(processes, numbers) if n == number) for number in range(len(placement.ranks))]
         constants = frozenset(name for rank in placement.ranks for name, _ in placement.constants(rank))
         replicas = f" × {len(processes) // len(holders)}" if len(processes) > len(holders) else ""
@@ -160,14 +163,14 @@ class Side:
             word = _dtype(layout, whole, dtype, dtypes)
             sharding = shardings[name]
             for process, coordinate in sharding.members():
-                at = (id(whole.entry), whole.shape, sharding.sizes, sharding.cuts, coordinate)
+                at = (whole.entry.label, whole.shape, sharding.sizes, sharding.cuts, coordinate)
                 if at not in cache:
                     keys = [key for key, _ in whole.blocks]
                     shape, parts = _shard(placement, whole, sharding, coordinate)
                     cache[at] = shape, [(keys.index(key), block) for key, block in parts]
                 shape, parts = cache[at]
                 keys = [key for key, _ in whole.blocks]
-                held[process].append(Stored(process, name, word, shape, tuple((keys[i], block) for i, block in parts), whole.entry))
+                held[process].append(Stored(process, name, word, shape, singles((keys[i], block) for i, block in parts), whole.entry))
         problems += [f"{name} is not in layout {layout.name}" for name in shardings if name not in used and not _is_alias(name, others)]
         if problems:
             raise PlanError(problems)
@@ -330,7 +333,7 @@ def restricted(side: Side, select: Callable[[tuple], bool]) -> Side:
     """`side` with the tensors that `select(key)` chooses; `key` is the layout's name, then layer and expert numbers."""
     members, left, partly = [], set(side.constants), set()
     for member in side.members:
-        kept = [replace(s, blocks=tuple(own)) for s in member for own in [[b for b in s.blocks if select(b[0])]] if own]
+        kept = [replace(s, parts=singles(own)) for s in member for own in [[b for b in s.blocks if select(b[0])]] if own]
         left |= {s.name for s in member} - {s.name for s in kept}
         whole = {s.name: len(s.blocks) for s in member}
         partly |= {s.name for s in kept if len(s.blocks) < whole[s.name]}

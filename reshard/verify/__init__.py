@@ -52,6 +52,10 @@ def verify(
     for place in (checkpoint, reference):
         if is_remote(place):
             raise FormatError(f"{place} is on the Hub; verify runs folders on this disk", f"`reshard pull {place} DIR`, then verify DIR")
+    if device == "cuda":
+        from reshard.verify.exact import refuse_override
+
+        refuse_override(device)
     request = Request(Path(checkpoint), Path(reference), format, config and Path(config), layout and Path(layout), device, dtype, tuple(prompts), low_memory, told)
     check_reference(request.reference)
     if method == "permute":

@@ -93,8 +93,9 @@ def fill(s: Slices, m: Model, path: str, names: dict[int, dict[str, str]]) -> No
         made = stack_as_stored(names[-1], s.read, module, not as_module)
     else:
         made = stack_one_by_one(names, s.read, module) if _complete(s, path, names, first, stop) else {}
-    if s.shards.format not in ENGINES and rank.etp and "down_proj_bias" in made:
-        made["down_proj_bias"] = torch.zeros_like(made["down_proj_bias"])  # outputs are summed; engines store it so
+    if s.shards.format not in ENGINES and "down_proj_bias" in made:
+        # outputs are summed, so each rank adds its share of its own copy; engines store zeros on all ranks but the first
+        made["down_proj_bias"] = made["down_proj_bias"] / len({seat.rank.etp for seat in s.seats if seat.stage == s.seat.stage})
     shown = next(iter(next(iter(names.values())).values()))
     for kind in [kind for kind, tensor in module._parameters.items() if tensor is not None]:
         if kind not in made:

@@ -10,6 +10,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+from reshard.errors import PlanError, ReshardError
 from reshard.layout import Mesh, Rank
 from reshard.layout.mesh import expert_cut, stage_order
 
@@ -57,13 +58,39 @@ class Group:
 CONTROL = ("control",)
 
 
-def process_groups(seats: list["Seat"]) -> dict[tuple, object]:
+def control_group():
+    """All ranks' group for messages that are no tensors of the model's: gloo, whatever the tensors go by."""
+    return dist.group.WORLD if dist.get_backend() == "gloo" else dist.new_group(backend="gloo", timeout=SILENCE)
+
+
+def agree(problems: list, control) -> None:
+    """Raise on every rank what any of them found: an error of one, or everyone's list of what doesn't fit."""
+    found: list = [None] * dist.get_world_size()
+    dist.all_gather_object(found, problems, group=control)
+    every = [problem for one in found for problem in one]
+    if errors := [problem for problem in every if isinstance(problem, ReshardError)]:
+        raise agreed(errors[0])
+    if every:
+        raise agreed(PlanError(every, "is config.json this model's, and --from the engine that the shards are for?"))
+
+
+def agreed(error: ReshardError) -> ReshardError:
+    """`error` marked as one that every rank raises: all leave together, and nobody waits for another."""
+    error.agreed = True
+    return error
+
+
+def is_agreed(error: BaseException) -> bool:
+    return getattr(error, "agreed", False)
+
+
+def process_groups(seats: list["Seat"], control) -> dict[tuple, object]:
     """A process group for every set of ranks that computes together, by its members; every process makes all of them."""
     world = dist.group.WORLD
     every = tuple(range(dist.get_world_size()))
     wanted = dict.fromkeys(members for seat in seats for members in (seat.tensor, seat.stage))
     groups = {members: None if len(members) == 1 else world if members == every else dist.new_group(members, timeout=SILENCE) for members in wanted}
-    return {**groups, CONTROL: world if dist.get_backend() == "gloo" else dist.new_group(backend="gloo", timeout=SILENCE)}
+    return {**groups, CONTROL: control}
 
 
 def send(x: torch.Tensor, to: int) -> None:

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from reshard.errors import FormatError
+
 #: what a module of one architecture is called in another
 _ALIASES = {"gate": "router", "o_proj": "dense", "q_norm": "q_a_layernorm", "embed_tokens": "embed_in", "norm": "final_layer_norm"}
 
@@ -59,11 +61,15 @@ def hush() -> None:
 
 
 def empty_model(config) -> Model:
-    """The model of a transformers config on the meta device, its tables (rotary angles) computed."""
+    """The model of a transformers config on the meta device, its tables (rotary angles) computed. Raises FormatError."""
     from transformers import AutoModelForCausalLM
 
-    with torch.device("meta"):
-        module = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager", experts_implementation="eager")
+    try:
+        with torch.device("meta"):
+            module = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager", experts_implementation="eager")
+    except Exception as error:
+        text = f"{type(error).__name__}: {error}".strip().splitlines()[0]
+        raise FormatError(f"transformers cannot make the model that config.json describes ({config.model_type}): {text}", "is config.json this model's?") from error
     for part in module.modules():
         for name in part._non_persistent_buffers_set:
             part._buffers[name] = torch.full_like(part._buffers[name], float("nan"), device="cpu")  # would be seen if it stayed

@@ -68,7 +68,9 @@ _MEGATRON = (
 )
 _TABLES = {"hf": _HF, "tp": _HF, "rank-pt": _HF, "vllm": _ENGINE, "sglang": _ENGINE, "megatron": _MEGATRON}
 #: what files hold beside weights: attention scales of vLLM, tables of angles, Megatron's state of FP8, multi-token prediction
-_NO_WEIGHTS = re.compile(r"\._(?:[qkv]|prob)_scale$|\.inv_freq$|\._extra_state$|^mtp\.|\.local_tokens_per_expert$")
+SCALE = re.compile(r"\._(?:[qkv]|prob)_scale$")
+PREDICTION = re.compile(r"^mtp\.")
+_NO_WEIGHTS = re.compile(rf"{SCALE.pattern}|\.inv_freq$|\._extra_state$|{PREDICTION.pattern}|\.(?:local|global)_tokens_per_expert$")
 _LAYER = re.compile(r"(?<=\.layers\.)\d+")
 
 FORMATS = tuple(_TABLES)

@@ -4,6 +4,7 @@ from html import escape
 from math import isfinite, log10
 
 from reshard.text import human
+from reshard.verify.exact import STATED
 from reshard.verify.report import Report
 
 _STYLE = """
@@ -28,7 +29,7 @@ def page(report: Report) -> str:
         ("checkpoint", f"<code>{escape(str(report.checkpoint))}</code>: {report.format} {report.mesh}"),
         ("original", f"<code>{escape(str(report.reference))}</code>, run by transformers"),
         ("model", f"{escape(report.architecture)}, {report.depth} layers"),
-        ("run", f"{where}, {report.dtype}, {sequences} × {positions} tokens, {report.seconds:.1f} s, method {report.method}"),
+        ("run", f"{where}, {report.dtype}, {sequences} × {positions} tokens, {report.seconds:.1f} s, method {report.method}; {STATED}"),
         ("tolerance", f"{report.shards.figures.tolerance:.3g} on logits of up to {report.shards.figures.max_abs_logit:.4g}"),
     ]
     body = [
@@ -37,11 +38,19 @@ def page(report: Report) -> str:
         "<h2>Logits against the original's</h2>",
         _table(["", "max |Δlogit|", "of max |logit|", "mean KL", "same top-1", ""], [_result_row(report, i) for i in range(1 + len(report.controls))]),
     ]
+    if report.settings:
+        body += ["<h2>Settings that are not the original's</h2>", _list(map(str, report.settings))]
+    if report.unexercised:
+        body += ["<h2>Not exercised</h2>", _list(report.unexercised)]
     if report.shards.points:
         body += ["<h2>Error of every part, relative to its largest output</h2><p>Logarithmic; the dashed line is the tolerance.</p>", _errors(report)]
     if report.ranks:
         body += ["<h2>Memory of every rank</h2>", _memory(report)]
     return f"<!doctype html><html lang=en><meta charset=utf-8><title>reshard verify</title><style>{_STYLE}</style><body>{''.join(body)}</body></html>\n"
+
+
+def _list(lines) -> str:
+    return f"<ul>{''.join(f'<li>{escape(line)}</li>' for line in lines)}</ul>"
 
 
 def _result_row(report: Report, index: int) -> list[str]:

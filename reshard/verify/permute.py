@@ -5,24 +5,30 @@ logits. A cut that goes through them, or that two tensors of a layer make differ
 is cut by vocabulary (kept in order here), of biases that are summed, of the order inside a rank, and of names.
 """
 
+import gc
 import time
 from dataclasses import replace
 
 import torch
 
+from reshard import formats
 from reshard.api import load
 from reshard.block import Stored
 from reshard.checkpoint import Checkpoint, open_checkpoint
 from reshard.errors import FormatError
 from reshard.job import place
 from reshard.layout import Rank
+from reshard.verify.beyond import Beyond
+from reshard.verify.devices import Device, choose, describe
+from reshard.verify.exact import exact, refuse_override
 from reshard.verify.figures import DTYPES, compare, relative_tolerance
 from reshard.verify.model import parts_of
 from reshard.verify.reference import load_state, run_reference
-from reshard.verify.report import Report, Result
+from reshard.verify.report import Report, Result, unexercised
 from reshard.verify.request import Request
 from reshard.verify.routers import replay
-from reshard.verify.run import read_config, token_ids
+from reshard.verify.run import check_budget, read_config, token_ids
+from reshard.verify.settings import compare_settings
 
 
 def permuted_order(tp: int, replicated: int) -> list[int]:
@@ -53,36 +59,54 @@ def permuted(checkpoint: Checkpoint, left_out: str | None = None) -> Checkpoint:
         if source is None or source.shape != s.shape:
             raise FormatError(f"{s.name}: rank {s.rank} holds {list(s.shape)}, rank {rank.number if rank else '?'} "
                               f"{list(source.shape) if source else 'no such tensor'}: ranks that hold unlike pieces can't be permuted",
-                              "use --method tp")  # fmt: skip
-        blocks = s.blocks
-        if len(source.blocks) == len(blocks):  # as their file has them: torch files may be strided
-            blocks = tuple((key, replace(block, offset=theirs.offset, strides=theirs.strides)) for (key, block), (_, theirs) in zip(blocks, source.blocks))
-        out.append(replace(s, blocks=blocks, file=source.file, start=source.start, dtype=source.dtype))
+                              "use --method tp, or a tp that deals heads and columns out evenly; `reshard diff` compares elements for any")  # fmt: skip
+        parts = s.parts
+        if len(source.parts) == len(parts):  # as their file has them: torch files may be strided
+            parts = tuple(
+                replace(part, block=replace(part.block, offset=theirs.block.offset, strides=theirs.block.strides), step=theirs.step)
+                for part, theirs in zip(parts, source.parts)
+            )
+        out.append(replace(s, parts=parts, file=source.file, start=source.start, dtype=source.dtype))
     return replace(checkpoint, stored=out)
 
 
-def row_parallel(checkpoint: Checkpoint) -> str | None:
-    """A tensor of the middle layer whose input is cut: left in place, it no longer meets the outputs before it."""
-    tensors = checkpoint.layout.descriptor.tensors
+def left_in_order(checkpoint: Checkpoint) -> str | None:
+    """A tensor to leave in place as the planted defect, of the layer nearest the middle that has one: it no longer meets what
+    comes before or after it. One whose input is cut, else any that is cut; None where no layer has any."""
+    tensors, found = checkpoint.layout.descriptor.tensors, []
+    middle = checkpoint.layout.layers // 2
     for s in checkpoint.stored:
         tensor = tensors[s.entry.of[0]]
-        if tensor.split and tensor.index == ("layer",) and tensor.split[0] not in tensor.dims[0] and s.blocks and s.blocks[0][0][1] == checkpoint.layout.layers // 2:
-            return s.name
-    return None
+        if tensor.split and tensor.index == ("layer",) and s.blocks:
+            by_output = tensor.split[0] in tensor.dims[0]
+            found.append((by_output, abs(s.blocks[0][0][1] - middle), len(found), s.name))
+    return min(found)[-1] if found else None
 
 
-@torch.no_grad()
 def verify_permuted(request: Request) -> Report:
     """Run the proof in this process. Raises ReshardError where there is nothing to permute."""
-    start, dtype, device = time.monotonic(), DTYPES[request.dtype], torch.device(request.device)
+    refuse_override(request.device)
+    with exact(), torch.no_grad():
+        device = choose(request.device, 0)
+        try:
+            return _verify(request, device, [describe(request.device, 0, 0)])
+        except torch.cuda.OutOfMemoryError as error:
+            raise FormatError(f"{device} is full: {str(error).splitlines()[0]}", "use --dtype bf16, or --device cpu") from error
+
+
+def _verify(request: Request, device: torch.device, devices: list[Device]) -> Report:
+    start, dtype = time.monotonic(), DTYPES[request.dtype]
     config_at = request.config or (None if (request.checkpoint / "config.json").is_file() else request.reference)
     checkpoint = open_checkpoint(request.checkpoint, format=request.format, layout=request.layout, config=config_at)
     if checkpoint.mesh.tp == 1:
         raise FormatError(f"{request.checkpoint} is of one tensor-parallel rank: nothing to permute", "use --method tp")
-    left_out = row_parallel(checkpoint)
+    left_out = left_in_order(checkpoint)
     broken = permuted(checkpoint, left_out) if left_out else None
     config = read_config(request)
+    said = formats.get(checkpoint.format).read(request.checkpoint).settings
+    differences = compare_settings(request.checkpoint, request.reference, request.config, said)
     ids = token_ids(request, [], config)
+    check_budget(request, {}, config, devices, ids, dtype)
     request.say("running the original")
     original = run_reference(request.reference, ids, dtype, device, request.low_memory)
     results = []
@@ -91,10 +115,19 @@ def verify_permuted(request: Request) -> Report:
         if source is None:
             continue
         request.say(f"running {name}")
+        gc.collect()
         model = load_state(load(source, format="hf"), config, dtype, device)
         replay(parts_of(model), original.routed)
         logits = model(ids.to(device), use_cache=False).logits.float().cpu()
         results.append(Result(name, compare(original.logits, logits, relative), []))
         del model
     return Report(request.checkpoint, request.reference, checkpoint.format, str(checkpoint.mesh), checkpoint.architecture, checkpoint.layout.layers,
-                  request.dtype, request.device, "none", 1, 1, tuple(ids.shape), "permute", results[0], results[1:], [], time.monotonic() - start)  # fmt: skip
+                  request.dtype, request.device, "none", 1, 1, tuple(ids.shape), "permute", results[0], results[1:], [], time.monotonic() - start, differences,
+                  _unexercised(config.get_text_config(), ids.shape[1], original.reached), original.reached)  # fmt: skip
+
+
+def _unexercised(config, positions: int, reached: tuple[int, int]) -> list[str]:
+    """This proof runs no engine's arithmetic: what it leaves open beside positions."""
+    used, every = reached
+    idle = [f"{every - used} of {every} experts, that no token of the prompts went to"] if used < every else []
+    return [*unexercised(config, positions, Beyond()), *idle, "cuts of the vocabulary, and names and orders inside a rank: --method tp proves these"]

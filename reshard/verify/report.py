@@ -3,8 +3,11 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from reshard.text import human, some, table
+from reshard.text import count, human, some, table
+from reshard.verify.beyond import Beyond
+from reshard.verify.exact import STATED
 from reshard.verify.figures import Figures
+from reshard.verify.settings import Difference
 from reshard.verify.trace import Point
 
 
@@ -41,7 +44,8 @@ class RankMemory:
 
 @dataclass(frozen=True)
 class Report:
-    """A verification. `shared` is how many ranks had one device; `ids` the sequences and positions that ran."""
+    """A verification. `shared` is how many ranks had one device; `ids` the sequences and positions that ran; `settings` those that
+    are not the original's; `unexercised` what no part of it ran or compared; `reached` how many of all experts the prompts went to."""
 
     checkpoint: Path
     reference: Path
@@ -60,11 +64,14 @@ class Report:
     controls: list[Result]
     ranks: list[RankMemory]
     seconds: float
+    settings: list[Difference] = field(default_factory=list)
+    unexercised: list[str] = field(default_factory=list)
+    reached: tuple[int, int] = (0, 0)
 
     @property
     def passed(self) -> bool:
-        """The shards agree with the original, and every planted defect was found."""
-        return self.shards.passed and not self.missed
+        """The shards agree with the original, in settings too, and planted defects were found, each of them."""
+        return self.shards.passed and not self.settings and bool(self.controls) and not self.missed
 
     @property
     def missed(self) -> list[str]:
@@ -83,7 +90,8 @@ class Report:
             **self.shards.figures.to_json(), "passed": self.passed, "nproc": self.nproc, "device": self.device, "backend": self.backend,
             "control": weakest, "controls": controls, "method": self.method, "dtype": self.dtype, "format": self.format, "mesh": self.mesh,
             "architecture": self.architecture, "tokens": list(self.ids), "ranks_per_device": self.shared,
-            "first_apart": parted and parted.path, "suspects": self.shards.suspects, "seconds": round(self.seconds, 2),
+            "settings": [difference.to_json() for difference in self.settings], "not_exercised": self.unexercised, "experts_reached": list(self.reached),
+            "precision": STATED, "first_apart": parted and parted.path, "suspects": self.shards.suspects, "seconds": round(self.seconds, 2),
             "trace": [{"path": p.path, "relative": p.relative if p.relative < float("inf") else None, "apart": p.apart} for p in self.shards.points],
             "ranks": [{"rank": r.rank, "bytes_stored": r.stored, "bytes_held": r.held, "peak_bytes": r.peak} for r in self.ranks],
         }  # fmt: skip
@@ -101,7 +109,7 @@ class Report:
         lines = [
             f"{self.checkpoint}  {self.format} {self.mesh}  {self.architecture}, {self.depth} layers",
             f"{self.reference}  the original, run by transformers",
-            f"{where}, {self.dtype}, {sequences} × {positions} tokens, {self.seconds:.1f} s\n",
+            f"{where}, {self.dtype}, {sequences} × {positions} tokens, {self.seconds:.1f} s" + (f"; {STATED}" if self.device != "cpu" else "") + "\n",
             table(rows, head),
             f"\ntolerance {f.tolerance:.2g} ({least:.2g} of the largest logit, {f.max_abs_logit:.4g}): rounding in {self.dtype} over {self.depth} layers",
         ]
@@ -110,20 +118,48 @@ class Report:
         if traced and self.shards.points:
             rows = [(p.path, f"{p.relative:.2g}", "apart" if p.apart else "") for p in self.shards.points]
             lines += ["", table(rows, ("output of", "off by (relative)", ""))]
+        if self.settings:
+            lines += ["", f"{count(len(self.settings), 'setting')} beside the shards differ{'s' * (len(self.settings) == 1)}:", *(f"  {d}" for d in self.settings)]
+        if self.unexercised:
+            lines += ["", "not exercised:", *(f"  {text}" for text in self.unexercised)]
         return "\n".join([*lines, "", self.verdict()])
 
     def verdict(self) -> str:
         """One line."""
-        if not self.shards.passed:
-            parted = self.shards.parted
-            if parted is None:
-                return "FAILED: these shards are not the original; hidden states agree, the output layer does not" if self.shards.points else "FAILED: these shards are not the original"
-            suspects = f": look at {some(self.shards.suspects)}" if self.shards.suspects else ""
-            return f"FAILED: these shards are not the original; the first output that is off is {parted.path}'s, by {parted.relative:.2g}{suspects}"
+        if reasons := [text for text in (self._logits(), self._settings()) if text]:
+            return f"FAILED: {'; '.join(reasons)}"
+        if not self.controls:
+            return "INCONCLUSIVE: logits agree, but no defect could be planted in these shards, to show that one would be seen"
         if self.missed:
             return f"INCONCLUSIVE: logits agree, but so they do with a planted defect ({self.missed[0]}): this model hides it"
-        found = {0: "", 1: ", and the planted defect was found"}.get(len(self.controls), f", and all {len(self.controls)} planted defects were found")
+        found = ", and the planted defect was found" if len(self.controls) == 1 else f", and all {len(self.controls)} planted defects were found"
         return f"passed: logits agree{found}"
+
+    def _logits(self) -> str:
+        if self.shards.passed:
+            return ""
+        parted = self.shards.parted
+        if parted is None:
+            return "these shards are not the original" + ("; hidden states agree, the output layer does not" if self.shards.points else "")
+        suspects = f": look at {some(self.shards.suspects)}" if self.shards.suspects else ""
+        return f"these shards are not the original; the first output that is off is {parted.path}'s, by {parted.relative:.2g}{suspects}"
+
+    def _settings(self) -> str:
+        more = f" (and {count(len(self.settings) - 1, 'other setting')})" if len(self.settings) > 1 else ""
+        return f"{self.settings[0]}{more}" if self.settings else ""
+
+
+def unexercised(config, positions: int, beyond: Beyond) -> list[str]:
+    """What a verification neither ran nor compared, of a model of transformers' text `config`."""
+    out = []
+    longest = getattr(config, "max_position_embeddings", None) or 0
+    if longest > positions:
+        out.append(f"positions {positions} to {longest - 1}: settings that act there (windows, rotary scaling) were compared, not run")
+    if beyond.left:
+        out.append(f"{count(len(beyond.left), 'tensor')} of layers that predict further tokens: {some(beyond.left)}")
+    if beyond.scales:
+        out.append(f"{count(len(beyond.scales), 'scale')} of quantised caches that {'are' if len(beyond.scales) > 1 else 'is'} not 1: {some(beyond.scales)}")
+    return out
 
 
 def _row(result: Result, control: bool) -> tuple:

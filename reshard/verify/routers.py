@@ -14,7 +14,8 @@ from torch import nn
 from reshard.verify.model import Model
 
 
-def _routers(m: Model) -> list[tuple[str, nn.Module]]:
+def routers(m: Model) -> list[tuple[str, nn.Module]]:
+    """The modules that choose experts, by path within the layers."""
     return [(path, module) for path, module in m.at(m.layers).named_modules() if type(module).__name__.lower().endswith("router")]
 
 
@@ -29,7 +30,7 @@ def recorded(m: Model) -> Iterator[dict[str, torch.Tensor]]:
 
         return hook
 
-    hooks = [module.register_forward_pre_hook(keep(path)) for path, module in _routers(m)]
+    hooks = [module.register_forward_pre_hook(keep(path)) for path, module in routers(m)]
     try:
         yield inputs
     finally:
@@ -39,6 +40,6 @@ def recorded(m: Model) -> Iterator[dict[str, torch.Tensor]]:
 
 def replay(m: Model, inputs: dict[str, torch.Tensor]) -> None:
     """Give every router of `m` the recorded input from now on."""
-    for path, module in _routers(m):
+    for path, module in routers(m):
         if path in inputs:
             module.register_forward_pre_hook(lambda module, args, seen=inputs[path]: (seen.to(args[0]), *args[1:]))

@@ -1,54 +1,86 @@
 """One process's work: its rank's shard, the reference on the first rank, the forward, and the comparison."""
 
+import gc
 import os
 import resource
 import time
+from dataclasses import replace
 
 import torch
 import torch.distributed as dist
 
-from reshard.errors import FormatError, PlanError, ReshardError
+from reshard.errors import FormatError, ReshardError
+from reshard.verify.beyond import compare_beyond
 from reshard.verify.build import build
 from reshard.verify.controls import controls, planted
+from reshard.verify.devices import Device, check_memory, choose, forward_bytes, ranks_to_a_device
+from reshard.verify.direct import compare_experts, compare_vectors, experts_of, orders, router_rows, routing_vectors, run_experts
+from reshard.verify.exact import exact
 from reshard.verify.figures import DTYPES, Figures, compare, relative_tolerance, worst
-from reshard.verify.group import CONTROL, Seat, process_groups, seats
+from reshard.verify.group import CONTROL, Seat, agree, agreed, control_group, is_agreed, process_groups, seats
 from reshard.verify.model import Model, empty_model, hush
 from reshard.verify.prompts import built_in, tokenized
 from reshard.verify.reference import Original, run_reference
-from reshard.verify.report import RankMemory, Report, Result
+from reshard.verify.report import RankMemory, Report, Result, unexercised
 from reshard.verify.request import Request
 from reshard.verify.routers import replay
+from reshard.verify.settings import NOT_TRANSFORMERS, Difference, compare_settings
 from reshard.verify.shards import Shards, open_shards
 from reshard.verify.slices import Slices
-from reshard.verify.trace import Trace, every_row, follow
+from reshard.verify.trace import Point, Trace, every_row, follow
 
 
-def verify_rank(request: Request, number: int, world: int, local: int, locals_: int) -> Report | None:
-    """Be process `number` of `world` in torch.distributed's default group, the `local`-th of `locals_` on this machine.
+def verify_rank(request: Request, number: int, world: int, local: int, locals_: int, devices: list[Device] | None = None) -> Report | None:
+    """Be process `number` of `world` in torch.distributed's default group, the `local`-th of `locals_` on this machine; `devices` are
+    all ranks' (``devices.agree``), where they are GPUs.
 
     Returns the report on process 0, None elsewhere. What is wrong with the input raises ReshardError on all of them, the same.
     """
-    device = _device(request.device, local)
-    if request.device == "cpu":
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // locals_))
-    shards = open_shards(request.checkpoint, request.format)
-    places = seats(shards.mesh, shards.ranks)
-    if len(places) != world:
-        raise FormatError(f"{request.checkpoint} has {len(places)} ranks ({shards.mesh}), but {world} processes run", f"start {len(places)}, or leave --nproc out")
-    config = read_config(request)
-    groups = process_groups(places)
+    control = control_group()
+    threads = torch.get_num_threads()
+    groups: dict = {}
     try:
-        return _verify(request, shards, places, number, config, groups, device, _to_a_device(request.device, locals_))
+        with exact():
+            if request.device == "cpu":
+                torch.set_num_threads(max(1, (os.cpu_count() or 1) // locals_))
+            problems: list = []
+            try:
+                device = choose(request.device, local)
+                shards, places, config = _opened(request, world)
+                differences = compare_settings(request.checkpoint, request.reference, request.config, shards.settings)
+            except ReshardError as error:
+                problems = [error]
+            agree(problems, control)
+            groups = process_groups(places, control)
+            return _verify(request, shards, places, number, config, differences, groups, device, devices or [])
+    except BaseException as error:
+        if not is_agreed(error):
+            groups, control = {}, None  # of a rank that failed alone: its peers may still wait in them
+        raise
     finally:
-        for group in groups.values():
+        torch.set_num_threads(threads)
+        for group in dict.fromkeys((*groups.values(), control)):
             if group not in (None, dist.group.WORLD):
                 dist.destroy_process_group(group)
 
 
-def _verify(request, shards: Shards, places: list[Seat], number: int, config, groups, device: torch.device, to_a_device: int) -> Report | None:
+def _opened(request: Request, world: int):
+    shards = open_shards(request.checkpoint, request.format)
+    places = seats(shards.mesh, shards.ranks)
+    if len(places) != world:
+        raise FormatError(f"{request.checkpoint} has {len(places)} ranks ({shards.mesh}), but {world} processes run", f"start {len(places)}, or leave --nproc out")
+    return shards, places, read_config(request)
+
+
+def _verify(request, shards: Shards, places: list[Seat], number: int, config, differences: list[Difference], groups, device: torch.device, devices: list[Device]) -> Report | None:
     start, dtype, control = time.monotonic(), DTYPES[request.dtype], groups[CONTROL]
-    _agree(check(shards, places, number, config), control)
+    try:
+        problems = check(shards, places, number, config)
+    except ReshardError as error:
+        problems = [error]
+    agree([*problems, *map(str, differences)] if problems and number == 0 else problems, control)
     ids = token_ids(request, vocabulary_edges(shards), config)
+    check_budget(request, {rank: shards.elements(seat.rank) for rank, seat in enumerate(places)}, config, devices, ids, dtype)
     expected: Original | None = None
     problem: list = []
     if number == 0:
@@ -59,11 +91,13 @@ def _verify(request, shards: Shards, places: list[Seat], number: int, config, gr
             problem = [error]
         except Exception as error:  # noqa: BLE001 the other ranks wait: they must hear of whatever stopped transformers
             problem = [FormatError(f"transformers cannot run the reference {request.reference}: {type(error).__name__}: {error}")]
-    _agree(problem, control)
+    agree(problem, control)
     if device.type == "cuda":
+        gc.collect()  # the original is gone before the shards come
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
     m = empty_model(config)
+    counts = {path: module.num_experts for path, module in experts_of(m)}
     s = Slices(shards, places, number, m, groups, device, dtype)
     linears = build(s, m)
     m.module.to(device)
@@ -72,20 +106,70 @@ def _verify(request, shards: Shards, places: list[Seat], number: int, config, gr
     replay(m, routed[0])
     if number == 0:
         request.say(f"running the shards on {len(places)} process{'es' * (len(places) > 1)}")
-    names, runs = ["shards"], [_forward(m, s, ids, control)]
+    try:
+        names, runs = ["shards"], [_forward(m, s, ids, control)]
+    except RuntimeError as error:
+        if not differences:
+            raise
+        said = "; ".join(map(str, differences[:5]))
+        raise FormatError(f"the shards cannot be run by the settings beside them ({str(error).splitlines()[0]}): {said}", "correct these settings") from error
+    experts = run_experts(m, dtype, device, counts)
+    direct = gather((experts if s.stage.index == 0 else {}, routing_vectors(m), router_rows(m)), control)  # a stage's ranks have the same sums
     for defect in controls(s, m):
         if number == 0:
             request.say(f"planting a defect: {defect.name}")
         with planted(defect, linears):
             names, runs = [*names, defect.name], [*runs, _forward(m, s, ids, control, traced=False)]
-    memory = _gather(RankMemory(number, shards.bytes(s.seat.rank), _held(m), _peak(device)), control)
+    memory = gather(RankMemory(number, shards.bytes(s.seat.rank), _held(m), _peak(device)), control)
     if expected is None:
         return None
-    relative = relative_tolerance(dtype, m.config.num_hidden_layers, m.config.hidden_size)
+    text = m.config
+    relative = relative_tolerance(dtype, text.num_hidden_layers, text.hidden_size)
     results = [_judge(name, run, expected, relative, s) for name, run in zip(names, runs)]
+    beyond = compare_beyond(shards, request.reference, text.num_hidden_layers)
+    points = [*_directly(expected, direct, relative), *beyond.points]
+    results[0] = replace(results[0], points=[*results[0].points, *points], suspects=results[0].suspects or _stored(s, points))
     return Report(request.checkpoint, request.reference, shards.format, str(shards.mesh), (config.architectures or [type(m.module).__name__])[0],
-                  m.config.num_hidden_layers, request.dtype, request.device, dist.get_backend(), len(places), to_a_device,
-                  tuple(ids.shape), "tp", results[0], results[1:], memory, time.monotonic() - start)  # fmt: skip
+                  text.num_hidden_layers, request.dtype, request.device, dist.get_backend(), len(places), ranks_to_a_device(devices),
+                  tuple(ids.shape), "tp", results[0], results[1:], memory, time.monotonic() - start, differences,
+                  unexercised(text, ids.shape[1], beyond), expected.reached)  # fmt: skip
+
+
+def _directly(expected: Original, direct: list[tuple[dict, dict, dict]], relative: float) -> list[Point]:
+    """Experts and routing vectors, as every rank has them, against the original's."""
+    experts = {path: outputs for own, _, _ in direct for path, outputs in own.items()}
+    numbers = orders(expected.rows, {path: rows for _, _, own in reversed(direct) for path, rows in own.items()})
+    vectors = [own for _, own, _ in direct]
+    return [*compare_experts(expected.experts, experts, numbers, relative), *compare_vectors(expected.vectors, vectors, numbers)]
+
+
+def _stored(s: Slices, points: list[Point]) -> list[str]:
+    """The stored tensors of the first of `points` that is off."""
+    off = next((point.path for point in points if point.apart), None)
+    if off is None:
+        return []
+    names = {held.name: None for table in s.tables for name, held in table.items() if name == off or name.startswith(f"{off}.")}
+    layer = off.rpartition(".")[0]  # of a stack of experts, all are one tensor
+    return list(names or {held.name: None for table in s.tables for name, held in table.items() if name.startswith(f"{layer}.")}) or [off]
+
+
+def check_budget(request: Request, held: dict[int, int], config, devices: list[Device], ids: torch.Tensor, dtype: torch.dtype) -> None:
+    """Raise FormatError, the same on every rank, where a GPU can't hold what it must; `held` are elements of weights by rank, or of a
+    rank that it lacks the whole model's."""
+    if request.device == "cpu" or not devices:
+        return
+    m, text, size = empty_model(config), config.get_text_config(), dtype.itemsize
+    weights = [tensor.numel() for tensor in m.module.parameters()]
+    original = sum(weights)
+    if request.low_memory:
+        layers = [sum(tensor.numel() for tensor in layer.parameters()) for layer in m.at(m.layers)]
+        original = max(layers) + sum(tensor.numel() for path in {m.embedding, m.head} for tensor in m.at(path).parameters())
+    widest = getattr(text, "intermediate_size", None) or 4 * text.hidden_size
+    running = forward_bytes(tuple(ids.shape), text.vocab_size, text.hidden_size, widest, text.num_attention_heads, size) + max(weights) * 4
+    try:
+        check_memory(devices, {device.rank: held.get(device.rank, sum(weights)) * size for device in devices}, original * size, running)
+    except ReshardError as error:
+        raise agreed(error) from None
 
 
 def check(shards: Shards, places: list[Seat], number: int, config) -> list[str]:
@@ -106,8 +190,9 @@ def read_config(request: Request):
     for folder in (own, request.reference):
         try:
             configs.append(AutoConfig.from_pretrained(folder, local_files_only=True))
-        except (OSError, ValueError) as error:
-            raise FormatError(f"transformers cannot read the config.json of {folder}: {str(error).strip().splitlines()[0]}") from None
+        except Exception as error:  # noqa: BLE001  whatever a wrong value makes transformers' checks say
+            text = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise FormatError(f"transformers cannot read the config.json of {folder}: {text}", NOT_TRANSFORMERS) from None
     ours, theirs = (config.get_text_config().vocab_size for config in configs)
     if ours != theirs:
         raise FormatError(f"{own} has a vocabulary of {ours}, the reference {request.reference} one of {theirs}", "is --reference the same model?")
@@ -144,7 +229,7 @@ def _forward(m: Model, s: Slices, ids: torch.Tensor, control, traced: bool = Tru
     leader = s.group.index == 0
     own = (s.seat.slice, logits.float().cpu() if leader and s.computes_logits else None, outputs if leader and traced else {})
     merged: dict[int, tuple[torch.Tensor | None, dict]] = {}
-    for slice_, found, traces in _gather(own, control):
+    for slice_, found, traces in gather(own, control):
         before, all_traces = merged.get(slice_, (None, {}))
         merged[slice_] = (found if found is not None else before, {**traces, **all_traces})
     return list(merged.values())
@@ -159,36 +244,11 @@ def _judge(name: str, run: list[tuple[torch.Tensor, dict]], expected: Original, 
     return Result(name, chosen, points, list(suspects))
 
 
-def _gather(own, control) -> list:
+def gather(own, control) -> list:
     """Every process's object, on process 0; nothing elsewhere."""
     out = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
     dist.gather_object(own, out, dst=0, group=control)
     return out or []
-
-
-def _agree(problems: list, control) -> None:
-    """Raise on every process what any of them found: an error of one, or everyone's list of what doesn't fit."""
-    found: list = [None] * dist.get_world_size()
-    dist.all_gather_object(found, problems, group=control)
-    every = [problem for one in found for problem in one]
-    if errors := [problem for problem in every if isinstance(problem, ReshardError)]:
-        raise errors[0]
-    if every:
-        raise PlanError(every, "is config.json this model's, and --from the engine that the shards are for?")
-
-
-def _device(kind: str, local: int) -> torch.device:
-    if kind == "cpu":
-        return torch.device("cpu")
-    device = torch.device("cuda", local % torch.cuda.device_count())
-    torch.cuda.set_device(device)
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-    return device
-
-
-def _to_a_device(kind: str, locals_: int) -> int:
-    """Ranks on one device, where there are fewer devices than ranks."""
-    return 1 if kind == "cpu" else -(-locals_ // torch.cuda.device_count())
 
 
 def _held(m: Model) -> int:

@@ -2,7 +2,9 @@
 
 import mmap
 import re
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from math import prod
 from pathlib import Path
 
 import torch
@@ -30,13 +32,16 @@ class Held:
 
 @dataclass(frozen=True)
 class Shards:
-    """A checkpoint as its ranks hold it: `tables[rank.number]` maps module names to stored tensors."""
+    """A checkpoint as its ranks hold it: `tables[rank.number]` maps module names to stored tensors; `extra[rank.number]` are those that
+    no forward uses; `settings` is what each file says of the model (Megatron's args)."""
 
     folder: Path
     format: str
     mesh: Mesh
     ranks: list[Rank]
     tables: list[dict[str, Held]]
+    extra: list[list[Held]] = field(default_factory=list)
+    settings: Mapping[str, Mapping] = field(default_factory=dict)
 
     def layers(self, rank: Rank) -> set[int]:
         """Numbers of the layers that `rank` holds tensors of."""
@@ -44,6 +49,9 @@ class Shards:
 
     def bytes(self, rank: Rank) -> int:
         return sum(held.info.nbytes for held in self.tables[rank.number].values())
+
+    def elements(self, rank: Rank) -> int:
+        return sum(prod(held.info.shape) for held in self.tables[rank.number].values())
 
     def read(self, held: Held) -> torch.Tensor:
         """The tensor, mapped from its file: no byte is read before it is used."""
@@ -75,16 +83,19 @@ def open_shards(folder: Path, format: str | None = None) -> Shards:
         raise FormatError(f"{folder}: {quote(name)} is {info.dtype}: verify does not compute with quantised weights")
     ranks = kind.rules.ranks(contents.mesh)
     stages = contents.stages
-    tables = []
+    tables, extra = [], []
     for rank, stored in zip(ranks, contents.tensors, strict=True):
         first = stages[rank.pp][0] if stages and kind.rules.local and stages[rank.pp] else 0
         table: dict[str, Held] = {}
+        unused: list[Held] = []
         for name, (file, info) in stored.items():
             module = module_name(name, kind.name, first)
             if module is None:
+                unused.append(Held(name, file, info))
                 continue
             if module in table:
                 raise FormatError(f"{folder}: {quote(name)} and {quote(table[module].name)} are the same tensor ({module}) on rank {rank.number}")
             table[module] = Held(name, file, info)
         tables.append(table)
-    return Shards(folder, kind.name, contents.mesh, ranks, tables)
+        extra.append(unused)
+    return Shards(folder, kind.name, contents.mesh, ranks, tables, extra, contents.settings)

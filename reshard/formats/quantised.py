@@ -1,0 +1,75 @@
+"""Quantised checkpoints: recognised, and refused with one sentence. Codes without their scales mean nothing.
+
+A quantised matrix is several tensors (codes, scales, sometimes zero points) that must be cut together. Until plans can do
+that, such a model is told apart here, by config.json's quantization_config or by the names and dtypes of its tensors.
+"""
+
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from reshard.errors import FormatError
+from reshard.formats import Contents
+from reshard.stores.foreign import quote
+
+#: how each scheme's tensors are named; the first that fits tells
+_NAMES = (
+    ("MXFP4", re.compile(r".*_blocks")),
+    ("bitsandbytes 4 bit", re.compile(r".*\.(?:quant_map|absmax|nested_absmax|quant_state\..*)")),
+    ("bitsandbytes 8 bit", re.compile(r".*\.SCB")),
+    ("AWQ or GPTQ", re.compile(r".*\.(?:qweight|qzeros|g_idx)")),
+    ("compressed-tensors", re.compile(r".*\.(?:weight_packed|weight_shape|weight_global_scale)")),
+    ("FP8 in blocks", re.compile(r".*\.weight_scale_inv")),
+    ("FP8 or INT8", re.compile(r".*\.(?:weight_scale|weight_scale_2|input_scale)")),
+)
+_FLOATS = ("F64", "F32", "BF16", "F16")
+_INTEGERS = ("I8", "U8", "I16", "U16", "I32", "U32", "I64", "U64", "BOOL")
+_WAY = "reshard moves weights that are not quantised: name the original in bf16, or dequantise first (transformers: from_pretrained(…).dequantize() and save_pretrained)"
+
+
+def scheme(settings: Mapping[str, object], contents: Contents) -> str | None:
+    """What the model is quantised as, in words; None where neither config.json nor the tensors say that it is."""
+    by_name = next((word for word, name in _NAMES for rank in contents.tensors for tensor in rank if name.fullmatch(tensor)), None)
+    config = quantization_config(settings)
+    codes = any(info.dtype not in _FLOATS for rank in contents.tensors for _, info in rank.values())
+    if config is None:
+        return by_name
+    # a copy that was dequantised may have kept the entry
+    return f"{_described(config)} (config.json's quantization_config)" if by_name or codes else None
+
+
+def quantization_config(settings: Mapping[str, object]) -> Mapping[str, object] | None:
+    for table in (settings, settings.get("text_config")):
+        found = table.get("quantization_config") or table.get("compression_config") if isinstance(table, Mapping) else None
+        if isinstance(found, Mapping):
+            return found
+    return None
+
+
+def _described(config: Mapping[str, object]) -> str:
+    method = config.get("quant_method") or config.get("quant_algo") or "unnamed scheme"
+    details = [
+        f"{key} {config[key]}" for key in ("bits", "group_size", "weight_block_size", "fmt", "format") if config.get(key) is not None
+    ]
+    details += [word for key, word in (("load_in_4bit", "4 bit"), ("load_in_8bit", "8 bit")) if config.get(key) is True]
+    return quote(", ".join([str(method), *details]))
+
+
+def refuse(folder: Path, word: str, contents: Contents) -> FormatError:
+    """The one error for a quantised checkpoint."""
+    kinds: dict[str, int] = {}
+    for rank in contents.tensors:
+        for _, info in rank.values():
+            kinds[info.dtype] = kinds.get(info.dtype, 0) + 1
+    counted = ", ".join(f"{count} {dtype}" for dtype, count in sorted(kinds.items(), key=lambda item: -item[1]))
+    return FormatError(f"{folder} is quantised: {word}; its tensors are {counted}. reshard does not move quantised weights yet", _WAY)
+
+
+def codes_without_scales(folder: Path, settings: Mapping[str, object], stored: Iterable) -> FormatError | None:
+    """The error for a model whose every name is explained, but some of whose tensors hold codes; None where none does."""
+    config = quantization_config(settings)
+    for s in stored:
+        if s.dtype in _INTEGERS or (config is not None and s.dtype not in _FLOATS):
+            word = f", quantised as {_described(config)} by config.json" if config is not None else ""
+            return FormatError(f"{folder}: {quote(s.name)} ({s.file}) is {s.dtype}: codes{word}, and no tensor holds their scales", _WAY)
+    return None

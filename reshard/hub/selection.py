@@ -1,0 +1,114 @@
+"""Which files of a folder are published: the checkpoint's weights, and small files beside them that are known by name. No others.
+
+A name is looked at in the folder itself, never a path: what lies deeper is published only where the checkpoint's format puts
+weights there. Links are followed within the folder and into the Hub's cache; any other is refused, since what it leads to was
+never shown. What is left out is listed, with its size.
+"""
+
+import os
+import re
+import stat
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from huggingface_hub import constants
+
+from reshard.checkpoint import Checkpoint, open_checkpoint
+from reshard.errors import DestinationError
+from reshard.formats.manifest import NAME as MANIFEST
+from reshard.stores.foreign import quote
+
+CARD = "README.md"
+_MOST = 100_000  # entries that are counted below a folder that is left out
+_KNOWN = re.compile(
+    r"config\.json|generation_config\.json|(?:video_)?preprocessor_config\.json|processor_config\.json|special_tokens_map\.json|added_tokens\.json"
+    r"|tokenizer\.json|tokenizer_config\.json|tokenizer\.model(?:\.v[0-9]+)?|[A-Za-z0-9_-]+\.tiktoken|tiktoken\.model|spiece\.model"
+    r"|sentencepiece(?:\.bpe)?\.model|vocab\.(?:json|txt)|merges\.txt|chat_template\.(?:json|jinja)|(?:LICENSE|NOTICE)(?:\.md|\.txt)?"
+    r"|model\.safetensors\.index\.json|pytorch_model\.bin\.index\.json|latest_checkpointed_iteration\.txt"
+)
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The files of `folder` to be published, by name, the card among them; and what is left out, name → bytes (a folder's ends in /)."""
+
+    checkpoint: Checkpoint
+    files: Mapping[str, Path]
+    left_out: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def size(self) -> int:
+        return sum(path.stat().st_size for path in self.files.values())
+
+
+def is_side_file(name: str, include_code: bool = False) -> bool:
+    """Whether the file `name`, beside weights, is one that goes with them."""
+    if "/" in name or name.startswith("."):
+        return False
+    return bool(_KNOWN.fullmatch(name)) or name in (MANIFEST, CARD) or (include_code and name.endswith(".py"))
+
+
+def select(folder: str | Path, include_code: bool = False, **options) -> Selection:
+    """What of `folder` a push publishes; `options` are those of ``open``. Raises DestinationError for a link that leads elsewhere."""
+    folder = Path(folder)
+    checkpoint = open_checkpoint(folder, **options)
+    weights = set(checkpoint.files)
+    names = weights | {path.name for path in folder.iterdir() if is_side_file(path.name, include_code) and path.is_file()}
+    files = {name: folder / name for name in sorted(names)}
+    check_links(files.values(), folder)
+    return Selection(checkpoint, files, _left_out(folder, names))
+
+
+def check_links(paths, folder: Path) -> None:
+    """Raises DestinationError, by name, for what is no file or lies outside of `folder` and of the Hub's cache, links followed."""
+    home, bad = Path(os.path.realpath(folder)), []
+    for path in paths:
+        real = Path(os.path.realpath(path))
+        if not stat.S_ISREG(os.stat(real).st_mode):
+            bad.append(f"{path.name} is no regular file")
+        elif not (real.is_relative_to(home) or _in_cache(real, home)):
+            bad.append(f"{path.relative_to(folder) if path.is_relative_to(folder) else path} leads to {real}")
+    if bad:
+        raise DestinationError(f"{folder}: {quote('; '.join(bad[:8]), 1000)}: files outside of the folder are not published",
+                               "put the file itself there, or remove the link")  # fmt: skip
+
+
+def _in_cache(real: Path, home: Path) -> bool:
+    """Whether `real` is the content of a file of the Hub's cache: of the one that the snapshot `home` lies in, or the environment's."""
+    if real.parent.name != "blobs":
+        return False
+    if home.parent.name == "snapshots" and real.parent.parent == home.parent.parent:
+        return True
+    return real.parent.parent.parent == Path(os.path.realpath(constants.HF_HUB_CACHE))
+
+
+def _left_out(folder: Path, names: set[str]) -> dict[str, int]:
+    inside = {parent.as_posix() for name in names for parent in Path(name).parents} - {"."}
+    out: dict[str, int] = {}
+
+    def look(path: Path, at: str) -> None:
+        for entry in sorted(os.scandir(path), key=lambda entry: entry.name):
+            name = f"{at}{entry.name}"
+            if name in names:
+                continue
+            if name in inside:
+                look(Path(entry.path), f"{name}/")
+            elif entry.is_dir(follow_symlinks=False):
+                out[name + "/"] = _size_below(entry.path)
+            else:
+                out[name] = entry.stat(follow_symlinks=False).st_size
+
+    look(folder, "")
+    return out
+
+
+def _size_below(folder: str) -> int:
+    total = seen = 0
+    for at, _, names in os.walk(folder):
+        for name in names:
+            seen += 1
+            if seen > _MOST:
+                return total
+            total += os.lstat(os.path.join(at, name)).st_size
+    return total

@@ -1,0 +1,367 @@
+"""The plan of a job that fills stored tensors from a source: dtypes decided, every element counted, all problems together. Pure.
+
+A plan is a join with the files' choice on top: of several holders of a piece the first is read, and the others are compared
+with it. It stays in patterns × instances until it runs: sums cost by the pattern, and ``tile`` spells out the copies of one
+group of tensors at a time.
+"""
+
+import hashlib
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+from reshard.block import Box, Key, Stored, end, volume
+from reshard.coverage import faults_of, label
+from reshard.errors import PlanError
+from reshard.planner.join import Join, Pattern, Run, Slot, join
+from reshard.planner.pieces import union_volume
+from reshard.stores import DTYPE_SIZE
+
+FLOATS = ("F64", "F32", "BF16", "F16")
+
+
+@dataclass(frozen=True, slots=True)
+class Move:
+    """The geometry of a copy: a box (tensor's axes) of `size` elements, and where (elements) it lies on each side."""
+
+    box: Box
+    size: int
+    src_offset: int
+    src_strides: tuple[int, ...]
+    dst_offset: int
+    dst_strides: tuple[int, ...]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(stop - start for start, stop in self.box)
+
+    def clip(self, box: Box) -> "Move | None":
+        """The part of this move inside `box`; None when they do not meet."""
+        src, dst, meet = self.src_offset, self.dst_offset, []
+        for (start, stop), (low, high), a, b in zip(self.box, box, self.src_strides, self.dst_strides):
+            lower, upper = max(start, low), min(stop, high)
+            if lower >= upper:
+                return None
+            src += (lower - start) * a
+            dst += (lower - start) * b
+            meet.append((lower, upper))
+        return Move(tuple(meet), volume(tuple(meet)), src, self.src_strides, dst, self.dst_strides)
+
+
+@dataclass(frozen=True, slots=True)
+class Copy:
+    """One box of tensor `key`, from where `src` holds it to where `dst` holds it."""
+
+    key: Key
+    src: Stored
+    dst: Stored
+    move: Move
+
+    @property
+    def src_bytes(self) -> int:
+        return self.move.size * DTYPE_SIZE[self.src.dtype]
+
+
+def move_between(source: Slot, destination: Slot, box: Box) -> Move:
+    """The move of `box`, which both slots hold, relative to where they begin."""
+    src = sum((b[0] - own[0]) * stride for b, own, stride in zip(box, source.box, source.strides))
+    dst = sum((b[0] - own[0]) * stride for b, own, stride in zip(box, destination.box, destination.strides))
+    return Move(box, volume(box), src, source.strides, dst, destination.strides)
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a pattern comes to when the first holder of each piece is read: moves between slots, and replicas to compare."""
+
+    copies: tuple[tuple[int, int, Move], ...]  # source slot, destination slot
+    checks: tuple[tuple[int, int, Move], ...]  # source slot, another source slot that holds the same box
+
+    @classmethod
+    def every_pair(cls, pattern: Pattern) -> "Work":
+        """Every holder of each piece with everyone who wants it."""
+        copies = [
+            (holder, taker, move_between(pattern.sources[holder], pattern.destinations[taker], piece.box))
+            for piece in pattern.pieces
+            for holder in piece.sources
+            for taker in piece.destinations
+        ]
+        return cls(tuple(copies), ())
+
+    @classmethod
+    def of(cls, pattern: Pattern, compare: bool) -> "Work":
+        """The first holder of each piece; `compare` it with the others."""
+        copies = [
+            (piece.sources[0], taker, move_between(pattern.sources[piece.sources[0]], pattern.destinations[taker], piece.box))
+            for piece in pattern.pieces
+            for taker in piece.destinations
+        ]
+        checks: dict[tuple[int, int], Move] = {}
+        for piece in pattern.pieces if compare else ():
+            first, *others = piece.sources
+            for other in others:
+                slot = pattern.sources[first]
+                checks[first, other] = move_between(slot, pattern.sources[other], slot.box)
+        return cls(tuple(copies), tuple((a, b, move) for (a, b), move in checks.items()))
+
+    def read(self, pattern: Pattern, checks: bool, rank: int | None = None) -> int:
+        """Source bytes of one instance, each element once: for one destination rank alone, where that is given."""
+        boxes: dict[int, list[Box]] = defaultdict(list)
+        for source, taker, move in self.copies:
+            if rank is None or pattern.destinations[taker].rank == rank:
+                boxes[source].append(move.box)
+        for first, other, move in self.checks if checks else ():
+            boxes[first].append(move.box)
+            boxes[other].append(move.box)
+        return sum(union_volume(held) * DTYPE_SIZE[pattern.sources[slot].dtype] for slot, held in boxes.items())
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All copies that fill the destinations of `join`; `compare`: replicas in the source are compared with what is used.
+
+    `every_pair`: not one holder of each piece, but all of them, as a comparison of two sides wants.
+    """
+
+    join: Join
+    compare: bool = True
+    every_pair: bool = False
+
+    @property
+    def destinations(self) -> tuple[Stored, ...]:
+        return self.join.destinations
+
+    @cached_property
+    def work(self) -> tuple[Work, ...]:
+        """Per pattern, its copies and checks."""
+        return tuple(Work.every_pair(p) if self.every_pair else Work.of(p, self.compare) for p in self.join.patterns)
+
+    def spelled(self, run: Run, i: int) -> tuple[list[Copy], list[Copy]]:
+        """The copies and checks of one instance of a run."""
+        key, work = run.key(i), self.work[run.pattern]
+        here = [(self.join.sources[n], start) for n, start in (column.at(i) for column in run.sources)]
+        there = [(self.join.destinations[n], start) for n, start in (column.at(i) for column in run.destinations)]
+        copies = [_copy(key, here[a], there[b], move) for a, b, move in work.copies]
+        return copies, [_copy(key, here[a], here[b], move) for a, b, move in work.checks]
+
+    @property
+    def copies(self) -> list[Copy]:
+        """All of them, spelled out: as many objects as the model has pieces."""
+        return [copy for run in self.join.runs for i in range(run.count) for copy in self.spelled(run, i)[0]]
+
+    @property
+    def checks(self) -> list[Copy]:
+        return [copy for run in self.join.runs if self.work[run.pattern].checks for i in range(run.count) for copy in self.spelled(run, i)[1]]
+
+    @cached_property
+    def bytes_read(self) -> int:
+        """Bytes taken from the sources: each source element that some rank needs, once, and replicas to compare."""
+        return self._sum(lambda pattern, work: work.read(pattern, checks=True))
+
+    @cached_property
+    def least_bytes_read(self) -> int:
+        """Bytes that any way of filling `destinations` must read: each source element that some rank needs, once."""
+        return self._sum(lambda pattern, work: work.read(pattern, checks=False))
+
+    def _sum(self, figure) -> int:
+        return sum(figure(p, w) * n for p, w, n in zip(self.join.patterns, self.work, self.join.counts))
+
+    @cached_property
+    def bytes_held(self) -> int:
+        """Bytes of all destination tensors, padding included."""
+        return sum(stored.size * DTYPE_SIZE[stored.dtype] for stored in self.destinations)
+
+    @property
+    def padded(self) -> list[str]:
+        return sorted({stored.name for stored in self.destinations if stored.padding})
+
+    def per_rank(self) -> list[dict[str, int]]:
+        """What each destination rank reads if it reads alone, and holds, in bytes."""
+        held: dict[int, int] = defaultdict(int)
+        for stored in self.destinations:
+            held[stored.rank] += stored.size * DTYPE_SIZE[stored.dtype]
+        read = dict.fromkeys(held, 0)
+        for pattern, work, count in zip(self.join.patterns, self.work, self.join.counts):
+            for rank in {slot.rank for slot in pattern.destinations}:
+                read[rank] += work.read(pattern, checks=False, rank=rank) * count
+        return [{"rank": rank, "bytes_read": read[rank], "bytes_held": held[rank]} for rank in sorted(held)]
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """A digest of every stored tensor of both sides, every block in them, and what is compared: equal plans, and only they, share one."""
+        return hashlib.sha256(repr((self.compare, self.every_pair, digest(self.join.sources), digest(self.join.destinations))).encode()).hexdigest()
+
+    def located(self, places: Mapping[tuple[int, str], tuple[str, int]]) -> "Plan":
+        """The plan with the file, and the byte in it, of each destination, by its ``Stored.id``."""
+        moved = tuple([Stored(s.rank, s.name, s.dtype, s.shape, s.parts, s.entry, *places[s.id], s.pad) for s in self.destinations])
+        return replace(self, join=replace(self.join, destinations=moved))
+
+
+def digest(side: Iterable[Stored]) -> str:
+    """sha256 over stored tensors: name, place and every block of each."""
+    out = hashlib.sha256()
+    for s in side:
+        parts = [(p.first, p.block.box, p.block.offset, p.block.strides, p.count, p.step) for p in s.parts]
+        out.update(repr((s.rank, s.name, s.dtype, s.shape, s.file, s.start, s.pad, parts)).encode())
+    return out.hexdigest()
+
+
+def _copy(key: Key, here: tuple[Stored, int], there: tuple[Stored, int], move: Move) -> Copy:
+    (src, a), (dst, b) = here, there
+    return Copy(key, src, dst, Move(move.box, move.size, a + move.src_offset, move.src_strides, b + move.dst_offset, move.dst_strides))
+
+
+def plan(
+    sources: Iterable[Stored],
+    destinations: Iterable[Stored],
+    *,
+    cast: str | None = None,
+    keep: Iterable[str] = (),
+    native: Mapping[str, str] = {},
+    sizes: Mapping[str, tuple[int, ...]] = {},
+    complete: bool = True,
+    check: bool = True,
+) -> Plan:
+    """The plan that fills `destinations` from `sources`; gives the destinations their dtypes.
+
+    `cast`: store floats as this dtype, but narrow none of the tensors named in `keep`. `native`: the model's own dtype
+    of tensors that the source's engine wanted in another. `sizes`: per tensor of the model, its size along each axis.
+    `complete`: every element of every source must have a place (off when only some ranks are asked for; needs `sizes`).
+    `check`: compare replicas. Raises PlanError with all problems.
+    """
+    sources = tuple(sources)
+    destinations, problems = typed(sources, tuple(destinations), cast, set(keep), native)
+    joined = join(sources, destinations)
+    problems += faults(joined.destinations)
+    problems += _unmatched(joined, complete)
+    problems += _counted(joined, sizes if complete else {}, check)
+    if problems:
+        raise PlanError(list(dict.fromkeys(problems)))
+    return Plan(joined, check)
+
+
+def target_dtype(source: str, *, cast: str | None = None, keep: bool = False, wanted: str | None = None) -> str:
+    """The dtype that a tensor of `source` is stored in: the one its engine wants, else floats follow `cast`, which
+    never narrows those to `keep`."""
+    if source not in FLOATS:
+        return source
+    if wanted or cast is None:
+        return wanted or source
+    return source if keep and DTYPE_SIZE[cast] < DTYPE_SIZE[source] else cast
+
+
+def typed(
+    sources: Sequence[Stored], destinations: Sequence[Stored], cast: str | None, keep: set[str], native: Mapping[str, str]
+) -> tuple[tuple[Stored, ...], list[str]]:
+    """`destinations` with the dtypes that they get from `sources`, and what is wrong with those."""
+    held: dict[str, set[str]] = defaultdict(set)  # of all layers and experts
+    for s in sources:
+        for part in s.parts:
+            held[part.first[0]].add(s.dtype)
+    mixed = {name for name, dtypes in held.items() if len(dtypes) > 1}
+    own = {key: s.dtype for s in reversed(sources) for key, _ in s.blocks if key[0] in mixed} if mixed else {}
+    any_of = {name: next(iter(dtypes)) for name, dtypes in held.items()}
+
+    def dtype_of(stored: Stored, name: str, source: str) -> str:
+        wanted = stored.entry.dtype if stored.entry else None
+        return target_dtype(native.get(name, source), cast=cast, keep=name in keep, wanted=wanted)
+
+    problems: list[str] = []
+    out = []
+    for stored in destinations:
+        found: dict[str, Key] = {}
+        for part in stored.parts:
+            name = part.first[0]
+            for key, source in ((key, own.get(key)) for key, _ in part.each()) if name in mixed else ((part.first, any_of.get(name)),):
+                if source is None:
+                    continue  # told as missing
+                wanted = dtype_of(stored, name, source)
+                found.setdefault(wanted, key)
+                if wanted != source and wanted not in FLOATS:
+                    problems.append(f"{where(stored)}: {label(key)} is {source} and cannot become {wanted}; only {', '.join(FLOATS)} are cast")
+        if len(found) > 1:
+            kinds = ", ".join(f"{label(key)} is {dtype}" for dtype, key in found.items())
+            problems.append(f"{where(stored)} fuses tensors of different dtypes: {kinds}")
+        name = stored.entry.of[0] if stored.entry else ""
+        # all padding on this rank: of the dtype that the tensor has elsewhere
+        dtype = next(iter(found), None) or stored.dtype or dtype_of(stored, name, native.get(name) or any_of.get(name, "BF16"))
+        out.append(Stored(stored.rank, stored.name, dtype, stored.shape, stored.parts, stored.entry, stored.file, stored.start, stored.pad))
+    return tuple(out), problems
+
+
+def faults(destinations: Iterable[Stored]) -> list[str]:
+    """Names that stand twice, and stored tensors whose elements are not each under one block or declared padding."""
+    problems, names = [], set()
+    for stored in destinations:
+        if (stored.rank, stored.name) in names:
+            problems.append(f"{where(stored)}: two entries of the layout store something under this name")
+        names.add((stored.rank, stored.name))
+        problems += [f"{where(stored)}: {fault}" for fault in faults_of(stored)]
+        if stored.pad and stored.size - stored.pad != max((end(b.offset, b.shape, b.strides) for _, b in stored.blocks), default=0):
+            problems.append(f"{where(stored)}: its padding would lie between its elements; only the first axis of its first dimension can be padded")
+    return problems
+
+
+def _unmatched(joined: Join, complete: bool) -> list[str]:
+    """Tensors that one side alone has."""
+    holders = _first_holders(joined.destinations, set(joined.only_destination))
+    problems = [f"{where(holders[key])} needs {label(key)}, which the source does not have" for key in joined.only_destination]
+    if complete:
+        holders = _first_holders(joined.sources, set(joined.only_source))
+        problems += [f"{label(key)} ({where(holders[key])}) has no place in the destination" for key in joined.only_source]
+    return problems
+
+
+def _first_holders(side: Sequence[Stored], keys: set[Key]) -> dict[Key, Stored]:
+    return {key: s for s in reversed(side) for key, _ in s.blocks if key in keys} if keys else {}
+
+
+def _counted(joined: Join, sizes: Mapping[str, tuple[int, ...]], check: bool) -> list[str]:
+    """Elements that no source holds, or that the destination has no place for: counted pattern by pattern."""
+    problems: list[str] = []
+    told = set()
+    for run in joined.runs:
+        pattern, name = joined.patterns[run.pattern], run.first[0]
+        if (run.pattern, name) in told:
+            continue
+        sources = [joined.sources[column.at(0)[0]] for column in run.sources]
+        before = len(problems)
+        for i, count in pattern.missing:
+            stored = joined.destinations[run.destinations[i].at(0)[0]]
+            problems.append(f"{where(stored)}: {count} of {pattern.destinations[i].size} elements of {label(run.first)} are in no source file")
+        if pattern.overlapping:
+            problems.append(f"{label(run.first)}: {where(sources[0])} and other ranks hold overlapping parts of it")
+        problems += _unlike_dtypes(run, pattern, sources, check)
+        if name in sizes:
+            problems += _uncovered(run, pattern, sizes[name])
+        if len(problems) == before:
+            told.add((run.pattern, name))  # sound for all of them; faults are told for each tensor
+    return problems
+
+
+def _unlike_dtypes(run: Run, pattern: Pattern, sources: list[Stored], check: bool) -> list[str]:
+    """Holders of one tensor must agree on its dtype, replicas too where they are compared."""
+    first, problems = pattern.sources[0], []
+    replicas: dict[Box, int] = {}
+    for i, slot in enumerate(pattern.sources):
+        other = replicas.setdefault(slot.box, i)
+        if other != i and check and pattern.sources[other].dtype != slot.dtype:
+            problems.append(f"{label(run.first)}: {where(sources[other])} holds it as {pattern.sources[other].dtype}, {where(sources[i])} as {slot.dtype}")
+        elif other == i and slot.dtype != first.dtype:
+            problems.append(f"{label(run.first)}: {where(sources[0])} is {first.dtype}, {where(sources[i])} is {slot.dtype}")
+    return problems
+
+
+def _uncovered(run: Run, pattern: Pattern, shape: tuple[int, ...]) -> list[str]:
+    """Whether the destination has a place for each element of a tensor of `shape`, and none outside of it."""
+    boxes = frozenset(slot.box for slot in pattern.destinations)
+    whole, count = volume(tuple((0, size) for size in shape)), union_volume(boxes)
+    if not all(0 <= start < stop <= size for box in boxes for (start, stop), size in zip(box, shape, strict=True)):
+        return [f"{label(run.first)}: the destination has elements of it past its sizes, {list(shape)}"]
+    if count != whole:
+        return [f"{label(run.first)}: {whole - count} of {whole} elements have no place in the destination"]
+    return []
+
+
+def where(stored: Stored) -> str:
+    return f"{stored.name} (rank {stored.rank})" if not stored.file else f"{stored.name} ({stored.file})"
