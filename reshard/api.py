@@ -1,7 +1,6 @@
 """The library: open, plan, convert, load, diff. The command line calls these and prints what they return."""
 
 from collections.abc import Callable, Mapping
-from contextlib import closing
 from dataclasses import dataclass, field
 from functools import cache
 from math import isfinite, isnan
@@ -10,7 +9,7 @@ from pathlib import Path
 from reshard.checkpoint import Checkpoint, open_checkpoint
 from reshard.errors import PlanError
 from reshard.hub import is_remote
-from reshard.job import Job, counting, default_jobs, join_to, one_rank, place, prepare
+from reshard.job import Job, one_rank, place, prepare
 from reshard.layout import Mesh
 from reshard.planner.tiles import BUFFER
 
@@ -84,38 +83,24 @@ def load(
     dtype: str | None = None,
     engine_version: str | None = None,
     allow_overflow: bool = False,
+    jobs: int | None = None,
+    buffer: int = BUFFER,
     **options,
 ) -> Mapping[str, "object"]:
-    """The tensors of one rank of (`format`, mesh), as {stored name: torch tensor} on `device`.
+    """The tensors of one rank of (`format`, mesh), as {stored name: torch tensor} on `device` (cpu, cuda, cuda:N).
 
-    Reads this rank's bytes only. Constants that the engine demands are among the tensors.
+    Reads this rank's bytes only. Constants that the engine demands are among the tensors. `jobs` threads read, within
+    `buffer` bytes of buffers; on the way to a device as many again stage them, page-locked where the system has such memory:
+    the host never holds the rank. Raises ReshardError.
     """
-    import numpy as np
-    import torch
-
-    from reshard.execute import run
+    from reshard.devices import device_of
+    from reshard.loading import load_rank
 
     ckpt = _opened(source, options)
     if options:
         raise TypeError(f"load() got an unexpected option {next(iter(options))!r}")
     placement = place(ckpt, format, Mesh(tp, pp, ep, etp), engine_version)
-    chosen = one_rank(placement, rank)
-    todo = join_to(ckpt, placement, dtype, [chosen], complete=False)
-    kinds = torch_dtypes()
-    state = {s.name: torch.zeros(s.shape, dtype=kinds[s.dtype]) for s in todo.destinations}
-    raw = {name: tensor.reshape(-1).view(torch.uint8).numpy() for name, tensor in state.items()}
-    width = {name: tensor.element_size() for name, tensor in state.items()}
-
-    def write(stored, element: int, data) -> None:
-        start = element * width[stored.name]
-        raw[stored.name][start : start + len(data)] = np.frombuffer(data, np.uint8)
-
-    with closing(ckpt.source()) as source_files:
-        source_files.casts = counting(allow_overflow)
-        run(todo, source_files, write, jobs=default_jobs(ckpt))
-    for name, constant in placement.constants(chosen):
-        state[name] = torch.full(constant.shape, constant.value, dtype=kinds[constant.dtype])
-    return {name: tensor.to(device) for name, tensor in state.items()}
+    return load_rank(ckpt, placement, one_rank(placement, rank), dtype, device_of(device), jobs=jobs, buffer=buffer, allow_overflow=allow_overflow)
 
 
 @cache

@@ -51,12 +51,14 @@ def loopback(plan, sources: dict[int, dict], targets: dict[int, dict]) -> dict[i
         for process, (_, staging, _) in made.items():
             if number < len(staging.rounds):
                 staging.rounds[number].pack.run()
+                staging.rounds[number].leave.run()
                 for parcel in staging.rounds[number].sends:
                     mail.setdefault((process, parcel.peer), []).append(parcel.bytes.clone())
         for process, (_, staging, _) in made.items():
             if number < len(staging.rounds):
                 for parcel in staging.rounds[number].takes:
                     parcel.bytes.copy_(mail[parcel.peer, process].pop(0))
+                staging.rounds[number].arrive.run()
                 staging.rounds[number].unpack.run()
     assert not any(mail.values()), "messages that nobody took"
     for _, _, into in made.values():

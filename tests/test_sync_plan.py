@@ -392,17 +392,18 @@ def test_tensors_are_filled_as_they_lie(models):
 # ------------------------------------------------------------------------------------------------------------------ the sums
 
 
-def test_sums_are_additive_over_shards_and_see_exchanges():
-    from reshard.sync.checks import weighted_sum
+def test_a_sum_sees_each_bit_and_each_exchange():
+    from reshard.sync.checks import word_sum
 
-    x = torch.randn(6, 4, 8).to(torch.bfloat16)
-    whole = weighted_sum(x, (3, 0, 16))
-    parts = [weighted_sum(x[a:b, c:d], (3 + a, c, 16)) for a, b in ((0, 1), (1, 6)) for c, d in ((0, 3), (3, 4))]
-    assert torch.stack(parts).sum() == whole
-    assert weighted_sum(x.flip(0), (3, 0, 16)) != whole
-    swapped = x[[1, 0, 2, 3, 4, 5]]
-    assert weighted_sum(swapped, (3, 0, 16)) != whole
-    one = x.clone()
-    one.view(torch.int16)[5, 3, 7] ^= 1
-    assert weighted_sum(one, (3, 0, 16)) != whole
-    assert weighted_sum(torch.tensor(1.5), ()) != weighted_sum(torch.tensor(2.5), ())
+    words = torch.randint(-(2**62), 2**62, (70000,), generator=torch.Generator().manual_seed(0))
+    whole = word_sum(words)
+    for place in (0, 5, 32767, 32768, 65536, 69999):
+        for bit in (0, 31, 63):
+            other = words.clone()
+            other[place] ^= 1 << bit if bit < 63 else -(2**63)
+            assert word_sum(other) != whole
+    for a, b in ((0, 1), (3, 32771), (3, 65539), (40000, 69999)):
+        other = words.clone()
+        other[[a, b]] = words[[b, a]]
+        assert word_sum(other) != whole
+    assert word_sum(words.flip(0)) != whole

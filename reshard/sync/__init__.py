@@ -11,7 +11,8 @@
 
 The same join as everywhere in reshard, with ranks on both sides: ``side.py`` says who holds what, ``pieces.py`` intersects,
 ``plan.py`` chooses who sends, ``messages.py`` lays one rank's copies out as messages, ``cost.py`` adds up: all pure. Torch
-begins at ``tensors.py`` (binding), ``transport.py`` (moving), ``checks.py``, ``fp8.py`` and ``session.py`` (the object that runs steps).
+begins at ``tensors.py`` (binding), ``staging.py``, ``transport.py`` and ``mapping.py`` (moving), ``device.py`` (what is asked of an
+accelerator), ``checks.py``, ``fp8.py``, ``groups.py`` and ``session.py`` (the object that runs steps).
 """
 
 from reshard.errors import PeerLost, SyncError
@@ -30,7 +31,7 @@ def __getattr__(name: str):
 
         return Sync
     if name == "joined":
-        from reshard.sync.transport import joined
+        from reshard.sync.groups import joined
 
         return joined
     if name == "shardings":

@@ -1,79 +1,232 @@
-"""Sums that show whether what arrived is what was sent: position-weighted, additive over shards, in the tensor's own axes.
+"""Sums that show whether what arrived is what was sent, and whether replicas hold the same weights.
 
-The sum of a box is Σ bits(x) · Π r(axis, index) mod 2^64, with an odd number r for every index of every axis. Equal boxes have
-equal sums whatever shards they lie in; a flipped bit changes it, and so do two exchanged heads, which an XOR misses.
+The bytes of a box, in the order of its own axes, are read as 64-bit words; its sum is Σ word · r(place) mod 2^64, with an odd
+number r for every place. Both ends sum the same boxes, wherever these lie. A flipped bit changes the sum, and so do two
+exchanged heads, which an XOR misses. Small boxes are summed together, so that a step takes few passes whatever their number.
 """
 
 from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from functools import lru_cache
 
 import torch
 
-from reshard.block import Block
+from reshard.block import Block, Box, Key, Stored
 from reshard.coverage import label
+from reshard.stores import DTYPE_SIZE
 from reshard.sync.fp8 import quantise
-from reshard.sync.fp8_blocks import scale_place
+from reshard.sync.fp8_blocks import Blocks, scale_place
 from reshard.sync.messages import RankPlan
-from reshard.sync.plan import Transfer
+from reshard.sync.plan import SyncPlan
+from reshard.sync.staging import Copies
 from reshard.sync.tensors import DTYPES, Bound
 
-_INT = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-_CHUNK = 1 << 20  # elements widened to 64 bits at a time
+_TABLE = 1 << 15  # words that have a number each; beyond them the numbers repeat, times one for each repetition
+_SMALL = 1 << 16  # bytes: boxes of fewer are copied together and summed at once
+_PIECE = 8 << 20  # bytes summed at a time, where they must be copied or cast for it
 
 
-def numbers(axis: int, start: int, stop: int, device: torch.device) -> torch.Tensor:
-    """One odd 64-bit number per index of an axis (splitmix64)."""
-    seed = (axis + 1) * 0x94D049BB133111EB % 2**63
-    x = torch.arange(start, stop, dtype=torch.int64, device=device) * -7046029254386353131 + seed
+@dataclass(frozen=True)
+class Item:
+    """A box of tensor `key` to sum, as elements of dtype `wire`; `stored` holds it at this end, in `block`. With `blocks` it is
+    quantised: with its scales at the taker (`scaled`), still to be quantised at the sender."""
+
+    key: Key
+    box: Box
+    wire: str
+    stored: Stored
+    block: Block
+    blocks: Blocks | None = None
+    scaled: bool = False
+    order: str = ""
+
+
+@lru_cache(maxsize=8)
+def numbers(count: int, seed: int, device: torch.device) -> torch.Tensor:
+    """`count` odd 64-bit numbers (splitmix64)."""
+    x = torch.arange(1, count + 1, dtype=torch.int64, device=device) * -7046029254386353131 + seed
     for shift, factor in ((30, -4658895280553007687), (27, -7723592293110705685)):
         x = (x ^ ((x >> shift) & ((1 << (64 - shift)) - 1))) * factor
     return (x ^ ((x >> 31) & ((1 << 33) - 1))) | 1
 
 
-def weighted_sum(values: torch.Tensor, starts: tuple[int, ...]) -> torch.Tensor:
-    """The sum of `values`, one dimension per axis, whose first element has the indices `starts`. int64, 0-d."""
-    if values.dim() == 0:
-        values, starts = values.reshape(1), (0,)
-    if values.numel() > _CHUNK and values.shape[0] > 1:
-        rows = max(1, _CHUNK * values.shape[0] // values.numel())
-        return torch.stack([weighted_sum_rows(values[i : i + rows], (starts[0] + i, *starts[1:])) for i in range(0, values.shape[0], rows)]).sum()
-    return weighted_sum_rows(values, starts)
-
-
-def weighted_sum_rows(values: torch.Tensor, starts: tuple[int, ...]) -> torch.Tensor:
-    total = values.contiguous().view(_INT[values.element_size()]).to(torch.int64)
-    for axis in reversed(range(values.dim())):
-        total = (total * numbers(axis, starts[axis], starts[axis] + values.shape[axis], values.device)).sum(-1)
+def word_sum(words: torch.Tensor) -> torch.Tensor:
+    """The sum of a 1-d int64 tensor, each word times the number of its place. 0-d."""
+    table, rows = numbers(_TABLE, 1, words.device), len(words) // _TABLE
+    factors = numbers(1 << 12, 2, words.device)  # for the repetitions of the table
+    rest = words[rows * _TABLE :]
+    total = (rest * table[: len(rest)]).sum() * factors[-1]
+    if rows:
+        square = words[: rows * _TABLE].view(rows, _TABLE)
+        by_row = torch.mv(square, table) if words.device.type == "cpu" else (square * table).sum(1)
+        total = total + (by_row * factors[torch.arange(rows, device=words.device) % len(factors)]).sum()
     return total
 
 
-def sums(part: RankPlan, tensors: dict[int, Bound], *, taker: bool) -> dict[tuple[int, int], tuple[list[str], torch.Tensor]]:
-    """Per (sender, taker), the tensors that go between them and the sum of all boxes of each. `tensors` are this end's."""
-    found: dict[tuple[int, int], dict[tuple, list[torch.Tensor]]] = defaultdict(lambda: defaultdict(list))
+class Sums:
+    """The sums of the tensors between this process and its peers, made ready once: ``run`` reads what the tensors hold then."""
+
+    def __init__(self, items: dict[tuple[int, int], list[Item]], tensors: dict[int, Bound]):
+        self.labels: dict[tuple[int, int], list[str]] = {}
+        self._places: dict[tuple[int, int], slice] = {}
+        self._whole: list[tuple[int, int, torch.Tensor, tuple[int, ...], str]] = []  # (place of the sum, factor, view, shape, dtype)
+        self._to_quantise: list[tuple[int, int, torch.Tensor, tuple[int, ...], Blocks]] = []
+        self._batches: list[_Batch] = []
+        self.size = 0
+        for pair, own in sorted(items.items()):
+            own.sort(key=lambda item: (item.key, item.box, item.order))
+            keys = list(dict.fromkeys(item.key for item in own))
+            self.labels[pair] = [label(key) for key in keys]
+            self._places[pair] = slice(self.size, self.size + len(keys))
+            place = {key: self.size + i for i, key in enumerate(keys)}
+            self.size += len(keys)
+            batch = _Batch()
+            for number, item in enumerate(own):
+                factor = _odd(number)
+                values, shape = _elements(item, tensors)
+                if item.blocks and not item.scaled:
+                    self._to_quantise.append((place[item.key], factor, values, shape, item.blocks))
+                elif item.blocks:
+                    self._whole.append((place[item.key], factor, values, shape, item.wire))
+                    self._whole.append((place[item.key], factor * 3, _scales(item, tensors), item.blocks.grid, "F32"))
+                elif values.numel() * DTYPE_SIZE[item.wire] >= _SMALL:
+                    self._whole.append((place[item.key], factor, values, shape, item.wire))
+                elif not batch.takes(place[item.key], factor, values, item.wire):
+                    self._batches.append(batch)
+                    batch = _Batch()
+                    batch.takes(place[item.key], factor, values, item.wire)
+            if batch.values:
+                self._batches.append(batch)
+
+    def run(self) -> dict[tuple[int, int], torch.Tensor]:
+        """Per pair of processes one int64 for each label, on the CPU."""
+        #: per device: places among all sums, factors, values
+        found: dict[torch.device, tuple[list[int], list[int], list[torch.Tensor]]] = defaultdict(lambda: ([], [], []))
+
+        def add(place: int, factor: int, view: torch.Tensor, shape: tuple[int, ...], wire: str) -> None:
+            for number, piece in enumerate(_pieces(view.reshape(shape), wire)):
+                for row, value in zip(found[piece.device], (place, _wrapped(factor * _odd(number)), word_sum(_words(piece, wire)))):
+                    row.append(value)
+
+        for whole in self._whole:
+            add(*whole)
+        for place, factor, view, shape, blocks in self._to_quantise:
+            fp8, scales = quantise(view, blocks)
+            add(place, factor, fp8, shape, "F8_E4M3")
+            add(place, factor * 3, scales, blocks.grid, "F32")
+        out = torch.zeros(self.size, dtype=torch.int64)
+        for places, factors, values in found.values():
+            out.index_add_(0, torch.tensor(places), torch.stack(values).cpu() * torch.tensor(factors))
+        for batch in self._batches:
+            out.index_add_(0, torch.tensor(batch.places), batch.sums().cpu() * torch.tensor(batch.factors))
+        return {pair: out[where] for pair, where in self._places.items()}
+
+
+@dataclass
+class _Batch:
+    """Small boxes, copied one after another into one buffer. Which ones is settled by their sizes, the same at both ends."""
+
+    places: list[int] = field(default_factory=list)
+    factors: list[int] = field(default_factory=list)
+    values: list[torch.Tensor] = field(default_factory=list)
+    ends: list[int] = field(default_factory=list)  # in words
+    wires: list[str] = field(default_factory=list)
+    filled: int = 0
+
+    def takes(self, place: int, factor: int, values: torch.Tensor, wire: str) -> bool:
+        words = -(-values.numel() * DTYPE_SIZE[wire] // 8)
+        if self.values and self.filled + words > _TABLE:
+            return False
+        self.filled += words
+        self.places.append(place)
+        self.factors.append(_wrapped(factor))
+        self.values.append(values)
+        self.wires.append(wire)
+        self.ends.append(self.filled)
+        return True
+
+    def sums(self) -> torch.Tensor:
+        device = self.values[0].device
+        words = torch.zeros(self.filled, dtype=torch.int64, device=device)
+        flat, copies, start = words.view(torch.uint8), Copies(), 0
+        for values, wire, stop in zip(self.values, self.wires, self.ends):
+            size = values.numel() * DTYPE_SIZE[wire]
+            copies.add(flat[8 * start : 8 * start + size].view(DTYPES[wire]).view(values.shape), values)
+            start = stop
+        copies.run()
+        upto = (words * numbers(_TABLE, 1, device)[: len(words)]).cumsum(0)[torch.tensor(self.ends, device=device) - 1]
+        return torch.diff(upto, prepend=upto.new_zeros(1))
+
+
+def _elements(item: Item, tensors: dict[int, Bound]) -> tuple[torch.Tensor, tuple[int, ...]]:
+    """The box where it lies, and its shape in its own axes, which the view may have more of."""
+    part = item.block.clip(item.box)
+    return tensors[id(item.stored)].view(part.shape, part.offset, part.strides), part.shape
+
+
+def _scales(item: Item, tensors: dict[int, Bound]) -> torch.Tensor:
+    offset, step = scale_place(item.stored, item.block.clip(item.box).offset, item.blocks.edge)
+    return tensors[-id(item.stored)].view(item.blocks.grid, offset, (step, 1))
+
+
+def _pieces(values: torch.Tensor, wire: str) -> Iterable[torch.Tensor]:
+    """A box in pieces of about _PIECE bytes along its first axis: as many at both ends, however it lies."""
+    size = values.numel() * DTYPE_SIZE[wire]
+    axis = next((axis for axis, n in enumerate(values.shape) if n > 1), None)
+    if size <= _PIECE or axis is None:
+        return (values,)
+    return values.split(max(1, _PIECE * values.shape[axis] // size), axis)
+
+
+def _words(values: torch.Tensor, wire: str) -> torch.Tensor:
+    """The bytes of `values` as elements of `wire`, row-major, as int64 words, the last one filled up with zeros."""
+    kind, count = DTYPES[wire], values.numel()
+    size = count * kind.itemsize
+    if values.dtype == kind and size % 8 == 0 and values.is_contiguous() and values.storage_offset() * kind.itemsize % 8 == 0:
+        return values.view(-1).view(torch.int64)
+    words = torch.empty(-(-size // 8), dtype=torch.int64, device=values.device)
+    words[-1:] = 0
+    words.view(torch.uint8)[:size].view(kind).view(values.shape).copy_(values)
+    return words
+
+
+def _odd(number: int) -> int:
+    """An odd factor for the `number`-th of several."""
+    return _wrapped((number * 0x9E3779B97F4A7C15 ^ 0x5851F42D4C957F2D) | 1)
+
+
+def _wrapped(number: int) -> int:
+    number &= (1 << 64) - 1
+    return number - (1 << 64) if number >> 63 else number
+
+
+# ------------------------------------------------------------------------------------------------------------ what is summed
+
+
+def sent_and_taken(part: RankPlan) -> tuple[dict[tuple[int, int], list[Item]], dict[tuple[int, int], list[Item]]]:
+    """What this process sends and what it takes, per (sender, taker), to be summed at both ends."""
+    sent, taken = defaultdict(list), defaultdict(list)
     for t in part.transfers:
-        if (t.taker if taker else t.sender) == part.process and t.sender != t.taker:
-            found[t.sender, t.taker][t.key].append(_sum(t, tensors, taker))
-    out = {}
-    for pair, by_key in sorted(found.items()):
-        keys = sorted(by_key)
-        out[pair] = [label(key) for key in keys], torch.stack([torch.stack(by_key[key]).sum() for key in keys])
-    return out
+        if t.sender != t.taker:
+            if t.sender == part.process:
+                sent[t.sender, t.taker].append(Item(t.key, t.box, t.wire, t.src, t.src_block, t.blocks, False, t.dst.name))
+            else:
+                taken[t.sender, t.taker].append(Item(t.key, t.box, t.wire, t.dst, t.dst_block, t.blocks, bool(t.blocks), t.dst.name))
+    return dict(sent), dict(taken)
 
 
-def _sum(t: Transfer, tensors: dict[int, Bound], taker: bool) -> torch.Tensor:
-    """The sum of one box as it is at this end, in the dtype of the wire."""
-    block: Block = (t.dst_block if taker else t.src_block).clip(t.box)
-    stored = t.dst if taker else t.src
-    bound = tensors[id(stored)]
-    values = bound.view(block.shape, block.offset, block.strides).reshape(block.shape)
-    starts = tuple(start for start, _ in t.box)
-    if t.blocks:
-        edge = t.blocks.edge
-        if taker:
-            offset, step = scale_place(t.dst, block.offset, edge)
-            scales = tensors[-id(t.dst)].view(t.blocks.grid, offset, (step, 1))
-        else:
-            values, scales = quantise(values, t.blocks)
-        return weighted_sum(values, starts) + 3 * weighted_sum(scales, (t.blocks.row // edge, t.blocks.column // edge))
-    if values.dtype != DTYPES[t.wire]:
-        values = values.to(DTYPES[t.wire])
-    return weighted_sum(values, starts)
+def replicated(plan: SyncPlan, process: int) -> dict[tuple[int, int], list[Item]]:
+    """What this process holds of the weights and others hold too, per (replica, first holder): replicas compare with the first."""
+    found: dict[tuple[int, int], list[Item]] = defaultdict(list)
+    for (key, box), (holders, stored, block) in plan.shared(process).items():
+        first = holders[0]
+        item = Item(key, box, stored.dtype, stored, block)
+        for other in holders[1:]:
+            if process in (first, other):
+                found[other, first].append(item)
+    return dict(found)
+
+
+def differing(labels: list[str], mine: torch.Tensor, theirs: torch.Tensor) -> list[str]:
+    return [label for label, same in zip(labels, (mine == theirs).tolist()) if not same]

@@ -23,13 +23,15 @@ class Fp8:
 
 @dataclass(frozen=True, slots=True)
 class Blocks:
-    """A box of a weight as rows × columns, which begins on a block boundary of `edge`: at (`row`, `column`) of the whole."""
+    """A box of a weight as rows × columns, which begins on a block boundary of `edge`: at (`row`, `column`) of the whole.
+    The first `row_axes` of the box's axes are its rows."""
 
     rows: int
     columns: int
     edge: int
     row: int = 0
     column: int = 0
+    row_axes: int = 1
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -89,4 +91,4 @@ def block_grid(layout: Layout, name: str, box: Box, fp8: Fp8) -> Blocks:
                             "choose meshes whose cuts fall on multiples of the block")  # fmt: skip
         ends.append(span)
     (row, last_row), (column, last_column) = ends
-    return Blocks(last_row - row, last_column - column, fp8.edge, row, column)
+    return Blocks(last_row - row, last_column - column, fp8.edge, row, column, len(tensor.dims[0]))

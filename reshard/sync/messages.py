@@ -6,10 +6,10 @@ its own, and that side needs no buffer for it. Messages go in rounds, which boun
 """
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
-from math import prod
+from math import gcd, prod
 
 from reshard.block import Stored, row_major
 from reshard.stores import DTYPE_SIZE
@@ -88,14 +88,15 @@ class RankPlan:
         return sum(message.bytes for message in self.takes)
 
 
-def rank_plan(plan: SyncPlan, process: int, transfers: Iterable[Transfer] | None = None) -> RankPlan:
-    """What `process` does; `transfers`, where given, are the part of its transfers to lay out."""
+def rank_plan(plan: SyncPlan, process: int, transfers: Iterable[Transfer] | None = None, staged: Collection[int] = ()) -> RankPlan:
+    """What `process` does; `transfers`, where given, are the part of its transfers to lay out. The tensors of the processes
+    `staged` lie on another device than the group sends from: all that these send and take goes by way of a buffer."""
     out = RankPlan(process, transfers=list(plan.transfers(process) if transfers is None else transfers))
     order = {id(s): i for side in plan.destinations for member in side.members for i, s in enumerate(member)}
     pairs: dict[tuple[int, int], list[Transfer]] = defaultdict(list)
     for t in out.transfers:
         pairs[t.sender, t.taker].append(t)
-    peers = _peers(plan)
+    peers = plan.peers
     for (sender, taker), own in sorted(pairs.items()):
         own.sort(key=lambda t: (order[id(t.dst)], t.dst_block.offset, t.key, t.box))
         copies = merged([_copy(t) for t in own])
@@ -103,22 +104,9 @@ def rank_plan(plan: SyncPlan, process: int, transfers: Iterable[Transfer] | None
             out.local += copies
             continue
         out.pairs[sender, taker] = copies
-        limit = max(plan.bucket_bytes // max(len(peers[sender]), len(peers[taker])), 4096)
-        (out.sends if sender == process else out.takes).extend(_messages(sender, taker, copies, limit))
+        limit = max(plan.bucket_bytes // max(len(peers[sender]), len(peers[taker])), 8)  # an element is never cut
+        (out.sends if sender == process else out.takes).extend(_messages(sender, taker, copies, limit, staged))
     return out
-
-
-@lru_cache(maxsize=8)
-def _peers(plan: SyncPlan) -> dict[int, set[int]]:
-    """Per process, those it sends to or takes from: how many share its staging buffer."""
-    peers: dict[int, set[int]] = defaultdict(set)
-    for (place, number, taker), sender in plan._sender.items():
-        peers[sender].add(taker), peers[taker].add(sender)
-    for pair in {id(p): p for p in plan._match.values()}.values():
-        for sender, sent in pair.sent.items():
-            for _, taker, _ in sent:
-                peers[sender].add(taker), peers[taker].add(sender)
-    return peers
 
 
 def _copy(t: Transfer) -> Copy:
@@ -198,9 +186,11 @@ def _one_run(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
 
 
 def cut(copy: Copy, limit: int) -> list[Copy]:
-    """`copy` in parts of at most `limit` bytes, cut along its leading axes; blocks stay whole."""
-    if copy.bytes <= limit or copy.blocks:
+    """`copy` in parts of at most `limit` bytes, cut along its leading axes; quantised blocks stay whole, each with its scale."""
+    if copy.bytes <= limit:
         return [copy]
+    if copy.blocks:
+        return _cut_blocks(copy, limit)
     axis = next((a for a, n in enumerate(copy.shape) if n > 1), None)
     if axis is None:
         return [copy]
@@ -214,7 +204,35 @@ def cut(copy: Copy, limit: int) -> list[Copy]:
     return parts
 
 
-def _messages(sender: int, taker: int, copies: list[Copy], limit: int) -> list[Message]:
+def _cut_blocks(copy: Copy, limit: int) -> list[Copy]:
+    """As ``cut``, between blocks: rows first, then columns. A single block larger than `limit` stays as it is."""
+    blocks = copy.blocks
+    for first, last in ((0, blocks.row_axes), (blocks.row_axes, len(copy.shape))):
+        axis = next((a for a in range(first, last) if copy.shape[a] > 1), None)
+        if axis is None:
+            continue
+        inner = prod(copy.shape[axis + 1 : last])  # rows (or columns) for each index of the axis
+        unit = blocks.edge // gcd(blocks.edge, inner)  # indices after which a block ends
+        if copy.shape[axis] <= unit:
+            continue
+        step = max(1, limit * copy.shape[axis] // copy.bytes // unit) * unit
+        parts = []
+        for low in range(0, copy.shape[axis], step):
+            shape = (*copy.shape[:axis], min(step, copy.shape[axis] - low), *copy.shape[axis + 1 :])
+            own = replace(
+                blocks,
+                rows=prod(shape[: blocks.row_axes]),
+                columns=prod(shape[blocks.row_axes :]),
+                row=blocks.row + (low * inner if first == 0 else 0),
+                column=blocks.column + (low * inner if first else 0),
+            )
+            source, destination = copy.src_offset + low * copy.src_strides[axis], copy.dst_offset + low * copy.dst_strides[axis]
+            parts += cut(replace(copy, shape=shape, src_offset=source, dst_offset=destination, blocks=own), limit)
+        return parts
+    return [copy]
+
+
+def _messages(sender: int, taker: int, copies: list[Copy], limit: int, staged: Collection[int] = ()) -> list[Message]:
     out: list[Message] = []
     number, filled = 0, 0
     shared: list[Copy] = []
@@ -231,7 +249,7 @@ def _messages(sender: int, taker: int, copies: list[Copy], limit: int) -> list[M
             shared = []
 
     for copy in copies:
-        ends = (copy.sent_as_it_lies, copy.taken_as_it_lies)
+        ends = (copy.sent_as_it_lies and sender not in staged, copy.taken_as_it_lies and taker not in staged)
         for part in [copy] if all(ends) else cut(copy, limit):
             size = part.bytes
             if all(ends) and size >= DIRECT:  # staged at neither end: bounds nothing
@@ -241,7 +259,7 @@ def _messages(sender: int, taker: int, copies: list[Copy], limit: int) -> list[M
                 close()
                 number, filled = number + 1, 0
             filled += size
-            if size >= DIRECT and (part.sent_as_it_lies or part.taken_as_it_lies):
+            if size >= DIRECT and ((part.sent_as_it_lies and sender not in staged) or (part.taken_as_it_lies and taker not in staged)):
                 out.append(Message(sender, taker, len(out), number, [(part, 0)], size, True))
             else:
                 shared.append(part)
@@ -255,7 +273,7 @@ def scale_copy(copy: Copy) -> tuple[tuple[int, int], int, tuple[int, int]]:
     return copy.blocks.grid, offset, (step, 1)
 
 
-def windows(plan: SyncPlan, process: int) -> list[RankPlan]:
+def windows(plan: SyncPlan, process: int, staged: Collection[int] = ()) -> list[RankPlan]:
     """`process`' part of a plan whose destinations are filled a bucket at a time: one RankPlan per bucket, in the same order
     on every rank. A bucket is as many of a destination's tensors, in its order, as fit `bucket_bytes` (one may be larger)."""
     number: dict[int, int] = {}
@@ -271,4 +289,4 @@ def windows(plan: SyncPlan, process: int) -> list[RankPlan]:
     parts: list[list[Transfer]] = [[] for _ in range(1 + max(number.values()))]
     for t in plan.transfers(process):
         parts[number[id(t.dst)]].append(t)
-    return [rank_plan(plan, process, part) for part in parts]
+    return [rank_plan(plan, process, part, staged) for part in parts]

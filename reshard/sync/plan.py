@@ -201,18 +201,51 @@ class SyncPlan:
         _, dst, dst_block = self._wanted[side][key][position]
         return Transfer(sender, taker, key, piece.box, piece.size, src, src_block, dst, dst_block, self._blocks(place, piece.box))
 
+    def shared(self, process: int) -> dict[tuple[Key, Box], tuple[tuple[int, ...], Stored, Block]]:
+        """The boxes of the source that `process` and others hold: all their holders, and where each lies at `process`."""
+        found = {}
+        for place, pair in self._match.items():
+            for piece, holders in zip(pair.pieces, pair.holders):
+                if len(holders) > 1 and process in holders and (place[1], piece.box) not in found:
+                    held = self._held[place[1]]
+                    _, stored, block = next(held[i] for i in piece.sources if process in self.source.ranks[held[i][0]])
+                    found[place[1], piece.box] = holders, stored, block
+        return found
+
     @cached_property
     def processes(self) -> list[int]:
         return sorted({p for side in (self.source, *self.destinations) for p in side.processes})
 
     @cached_property
+    def peers(self) -> dict[int, set[int]]:
+        """Per process, those it sends to or takes from: how many share its staging buffer."""
+        peers: dict[int, set[int]] = defaultdict(set)
+        for (_, _, taker), sender in self._sender.items():
+            peers[sender].add(taker), peers[taker].add(sender)
+        for pair in {id(p): p for p in self._match.values()}.values():
+            for sender, sent in pair.sent.items():
+                for _, taker, _ in sent:
+                    if taker != sender:
+                        peers[sender].add(taker), peers[taker].add(sender)
+        return peers
+
+    @cached_property
     def fingerprint(self) -> str:
-        """sha256 over names, shapes, dtypes, boxes, ranks and senders: equal where, and only where, plans are equal."""
-        digest = hashlib.sha256(repr(("sync 1", self.bucket_bytes, self.source.ranks, [d.ranks for d in self.destinations])).encode())
+        """sha256 over the layouts as resolved, names, shapes, dtypes, every block of every tensor, ranks and senders: equal
+        where, and only where, plans are equal."""
+        digest = hashlib.sha256(repr(("sync 2", self.bucket_bytes, self.source.ranks, [d.ranks for d in self.destinations])).encode())
+        texts: dict[int, str] = {}  # blocks are shared among the tensors of a pattern: each is written out once
         for side in (self.source, *self.destinations):
+            digest.update(resolved(side).encode())
             for member in side.members:
+                digest.update(b"member")
                 for s in member:
-                    digest.update(f"{s.name}|{s.dtype}|{s.shape}|{len(s.blocks)}|{s.blocks[0][1] if s.blocks else ''};".encode())
+                    blocks = []
+                    for key, block in s.blocks:
+                        if id(block) not in texts:
+                            texts[id(block)] = repr((block.box, block.offset, block.strides))
+                        blocks.append(f"{key}{texts[id(block)]}")
+                    digest.update(repr((s.rank, s.name, s.dtype, s.shape, blocks)).encode())
         boxes: dict[int, str] = {}
         for (side, key), pair in self._match.items():
             if id(pair) not in boxes:
@@ -228,6 +261,14 @@ class SyncPlan:
         from reshard.sync.cost import cost
 
         return cost(self, bandwidth)
+
+
+def resolved(side: Side) -> str:
+    """A side's layout as far as it settles what moves: its tensors' axes and their sizes, and the quantised blocks."""
+    layout = side.layout
+    tensors = sorted((t.name, t.index, t.dims, t.dtype) for t in layout.descriptor.tensors.values())
+    fp8 = (side.fp8.edge, sorted(side.fp8.tensors)) if side.fp8 else None
+    return repr((side.format, layout.layers, sorted(layout.sizes.items()), tensors, fp8, sorted(side.partly)))
 
 
 def hash_of(text: str) -> str:

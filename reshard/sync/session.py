@@ -1,11 +1,11 @@
 """``Sync``: a plan, a process group, and the steps that run it. One object per process, for as long as the group lives.
 
 A step is: every rank says what it is about to do (plan's fingerprint, version, whether its tensors fit), and all go on only
-if all agree; the bytes move; every rank says whether all went well. What one rank finds wrong, all ranks raise. From the
-first byte to the last word an engine's weights are ``mixed``, and they stay so when a step fails.
+if all agree; the bytes move; every rank says whether all went well. What one rank finds wrong, all ranks raise: one that
+fails goes on with its messages, so that no other waits for it, and says so at the end. From the first byte to the last word
+an engine's weights are ``mixed``, and they stay so when a step fails.
 """
 
-import json
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,24 +14,26 @@ from math import prod
 import torch
 import torch.distributed as dist
 
-from reshard.api import torch_dtypes
-from reshard.errors import PeerLost, PlanError, ReshardError, SyncError
+from reshard.errors import PeerLost, PlanError, SyncError
 from reshard.stores import DTYPE_SIZE
-from reshard.sync.checks import sums
+from reshard.sync import agreement
+from reshard.sync.agreement import MODES, Intent
+from reshard.sync.checks import Sums, differing, replicated, sent_and_taken
+from reshard.sync.device import Devices
+from reshard.sync.mapping import place
 from reshard.sync.messages import RankPlan, rank_plan, windows
 from reshard.sync.plan import SyncPlan
-from reshard.sync.staging import Copies, Peers, Staging, source_view, straight
-from reshard.sync.tensors import DTYPES, Bound, bind, named
-from reshard.sync.transport import Mapped, Wire, can_share, node, publish
-
-_TEXT = 480  # bytes of a refusal that all ranks get to read
-_MODES = ("tensors", "buckets")
+from reshard.sync.sharing import Sharing
+from reshard.sync.staging import Copies, Staging, source_view, straight
+from reshard.sync.tensors import DTYPES, Bound, bind, identity, named
+from reshard.sync.transport import Wire, attempt
 
 
 @dataclass(frozen=True)
 class Stats:
     """What one step moved at this rank, in bytes: `sent` and `taken` in messages, `mapped` out of peers' memory, `local`
-    within the process. `staging` is what its buffers take, `checks` the bytes of sums that ``verify`` exchanged."""
+    within the process. `staging` is what its buffers take, `checks` the bytes of sums that ``verify`` exchanged. `note` says why
+    messages were sent where memory should have been mapped, or is empty."""
 
     version: int
     sent: int
@@ -41,6 +43,7 @@ class Stats:
     staging: int
     checks: int
     seconds: float
+    note: str = ""
 
     @property
     def received(self) -> int:
@@ -59,23 +62,46 @@ class Bucket:
     layout: list[tuple[str, tuple[int, ...], torch.dtype, int, int]]
 
 
+@dataclass
+class Ready:
+    """One part of the plan, bound to tensors: its messages, copies out of peers' memory, copies within the process, sums."""
+
+    part: RankPlan
+    staging: Staging
+    mapped: Copies
+    own: Copies
+    sums: tuple[Sums, Sums, Sums] | None  # sent, taken, held by replicas
+
+
 class Sync:
     """Runs a plan between torch tensors.
 
     `group`: its ranks are the plan's ranks; all of them take part in each step (one that neither sends nor takes calls
     ``exchange()``). `transport`: ``p2p`` sends messages; ``mapped`` lets processes of one node copy out of each other's memory
     (shared memory on the CPU: a sender's tensors are moved there in place, as ``Module.share_memory`` does; CUDA IPC);
-    ``auto`` maps where both tensors are in CPU memory of one node or on one GPU, and sends otherwise. `timeout`: seconds
-    after which a silent peer is an error. `verify`: compare sums of every tensor after every step.
+    ``auto`` maps where both tensors are in CPU memory of one node or on one GPU, and where that can be had; it sends otherwise.
+    `timeout`: seconds after which a silent peer is an error. `verify`: compare sums of every tensor after every step, between
+    sender and taker and between the trainer's replicas. `devices` is what is asked of accelerators (for tests).
     """
 
-    def __init__(self, plan: SyncPlan, group: "dist.ProcessGroup | None" = None, *, transport: str = "auto", timeout: float = 60.0, verify: bool = False):
+    def __init__(
+        self,
+        plan: SyncPlan,
+        group: "dist.ProcessGroup | None" = None,
+        *,
+        transport: str = "auto",
+        timeout: float = 60.0,
+        verify: bool = False,
+        devices: Devices | None = None,
+    ):
         if transport not in ("auto", "p2p", "mapped"):
             raise PlanError([f"unknown transport {transport!r}"], "use auto, p2p or mapped")
-        self._wire = Wire(group, timeout)
+        self._devices = devices or Devices()
+        self._wire = Wire(group, timeout, self._devices)
         self._transport, self._verify = transport, verify
         self.version: int | None = None
         self.state = "empty"
+        self._over = ""  # why no step can be taken any more
         self.replan(plan)
 
     def replan(self, plan: SyncPlan) -> None:
@@ -88,13 +114,13 @@ class Sync:
         if len(self._sides) > 1:
             raise PlanError([f"rank {me} is in {len(self._sides)} destinations"], "sync them one after another")
         self._is_source = me in plan.source.processes
-        self._bound: dict[str, tuple[tuple, dict[int, Bound]]] = {}
+        self._bound: dict[str, tuple[list, dict[int, Bound]]] = {}
         self._parts: dict[str, list[RankPlan]] = {}
-        self._given: dict[str, dict[str, torch.Tensor]] = {}
-        self._ready: tuple[Staging, Copies, Copies] | None = None  # made once, until a tensor moves
-        self._peers: dict[int, Mapped] = {}
-        self._mapping = Peers()
-        self._published = False
+        self._mode = ""  # of the last step
+        self._ready: Ready | None = None  # made once, until a tensor moves
+        self._staged: frozenset[int] = frozenset()
+        self._sharing = Sharing(self._wire, self._transport, self._devices)
+        self._fresh = True
 
     # ------------------------------------------------------------------------------------------------------ the steps
 
@@ -115,182 +141,223 @@ class Sync:
     def buckets(self, source=None, version: int | None = None) -> Iterator[Bucket]:
         """Take weights as buckets of (HF name, whole tensor), for engines that load by name: the plan's destination is format
         ``hf``. A rank that is a trainer too passes its tensors. Ranks that only send call ``send``, and wait, for `timeout` at
-        most, while the engine works on a bucket."""
+        most, while the engine works on a bucket. To stop before the last one fails the step on all ranks."""
         yield from self._step(source, None, version, "buckets")
 
+    def close(self) -> None:
+        """Let go of buffers and of peers' memory; the engine's and trainer's tensors stay as they are. No step follows."""
+        self._over = self._over or "this Sync was closed"
+        self._bound, self._parts, self._ready = {}, {}, None
+        self._sharing = Sharing(self._wire, self._transport, self._devices)
+
+    def abort(self, why: str = "it gave up") -> None:
+        """Take part no more, and let peers know: those in a step raise PeerLost at once. The process group is of no further use
+        (connections are closed, an NCCL communicator is aborted): ``destroy_process_group`` returns at once, make a new one."""
+        if not self._over:
+            self._over = f"this Sync was aborted: {why}"
+            self._wire.abort(why)
+        self.close()
+
     def _step(self, source, into, version, mode: str) -> Iterator[Bucket]:
+        if self._over:
+            raise SyncError(self._over, "make a new process group and a new Sync")
         began = time.perf_counter()
-        version = (self.version or 0) + 1 if version is None else version
+        try:
+            source_bound, into_bound, mode, version = self._begin(source, into, version, mode)
+            yield from self._moved(source_bound, into_bound, mode, version, began)
+        except PeerLost as error:
+            self._over = f"the process group is broken: {error}"
+            self._wire.abort(str(error))  # those that have not noticed yet
+            raise
+
+    def _moved(self, source: dict[int, Bound], into: dict[int, Bound], mode: str, version: int, began: float) -> Iterator[Bucket]:
         taking = bool(self._sides)
-        source_bound, into_bound, mode = self._begin(source, into, version, mode)
         if taking:
             self.state = "mixed"
-        moved = [0, 0, 0, 0, 0]  # sent, taken, mapped, local, checks
-        staging = 0
+        moved = {"mapped": 0, "local": 0, "checks": 0, "staging": 0}
         sent, taken = self._wire.bytes_sent, self._wire.bytes_taken
+        whole = mode == "buckets"
+        failure: BaseException | None = None
         try:
-            whole = taking and mode == "buckets"
-            for part, made, copies, own in self._prepared(mode, source_bound, into_bound):
+            for part in self._parts[mode]:
+                bucket, ready = None, self._ready
                 if whole:
-                    bucket, into_bound = self._bucket(part)
-                    made, copies, own = self._make(part, source_bound, into_bound)
-                self._run(made, copies, own)
-                for number, size in enumerate((0, 0, *self._copied(part))):
-                    moved[number] += size
-                staging = max(staging, made.bytes)
-                if self._verify:
-                    moved[4] += self._compare(part, source_bound, into_bound)
-                if whole and bucket.tensors:
+                    bucket, into, ready = self._next_bucket(part, source, into)
+                self._move(ready, into)
+                self._count(moved, ready)
+                if bucket and bucket.tensors:
                     yield bucket
-            failure = ""
         except PeerLost:
             raise  # no use in telling: the group is broken, and each rank finds out by itself
-        except Exception as error:  # noqa: BLE001  all ranks must hear of it
-            failure = str(error) if isinstance(error, ReshardError) else f"{type(error).__name__}: {error}"
+        except _Told as told:
+            raise self._failed(version, told.failures, told.own) from told.own
+        except BaseException as error:  # noqa: BLE001  all ranks must hear of it; GeneratorExit too
+            failure = error
         self._end(failure, version)
-        _, _, mapped, local, checks = moved
-        self.stats = Stats(version, self._wire.bytes_sent - sent, self._wire.bytes_taken - taken, mapped, local, staging, checks, time.perf_counter() - began)
+        used = time.perf_counter() - began
+        self.stats = Stats(version, self._wire.bytes_sent - sent, self._wire.bytes_taken - taken, **moved, seconds=used, note=self._sharing.note)
 
     # ------------------------------------------------------------------------------------------- agreement, before and after
 
-    def _begin(self, source, into, version: int, mode: str):
+    def _begin(self, source, into, version, mode: str) -> tuple[dict[int, Bound], dict[int, Bound], str, int]:
         """Bind the tensors, and go on only if every rank can, for the same plan and version."""
-        failure, shares = "", False
+        failure: Exception | None = None
         source_bound: dict[int, Bound] = {}
         into_bound: dict[int, Bound] = {}
-        me = self._wire.rank
-        if self._wire.device.type == "cuda":
-            torch.cuda.synchronize()  # the weights are written before anyone reads them
+        intent = Intent(int(self.plan.fingerprint[:15], 16), held=-1 if self.version is None else self.version)
         try:
-            if self._is_source != (source is not None):
-                raise PlanError([f"rank {me} {'is' if self._is_source else 'is not'} among the source's ranks: it {'has to pass' if self._is_source else 'passes'} the weights it sends"])
-            takes = mode == "tensors" and bool(self._sides)
-            if takes != (into is not None):
-                raise PlanError([f"rank {me} {'is' if self._sides else 'is not'} among the destination's ranks: it {'has to pass' if self._sides else 'passes'} tensors to fill"])
-            if mode == "buckets" and (not self._sides or self._sides[0].format != "hf" or len(self._sides[0].members) != 1):
-                raise PlanError([f"buckets() yields whole tensors under HF names; rank {me} takes no such"], 'make the plan for Side.placed(layout, "hf", ranks=…)')
+            intent.mode = 0 if not self._sides else 1 + MODES.index(mode)
+            self._check_roles(source, into, mode)
             if source is not None:
                 source_bound = self._bind("source", source, self.plan.source)
-                shares = self._transport != "p2p" and can_share(source_bound)
-            if takes:
+            if into is not None:
                 into_bound = self._bind("destination", into, self._sides[0])
-        except ReshardError as error:
-            failure = str(error) + (f"; {error.hint}" if error.hint else "")
+            found = {b.tensor.device for b in (*source_bound.values(), *into_bound.values())}
+            self._devices.synchronize(found)  # the weights are written, and the engine's old ones read, before anyone goes on
+            intent.version = agreement.number((self.version or 0) + 1 if version is None else version)
+            intent.source_place = place((b.tensor.device for b in source_bound.values()), self._transport, self._devices)
+            taking = [b.tensor.device for b in into_bound.values()] or ([self._wire.device] if intent.mode else [])
+            intent.into_place = place(taking, self._transport, self._devices)
+            intent.fresh, intent.lies = int(self._fresh), self._lies(found)
         except Exception as error:  # noqa: BLE001  whatever a framework passed, all ranks must hear of it
-            failure = f"{type(error).__name__}: {error}"
-        rows = self._wire.gather(self._row(failure, [
-            int(self.plan.fingerprint[:15], 16), version, -1 if self.version is None else self.version,
-            0 if not self._sides else 1 + _MODES.index(mode), self._place(source_bound or into_bound), int(shares), int(shares and not self._published),
-        ]), "agreeing on a step")  # fmt: skip
-        self._agreed(rows)
-        self._share(rows, source_bound, shares)
-        modes = set(rows[:, 4].tolist()) - {0}
-        return source_bound, into_bound, _MODES[modes.pop() - 1]
+            failure = error
+        table = self._wire.gather(agreement.row(agreement.words(failure) if failure else "", intent), "agreeing on a step")
+        self._refuse(failure, table, first=True)
+        mode = MODES[(set(Intent.column(table, "mode")) - {0}).pop() - 1]
+        if any(Intent.column(table, "fresh")) or mode != self._mode:
+            self._prepare(table, mode, source_bound, into_bound, found)
+        return source_bound, into_bound, mode, intent.version
 
-    def _agreed(self, rows: torch.Tensor) -> None:
-        """Raise what any rank refused, or any two ranks disagree on."""
-        refused = [f"rank {r}: {_text(row)}" for r, row in enumerate(rows) if row[0]]
+    def _check_roles(self, source, into, mode: str) -> None:
+        me = self._wire.rank
+        if self._is_source != (source is not None):
+            is_, has = ("is", "has to pass") if self._is_source else ("is not", "passes")
+            raise PlanError([f"rank {me} {is_} among the source's ranks: it {has} the weights it sends"])
+        if (mode == "tensors" and bool(self._sides)) != (into is not None):
+            is_, has = ("is", "has to pass") if self._sides else ("is not", "passes")
+            raise PlanError([f"rank {me} {is_} among the destination's ranks: it {has} tensors to fill"])
+        if mode == "buckets" and (not self._sides or self._sides[0].format != "hf" or len(self._sides[0].members) != 1):
+            text = f"buckets() yields whole tensors under HF names; rank {me} takes no such"
+            raise PlanError([text], 'make the plan for Side.placed(layout, "hf", ranks=…)')
+
+    def _prepare(self, table: torch.Tensor, mode: str, source: dict[int, Bound], into: dict[int, Bound], found: set[torch.device]) -> None:
+        """Lay out messages, map memory, make buffers: what lasts until some rank's tensors move. All ranks come here together."""
+        self._fresh = True  # until all have come through
+        lies = Intent.column(table, "lies")
+        self._wire.choose({2} >= set(lies) - {0}, next(iter(found)) if len(found) == 1 else None)
+        staged = frozenset(r for r, own in enumerate(lies) if own not in (0, 1 if self._wire.gloo else 2))
+        if staged != self._staged:
+            self._parts, self._staged = {}, staged
+        failure: Exception | None = None
+        parts: list[RankPlan] = []
+        try:
+            if mode not in self._parts:
+                me = self._wire.rank
+                self._parts[mode] = [rank_plan(self.plan, me, staged=staged)] if mode == "tensors" else windows(self.plan, me, staged)
+            parts = self._parts[mode]
+        except Exception as error:  # noqa: BLE001  told at the next agreement
+            failure = error
+        self._ready, self._mode = None, mode
+        places = Intent.column(table, "source_place"), Intent.column(table, "into_place")
+        refused = self._sharing.renew({pair for part in parts for pair in part.pairs}, *places, source, failure)
         if refused:
-            raise SyncError("the sync was refused before its first byte: " + "; ".join(refused))
-        fingerprints, versions, held, modes = (rows[:, i].tolist() for i in (1, 2, 3, 4))
-        if len(set(fingerprints)) > 1:
-            groups = {f: [r for r, other in enumerate(fingerprints) if other == f] for f in dict.fromkeys(fingerprints)}
-            text = ", ".join(f"{f:015x} on ranks {ranks}" for f, ranks in groups.items())
-            raise SyncError(f"ranks made different plans: {text}", "make the plan from the same layout, meshes, dtypes and bucket_bytes everywhere")
-        if len(set(versions)) > 1:
-            raise SyncError(f"ranks are at different versions: {', '.join(f'rank {r} at {v}' for r, v in enumerate(versions))}", "call send and recv with the step's number")
-        if max(held) >= versions[0]:
-            raise SyncError(f"version {versions[0]} is stale: rank {held.index(max(held))} already holds {max(held)}", "versions must grow")
-        if len(set(modes) - {0}) != 1:
-            raise SyncError("some ranks take buckets, others tensors" if len(set(modes)) > 1 else "no rank takes anything")
+            raise SyncError("the sync was refused before its first byte: " + "; ".join(refused)) from failure
+        try:
+            if mode == "tensors":
+                self._ready = self._make(parts[0], source, into)
+        except Exception as error:  # noqa: BLE001  no memory for a buffer, say
+            failure = error
+        told = self._wire.gather(agreement.row(agreement.words(failure) if failure else ""), "making buffers")
+        self._refuse(failure, told)
+        self._fresh = False
 
-    def _end(self, failure: str, version: int) -> None:
-        rows = self._wire.gather(self._row(failure, []), "finishing a step")
-        failed = [f"rank {r}: {_text(row)}" for r, row in enumerate(rows) if row[0]]
-        if failed:
-            hold = "; the engines' weights are mixed: sync again before they are used"
-            raise SyncError(f"sync of version {version} failed: " + "; ".join(failed) + hold)
+    def _refuse(self, failure: Exception | None, table: torch.Tensor, first: bool = False) -> None:
+        try:
+            if first:
+                agreement.check(table)
+            elif refused := agreement.failures(table):
+                raise SyncError("the sync was refused before its first byte: " + "; ".join(refused))
+        except SyncError as error:
+            self._fresh = True
+            raise error from failure
+
+    def _end(self, failure: BaseException | None, version: int) -> None:
+        """Every rank says whether all went well; raise what any rank failed at, at the failing one from its own error."""
+        try:
+            bound = [b for _, own in self._bound.values() for b in own.values()]
+            self._devices.synchronize({self._wire.device} | {b.tensor.device for b in bound})
+        except Exception as error:  # noqa: BLE001  what a kernel did wrong shows here
+            failure = failure or error
+        try:
+            table = self._wire.gather(agreement.row(_ended(failure) if failure else ""), "finishing a step")
+        except PeerLost:
+            if isinstance(failure, GeneratorExit):
+                raise failure from None
+            raise
+        if found := agreement.failures(table):
+            error = self._failed(version, found, failure)
+            if failure is not None and not isinstance(failure, Exception):
+                raise failure
+            raise error from failure
         self.version = version
         if self._sides:
             self.state = "clean"
 
-    def _row(self, failure: str, numbers: list[int]) -> torch.Tensor:
-        text = failure.encode()[:_TEXT].ljust(_TEXT, b"\0")
-        return torch.cat([torch.tensor([int(bool(failure)), *numbers]), torch.frombuffer(bytearray(text), dtype=torch.int64)])
+    def _failed(self, version: int, found: list[str], own: BaseException | None) -> SyncError:
+        self._fresh = True
+        hold = "; the engines' weights are mixed: sync again before they are used"
+        return SyncError(f"sync of version {version} failed: " + "; ".join(found) + hold)
 
     # -------------------------------------------------------------------------------------------------- tensors, peers
 
     def _bind(self, role: str, tensors, side) -> dict[int, Bound]:
-        """As ``bind``; tensors that lie where they lay are not looked at twice."""
+        """As ``bind``; tensors that are what they were are not looked at twice."""
         given = named(tensors)
-        if role not in self._bound or self._bound[role][0] != _lying(given):
-            self._bound[role] = _lying(given), bind(given, side, self._wire.rank, role)
-            self._given[role] = given
-            self._ready = None
-            if role == "source":
-                self._published = False
+        now = identity(given)
+        if role not in self._bound or self._bound[role][0] != now:
+            self._bound.pop(role, None)
+            self._bound[role] = now, bind(given, side, self._wire.rank, role)
+            self._fresh = True
         return self._bound[role][1]
 
-    def _place(self, bound: dict[int, Bound]) -> int:
-        """Equal on ranks that may map each other's memory."""
-        device = next((b.tensor.device for b in bound.values()), self._wire.device)
-        here = node()
-        if device.type == "cuda" and self._transport == "auto":
-            here ^= int.from_bytes(str(torch.cuda.get_device_properties(device).uuid).encode()[-7:], "big")
-        return here
+    def _lies(self, found: set[torch.device]) -> int:
+        if not found:
+            return 0
+        fast = [self._devices.accelerated(device) for device in found]
+        return 1 if not any(fast) else 2 if len(found) == 1 else 3
 
-    def _share(self, rows: torch.Tensor, source: dict[int, Bound], shares: bool) -> None:
-        """Find out whose memory is mapped by whom; exchange handles where they are new."""
-        places, sharing = rows[:, 5].tolist(), rows[:, 6].tolist()
-        me = self._wire.rank
-        together = [r for r in range(self._wire.size) if places[r] == places[me] and r != me]
-        peers = Peers(frozenset(together) if shares else frozenset(), frozenset(r for r in together if sharing[r]))
-        if rows[:, 7].any():
-            mine = b""
-            if shares and not self._published:
-                mine = json.dumps(publish(source)).encode()
-                self._bound["source"] = _lying(self._given["source"]), source  # storages may have moved to shared memory
-                self._published = True
-            for r, data in enumerate(self._wire.gather_bytes(mine, "exchanging handles")):
-                if data and r in peers.out_of and self._sides:
-                    self._peers[r] = Mapped(json.loads(data), DTYPES)
-                    self._ready = None
-        if self._mapping != peers:
-            self._mapping, self._ready = peers, None
-
-    def _prepared(self, mode: str, source: dict[int, Bound], into: dict[int, Bound]):
-        """(RankPlan, Staging, mapped copies, local copies) of each part of the plan; made once, until a tensor moves."""
-        if mode not in self._parts:
-            me = self._wire.rank
-            self._parts[mode] = [rank_plan(self.plan, me)] if mode == "tensors" else windows(self.plan, me)
-        if mode == "buckets":
-            for part in self._parts[mode]:
-                yield part, *((None, None, None) if self._sides else self._make(part, source, into))
-            return
-        if self._ready is None:
-            self._ready = self._make(self._parts[mode][0], source, into)
-        yield self._parts[mode][0], *self._ready
-
-    def _make(self, part: RankPlan, source: dict[int, Bound], into: dict[int, Bound]) -> tuple[Staging, Copies, Copies]:
-        made = Staging(part, source, into, self._wire.device, self._mapping)
+    def _make(self, part: RankPlan, source: dict[int, Bound], into: dict[int, Bound]) -> Ready:
+        staging = Staging(part, source, into, self._wire.device, self._sharing.peers, self._devices)
         mapped = Copies()
         for (sender, taker), copies in part.pairs.items():
-            if taker == part.process and sender in self._mapping.out_of:
-                more = straight(copies, self._peers[sender].view, into)
-                mapped.into += more.into
-                mapped.values += more.values
-                mapped.quantised += more.quantised
-        return made, mapped, straight(part.local, lambda copy: source_view(copy, source), into)
+            if taker == part.process and sender in self._sharing.peers.out_of:
+                mapped.extend(straight(copies, self._sharing.memory[sender].view, into))
+        sums = None
+        if self._verify:
+            sent, taken = sent_and_taken(part)
+            held = replicated(self.plan, part.process) if source and part is self._parts[self._mode][0] else {}
+            sums = Sums(sent, source), Sums(taken, into), Sums(held, source)
+        return Ready(part, staging, mapped, straight(part.local, lambda copy: source_view(copy, source), into), sums)
+
+    def _next_bucket(self, part: RankPlan, source: dict[int, Bound], into: dict[int, Bound]) -> tuple[Bucket | None, dict[int, Bound], Ready]:
+        """Room for the destination tensors of one part; all ranks have theirs before its bytes move."""
+        failure, bucket, ready = None, None, None
+        try:
+            if self._sides:
+                bucket, into = self._bucket(part)
+            ready = self._make(part, source, into)
+        except Exception as error:  # noqa: BLE001  all ranks must hear of it
+            failure = error
+        table = self._wire.gather(agreement.row(agreement.words(failure) if failure else ""), "agreeing on a bucket")
+        if found := agreement.failures(table):
+            raise _Told(found, failure)
+        return bucket, into, ready
 
     def _bucket(self, part: RankPlan) -> tuple[Bucket, dict[int, Bound]]:
-        """Room for the destination tensors of one part."""
-        kinds, wanted = torch_dtypes(), {}
-        for t in part.transfers:
-            if t.taker == part.process:
-                wanted[id(t.dst)] = t.dst
+        wanted = {id(t.dst): t.dst for t in part.transfers if t.taker == part.process}
         at, layout = 0, []
         for s in wanted.values():
-            kind = kinds[s.dtype]
+            kind = DTYPES[s.dtype]
             at = -(-at // 16) * 16
             layout.append((s.name, s.shape, kind, at, at + s.size * kind.itemsize))
             at = layout[-1][-1]
@@ -300,45 +367,94 @@ class Sync:
 
     # ---------------------------------------------------------------------------------------------------- moving, checking
 
-    def _run(self, made: Staging, mapped: Copies, own: Copies) -> None:
-        mapped.run()
-        own.run()
-        self._wire.run(made)
+    def _move(self, ready: Ready, into: dict[int, Bound]) -> None:
+        """Move one part's bytes and compare them. An error is raised when this rank has sent all that others wait for."""
+        failed: list[Exception] = []
+        try:
+            self._run(ready.staging, ready.mapped, ready.own)
+        except PeerLost:
+            raise
+        except Exception as error:  # noqa: BLE001
+            failed.append(error)
+        if ready.sums:
+            try:
+                self._compare(ready.sums, ready.staging.devices, failed)
+            except PeerLost:
+                raise
+            except Exception as error:  # noqa: BLE001
+                failed.append(error)
+        if failed:
+            raise failed[0]
+
+    def _run(self, staging: Staging, mapped: Copies, own: Copies) -> None:
+        failed: list[Exception] = []
+        attempt(failed, mapped, own)
+        try:
+            self._wire.run(staging)
+        except PeerLost:
+            raise
+        except Exception as error:  # noqa: BLE001
+            failed.append(error)
+        if failed:
+            raise failed[0]
         if self._sides:
             for bound in self._bound.get("destination", ((), {}))[1].values():
                 if bound.padded:
                     bound.zero_padding()
 
-    def _copied(self, part: RankPlan) -> tuple[int, int]:
-        """Bytes read out of peers' memory (a cast reads the wider source), and those copied within the process."""
-        mapped = sum(prod(c.shape) * DTYPE_SIZE[c.src.dtype] for (s, t), copies in part.pairs.items() if t == part.process and s in self._mapping.out_of for c in copies)
-        return mapped, sum(c.bytes for c in part.local)
+    def _count(self, moved: dict[str, int], ready: Ready) -> None:
+        """Bytes read out of peers' memory (a cast reads the wider source), those copied within the process, buffers, sums."""
+        part = ready.part
+        mine = [pair for pair in part.pairs if pair[1] == part.process and pair[0] in self._sharing.peers.out_of]
+        moved["mapped"] += sum(prod(c.shape) * DTYPE_SIZE[c.src.dtype] for pair in mine for c in part.pairs[pair])
+        moved["local"] += sum(c.bytes for c in part.local)
+        moved["staging"] = max(moved["staging"], ready.staging.bytes)
+        moved["checks"] += 8 * sum(sums.size for sums in ready.sums or ())
 
-    def _compare(self, part: RankPlan, source: dict[int, Bound], into: dict[int, Bound]) -> int:
-        """Exchange the sums of every tensor and compare. Returns their bytes; raises SyncError naming what differs."""
+    def _compare(self, all_sums: tuple[Sums, Sums, Sums], devices: set[torch.device], failed: list[Exception]) -> None:
+        """Exchange the sums of every tensor and compare. Raises SyncError naming what differs; ranks that failed before send
+        sums of nothing, since others wait for them."""
         wire = self._wire
-        mine, theirs = sums(part, source, taker=False), sums(part, into, taker=True)
-        works, arrived = [], {}
-        for (sender, taker), (labels, values) in theirs.items():
-            arrived[sender, taker] = torch.empty(len(labels), dtype=torch.int64, device=wire.device)
-            works.append((dist.irecv(arrived[sender, taker], wire._global(sender), wire.group), sender))
-        for (_, taker), (_, values) in mine.items():
-            works.append((dist.isend(values.to(wire.device), wire._global(taker), wire.group), taker))
-        for work, peer in works:
-            wire.wait(work, f"comparing sums with rank {peer}")
-        wire.drain("comparing sums")
-        wrong = [f"{label} from rank {sender}" for (sender, taker), (labels, values) in theirs.items()
-                 for label, same in zip(labels, (values.cpu() == arrived[sender, taker].cpu()).tolist()) if not same]  # fmt: skip
+        values: list[dict] = []
+        try:
+            self._devices.synchronize(devices)
+            values = [sums.run() for sums in all_sums] if not failed else []
+        except Exception as error:  # noqa: BLE001  raised when the sums have gone
+            failed.append(error)
+        if failed:
+            values = [{pair: torch.zeros(len(own), dtype=torch.int64) for pair, own in sums.labels.items()} for sums in all_sums]
+        (sent, taken, held), me = values, wire.rank
+        wrong, doing = [], "comparing sums"
+        arrived = {pair: torch.empty(len(own), dtype=torch.int64, device=wire.control) for pair, own in taken.items()}
+        wire.exchange([(t, v.to(wire.control)) for (_, t), v in sent.items()], [(s, arrived[s, t]) for s, t in arrived], doing)
+        for pair, own in taken.items():
+            wrong += [f"{label} from rank {pair[0]}" for label in differing(all_sums[1].labels[pair], own, arrived[pair].cpu())]
+        gone = [(first, v.to(wire.control)) for (other, first), v in held.items() if other == me]
+        copies = {other: torch.empty(len(v), dtype=torch.int64, device=wire.control) for (other, first), v in held.items() if first == me}
+        wire.exchange(gone, list(copies.items()), doing)
+        unlike = []
+        for other, own in copies.items():
+            found = differing(all_sums[2].labels[other, me], held[other, me], own.cpu())
+            unlike += [f"{label} on rank {other}" for label in found]
+        if failed:
+            return
+        if unlike:
+            raise SyncError(f"replicas of the trainer hold other weights than rank {me}: {_listed(unlike)}")
         if wrong:
-            raise SyncError(f"{len(wrong)} tensors arrived with other values than were sent: {', '.join(wrong[:8])}{' …' if len(wrong) > 8 else ''}")
-        return 8 * sum(len(labels) for labels, _ in (*mine.values(), *theirs.values()))
+            raise SyncError(f"{len(wrong)} tensors arrived with other values than were sent: {_listed(wrong)}")
 
 
-def _text(row: torch.Tensor) -> str:
-    return bytes(row[-_TEXT // 8 :].contiguous().view(torch.uint8).tolist()).rstrip(b"\0").decode(errors="replace")
+class _Told(Exception):
+    """All ranks know already what failed, and raise it."""
+
+    def __init__(self, failures: list[str], own: Exception | None):
+        super().__init__()
+        self.failures, self.own = failures, own
 
 
-def _lying(given: dict[str, torch.Tensor]) -> list:
-    """Where tensors lie: as long as this is equal, views made of them are good."""
-    locals_ = [getattr(t, "_local_tensor", t) for t in given.values()]
-    return [list(given), [t.data_ptr() for t in locals_], [t.numel() for t in locals_]]
+def _listed(found: list[str]) -> str:
+    return ", ".join(found[:8]) + (" …" if len(found) > 8 else "")
+
+
+def _ended(error: BaseException) -> str:
+    return "it stopped before the last bucket" if isinstance(error, GeneratorExit) else agreement.words(error)

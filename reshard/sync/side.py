@@ -173,15 +173,29 @@ class Side:
                 held[process].append(Stored(process, name, word, shape, singles((keys[i], block) for i, block in parts), whole.entry))
         problems += [f"{name} is not in layout {layout.name}" for name in shardings if name not in used and not _is_alias(name, others)]
         if problems:
-            raise PlanError(problems)
+            lacks = any(problem.endswith(" has no sharding") for problem in problems)
+            raise PlanError(problems, "named_parameters() leaves out buffers: shardings(model) of the module has them" if lacks else None)
         members = tuple(tuple(held[p]) for p in processes)
         return cls(layout, "hf", members, tuple((p,) for p in processes), dict(shardings), others, frozenset(), _ignored(layout, section), f"DTensors on {len(processes)} ranks")
 
 
-def fsdp(layout: Layout, *, dp: int = 1, tp: int = 1, ranks: Iterable[int], replicas: int = 1, variants: Sequence[str] = ()) -> dict[str, Sharding]:
+def fsdp(
+    layout: Layout,
+    *,
+    dp: int = 1,
+    tp: int = 1,
+    ranks: Iterable[int],
+    replicas: int = 1,
+    variants: Sequence[str] = (),
+    outside_tp: Iterable[str] = (),
+) -> dict[str, Sharding]:
     """The shardings of a model under FSDP2's ``fully_shard`` over `dp`, on top of tensor parallelism over `tp` by its
-    layout's rule: what ``shardings(model.named_parameters())`` reads there, for ranks that have no such model. The mesh is
-    (replicas, dp, tp), its dimensions of size 1 left out; `ranks` in its order."""
+    layout's rule: what ``shardings(model)`` reads there, for ranks that have no such model. The mesh is (replicas, dp, tp), its
+    dimensions of size 1 left out; `ranks` in its order. `outside_tp`: tensors of the layout that the tensor parallel plan leaves
+    whole (``["embed", "lm_head"]``)."""
+    whole_over_tp = frozenset(outside_tp)
+    if unknown := sorted(whole_over_tp - set(layout.descriptor.tensors)):
+        raise PlanError([f"{name} is no tensor of layout {layout.name}" for name in unknown], f"known are {', '.join(layout.descriptor.tensors)}")
     processes = list(ranks)
     sizes = [("replicas", replicas), ("dp", dp), ("tp", tp)]
     if len(processes) != replicas * dp * tp:
@@ -191,7 +205,7 @@ def fsdp(layout: Layout, *, dp: int = 1, tp: int = 1, ranks: Iterable[int], repl
     section = layout.section("hf")
     out = {}
     for whole in Placement(layout, _spelled(section, section, variants), formats.get("hf").rules, Mesh()).stored():
-        dim = _split_dim(layout, whole)
+        dim = None if whole_over_tp.intersection(whole.entry.of) else _split_dim(layout, whole)
         cuts: list[Cut] = []
         for name, _ in kept:
             inner = tp > 1 and dim == 0

@@ -6,7 +6,7 @@ once, before a byte moves.
 
 from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
-from itertools import pairwise
+from itertools import pairwise, permutations, product
 
 import torch
 
@@ -87,6 +87,16 @@ def named(tensors: "Mapping[str, torch.Tensor] | Iterable[tuple[str, torch.Tenso
     return dict(tensors.items() if isinstance(tensors, Mapping) else tensors)
 
 
+def identity(given: Mapping[str, torch.Tensor]) -> list:
+    """What the tensors are to their views: as long as this is equal, views made of them are good. A parameter made anew may
+    lie at the address of the one before, in other strides or dtype."""
+    out = []
+    for name, tensor in given.items():
+        local = tensor._local_tensor if hasattr(tensor, "_local_tensor") else tensor
+        out.append((name, local.data_ptr(), local.storage_offset(), local.shape, local.stride(), local.dtype, local.device))
+    return out
+
+
 def bind(given, side: Side, process: int, role: str) -> dict[int, Bound]:
     """Match `given` with what `process` holds on `side`: {id of the stored tensor: Bound}; a tensor's scales under minus its id.
 
@@ -107,7 +117,7 @@ def bind(given, side: Side, process: int, role: str) -> dict[int, Bound]:
         tensor = tensors[names[0]]
         for name in names:
             used[name] = tensors[name]
-        local = _local(names[0], tensor, side, problems)
+        local = _local(names[0], tensor, side, process, problems)
         if tuple(local.shape) != s.shape:
             problems.append(f"{names[0]}: shape {list(local.shape)}, expected {list(s.shape)} on rank {process} of {side.title}")
         elif WORDS.get(local.dtype) != s.dtype:
@@ -125,7 +135,10 @@ def bind(given, side: Side, process: int, role: str) -> dict[int, Bound]:
             continue
         problems.append(f"{name}: {side.title} has no such tensor on rank {process}")
     if problems:
-        raise PlanError([f"{role}: {problem}" for problem in problems], "the side was made for another model, mesh or dtype than the tensors given")
+        hint = "the side was made for another model, mesh or dtype than the tensors given"
+        if any(" is missing, " in problem for problem in problems) and role == "source":
+            hint += "; named_parameters() leaves out buffers, which may be weights: pass the module itself"
+        raise PlanError([f"{role}: {problem}" for problem in problems], hint)
     return out
 
 
@@ -134,19 +147,17 @@ def _storage(tensor: torch.Tensor):
     return local.untyped_storage().data_ptr(), local.storage_offset(), local.numel()
 
 
-def _local(name: str, tensor: torch.Tensor, side: Side, problems: list[str]) -> torch.Tensor:
-    """This rank's part of a DTensor, whose mesh and placements must be the side's; other tensors as they are."""
+def _local(name: str, tensor: torch.Tensor, side: Side, process: int, problems: list[str]) -> torch.Tensor:
+    """This rank's part of a DTensor, which must be the one that the side gives this process; other tensors as they are."""
     if not hasattr(tensor, "_local_tensor"):
         return tensor
     found, expected = sharding(name, tensor), side.shardings.get(name)
-    if expected is not None and not _alike(found, expected, tuple(tensor.shape)):
-        problems.append(f"{name}: placements {found.cuts} on ranks {found.ranks}, the plan was made for {expected.cuts} on {expected.ranks}")
+    if expected is not None and found != expected:
+        shape = tuple(tensor.shape)  # the mesh may be a part of the plan's, over whose rest the tensor is replicated
+        if _parts(found, shape).get(process) != _parts(expected, shape).get(process):
+            plan = f"{expected.cuts} on {expected.ranks}"
+            problems.append(f"{name}: placements {found.cuts} on ranks {found.ranks}, the plan was made for {plan}")
     return tensor._local_tensor
-
-
-def _alike(a: Sharding, b: Sharding, shape: tuple[int, ...]) -> bool:
-    """Whether two shardings leave each process the same part of a tensor of `shape`."""
-    return a == b or _parts(a, shape) == _parts(b, shape)
 
 
 def _parts(sharding: Sharding, shape: tuple[int, ...]):
@@ -175,17 +186,72 @@ def sharding(name: str, tensor: torch.Tensor) -> Sharding:
     return Sharding(_tuples(tensor.device_mesh.mesh.tolist()), tuple(cuts))
 
 
-def shardings(tensors, ranks: Iterable[int] = ()) -> dict[str, Sharding]:
-    """{name: Sharding} of a model's DTensors. Plain tensors among them are whole on each of `ranks`."""
-    out, plain = {}, tuple(ranks)
-    for name, tensor in named(tensors).items():
-        if hasattr(tensor, "_local_tensor"):
-            out[name] = sharding(name, tensor)
-        elif plain:
+def shardings(tensors, ranks: Iterable[int] = (), *, mesh: "torch.distributed.DeviceMesh | None" = None) -> dict[str, Sharding]:
+    """{name: Sharding} of a model's DTensors, equal on all ranks that hold a part of it.
+
+    Pass the module itself: ``named_parameters()`` has no buffers, and some are weights (a router's correction bias). A DTensor
+    whose mesh is a part of `mesh` (norms under FSDP2 beside a tensor parallel plan that leaves them out) is replicated over
+    the rest of it; `mesh` is by default the largest that any of the tensors has. Plain tensors are whole on each of `ranks`, by
+    default on all of that mesh. Raises PlanError with all that cannot be placed so.
+    """
+    given = named(tensors)
+    found = {name: sharding(name, tensor) for name, tensor in given.items() if hasattr(tensor, "_local_tensor")}
+    meshes = {own.ranks: len(own.sizes) for own in found.values()}
+    largest = _tuples(mesh.mesh.tolist()) if mesh is not None else max(meshes, key=lambda m: (len(_flat(m)), meshes[m]), default=())
+    plain = tuple(ranks) or tuple(_flat(largest))
+    out, problems = {}, []
+    for name in given:
+        if name not in found:
             out[name] = Sharding(plain, (None,))
+            if not plain:
+                problems.append(f"{name} is no DTensor: say which ranks hold it whole")
+            continue
+        wider = extended(found[name], largest)
+        if wider is None:
+            problems.append(f"{name} lies on ranks {_flat(found[name].ranks)}, which are no dimension of the mesh {largest}")
         else:
-            raise PlanError([f"{name} is no DTensor: say which ranks hold it whole"], "shardings(named, ranks=[…])")
+            out[name] = wider
+    if problems:
+        raise PlanError(problems, "shardings(model, ranks=[…]) for plain tensors, mesh= the mesh of all ranks that train this model")
     return out
+
+
+def extended(own: Sharding, mesh: tuple) -> Sharding | None:
+    """`own` over all of `mesh`, replicated along the dimensions that its own mesh does not have; itself where it has all the
+    ranks; None where its mesh is no part of `mesh`."""
+    if sorted(_flat(own.ranks)) == sorted(_flat(mesh)):
+        return own
+    sizes = _sizes(mesh)
+    places = dict(zip(_flat(mesh), product(*map(range, sizes))))
+    if not places.keys() >= set(_flat(own.ranks)):
+        return None
+    first = places[_flat(own.ranks)[0]]
+    for dims in permutations(range(len(sizes)), len(own.sizes)):
+        if tuple(sizes[d] for d in dims) != own.sizes:
+            continue
+        if all(places[rank] == _moved(first, dims, at) for rank, at in own.members()):
+            cuts: list[Cut] = [None] * len(sizes)
+            for dim, cut in zip(dims, own.cuts):
+                cuts[dim] = cut
+            return Sharding(mesh, tuple(cuts))
+    return None
+
+
+def _moved(first: tuple[int, ...], dims: tuple[int, ...], at: tuple[int, ...]) -> tuple[int, ...]:
+    steps = dict(zip(dims, at))
+    return tuple(steps.get(d, index) for d, index in enumerate(first))
+
+
+def _sizes(mesh: tuple) -> tuple[int, ...]:
+    sizes = []
+    while isinstance(mesh, tuple):
+        sizes.append(len(mesh))
+        mesh = mesh[0]
+    return tuple(sizes)
+
+
+def _flat(mesh: tuple) -> list[int]:
+    return [rank for part in mesh for rank in (_flat(part) if isinstance(part, tuple) else [part])]
 
 
 def _tuples(nested) -> tuple:

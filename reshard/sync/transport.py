@@ -1,75 +1,131 @@
-"""Moving bytes between processes: torch.distributed point to point, and memory that one process maps of another.
+"""Moving bytes between processes by torch.distributed: point to point, in rounds, with a time-out.
 
-Point to point goes in rounds; gloo posts each message by itself, NCCL a round as one group. Mapped memory needs no
-messages at all: the sender publishes where its storages are, the taker copies straight out of them.
+gloo posts each message by itself, NCCL a round as one group. With gloo the agreements are messages too: a collective would
+leave gloo's threads waiting in it when a peer falls silent, and leaving the group would wait for them, half an hour by default.
 """
 
-import hashlib
-import os
-import socket
+import threading
 import time
+from collections.abc import Callable
+from contextlib import suppress
 from datetime import timedelta
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch.distributed import distributed_c10d as c10d
 
-from reshard.block import row_major
-from reshard.errors import PeerLost, SyncError
-from reshard.sync.messages import Copy
-from reshard.sync.staging import FLIGHTS, Parcel, Staging
-from reshard.sync.tensors import Bound, lying
+from reshard.errors import PeerLost
+from reshard.sync.device import Devices
+from reshard.sync.staging import FLIGHTS, Copies, Parcel, Round, Staging
+
+#: gloo's tags for what is no weight: those of weights count from 0 for each pair of ranks
+_AGREE, _SUMS, _NEVER = 1 << 30, (1 << 30) + 1, (1 << 30) + 2
+_AGAIN = "close() this one, leave the process group, and send all weights again over a new one"
 
 
 class Wire:
-    """A process group, with a time-out. Ranks are those of the group."""
+    """A process group, with a time-out. Ranks are those of the group.
 
-    def __init__(self, group: dist.ProcessGroup | None, timeout: float):
+    `device` is where weights are sent from and received into: an accelerator by NCCL, the host by gloo. A group that has
+    both backends uses NCCL where all tensors lie on accelerators (``choose``), and gloo for all that is no weight.
+    """
+
+    def __init__(self, group: dist.ProcessGroup | None, timeout: float, devices: Devices | None = None):
         self.group = group if group is not None else dist.group.WORLD
-        self.timeout = timeout
+        self.timeout, self.devices = timeout, devices or Devices()
         self.rank, self.size = self.group.rank(), self.group.size()  # also right for a group that joins two worlds
-        self.gloo = dist.get_backend(self.group) == "gloo"
-        self.device = torch.device("cpu") if self.gloo else torch.device("cuda", torch.cuda.current_device())
+        self.backends = backends(self.group)
+        self.host = self.backends.get("cpu") == "gloo"  # agreements go by the host
+        self.direct = self.backends.get("cuda", "gloo") != "gloo"  # NCCL: from device to device
+        self.control = torch.device("cpu") if self.host else self.devices.current()
+        self.choose(False)
         self.bytes_sent = self.bytes_taken = 0  # counted here, message by message, for the tests' sake
+
+    def choose(self, accelerated: bool, device: torch.device | None = None) -> None:
+        """Send weights from accelerators, `device` at this rank, if the group can; `accelerated`: all ranks' tensors lie there."""
+        self.gloo = self.host and not (accelerated and self.direct)
+        self.device = torch.device("cpu") if self.gloo else device or (self.devices.current() if self.host else self.control)
+
+    # ------------------------------------------------------------------------------------------------------- waiting
+
+    def lost(self, doing: str, error: object = "") -> PeerLost:
+        reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else ""
+        return PeerLost(f"{doing}: a peer is gone, or silent for {self.timeout:g} s{f' ({reason})' if reason else ''}{self._told()}", _AGAIN)
 
     def wait(self, work, doing: str) -> None:
         """Wait for one operation. Raises PeerLost when its peer is gone or the time-out passes."""
         try:
-            if work.wait(timedelta(seconds=self.timeout)) is False:
-                raise RuntimeError("it did not complete")
-        except RuntimeError as error:
-            reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
-            raise PeerLost(f"{doing}: a peer is gone, or silent for {self.timeout:g} s ({reason})", "start a new process group, and send all weights again") from None
-
-    def drain(self, doing: str) -> None:
-        """Wait until the device has done all that was queued; CUDA's waits return at once, and NCCL knows no time-out here."""
-        if self.gloo:
-            return
-        done, until = torch.cuda.Event(), time.monotonic() + self.timeout
-        done.record()
-        while not done.query():
-            if time.monotonic() > until:
-                raise PeerLost(f"{doing}: a peer is gone, or silent for {self.timeout:g} s", "start a new process group, and send all weights again")
-            time.sleep(0.0005)
-
-    def gather(self, row: torch.Tensor, doing: str) -> torch.Tensor:
-        """Every rank's `row` (int64, equally long), stacked; on the CPU."""
-        row = row.to(self.device)
-        rows = torch.empty((self.size, *row.shape), dtype=row.dtype, device=self.device)
-        try:
-            if self.gloo:  # by way of rank 0: a ring, as gloo's all_gather is, takes as many hops as there are ranks
-                parts = list(rows.unbind()) if self.rank == 0 else None
-                self.wait(dist.gather(row, parts, dst=self._global(0), group=self.group, async_op=True), doing)
-                work = dist.broadcast(rows, self._global(0), group=self.group, async_op=True)
-            else:
-                work = dist.all_gather_into_tensor(rows, row, group=self.group, async_op=True)
+            if self.gloo:
+                if work.wait(timedelta(seconds=self.timeout)) is False:
+                    raise RuntimeError("it did not complete")
+                return
+            # NCCL's wait with a time-out aborts the communicator when it passes, and its watchdog may end the process
+            self._until(work.is_completed, doing)
+            work.wait()  # the current stream waits; raises what went wrong
         except PeerLost:
             raise
         except RuntimeError as error:
-            raise PeerLost(f"{doing}: a peer is gone ({str(error).splitlines()[0][:200]})") from None
-        self.wait(work, doing)
-        self.drain(doing)
+            raise self.lost(doing, error) from None
+
+    def drain(self, doing: str) -> None:
+        """Wait until the device has done all that was queued; CUDA's waits return at once, and NCCL knows no time-out here."""
+        if self.devices.accelerated(self.device):
+            self._until(self.devices.event(self.device).query, doing)
+
+    def _until(self, done: Callable[[], bool], doing: str) -> None:
+        until = time.monotonic() + self.timeout
+        pause = 0.00002
+        while not done():
+            if time.monotonic() > until:
+                raise self.lost(doing)
+            time.sleep(pause)
+            pause = min(pause * 2, 0.0005)
+
+    # ------------------------------------------------------------------------------------------------------ agreements
+
+    def gather(self, row: torch.Tensor, doing: str) -> torch.Tensor:
+        """Every rank's `row` (int64, equally long), stacked; on the CPU."""
+        if self.host:
+            return self._gather_by_messages(row, doing)
+        row = row.to(self.control)
+        rows = torch.empty((self.size, *row.shape), dtype=row.dtype, device=self.control)
+        try:
+            work = dist.all_gather_into_tensor(rows, row, group=self.group, async_op=True)
+            self._until(work.is_completed, doing)
+            work.wait()
+        except PeerLost:
+            raise
+        except RuntimeError as error:
+            raise self.lost(doing, error) from None
         return rows.cpu()
+
+    def _gather_by_messages(self, row: torch.Tensor, doing: str) -> torch.Tensor:
+        """To rank 0, then down a tree: rank r passes the table on to r + 1, r + 2, r + 4 … as far as those are its to serve."""
+        rows = torch.empty((self.size, *row.shape), dtype=row.dtype)
+        rows[self.rank] = row
+        if not row.numel():
+            return rows
+        try:
+            if self.rank == 0:
+                works = [self.group.recv([rows[r]], r, _AGREE) for r in range(1, self.size)]
+            else:
+                works = [self.group.send([rows[self.rank].clone()], 0, _AGREE)]
+            self._all(works, doing)
+            low = self.rank & -self.rank if self.rank else 1 << self.size.bit_length()
+            if self.rank:
+                self._all([self.group.recv([rows], self.rank - low, _AGREE)], doing)
+            steps = [low >> n for n in range(1, low.bit_length())]
+            self._all([self.group.send([rows], self.rank + step, _AGREE) for step in steps if self.rank + step < self.size], doing)
+        except PeerLost:
+            raise
+        except RuntimeError as error:
+            raise self.lost(doing, error) from None
+        return rows
+
+    def _all(self, works: list, doing: str) -> None:
+        for work in works:
+            if work.wait(timedelta(seconds=self.timeout)) is False:
+                raise self.lost(doing, "it did not complete")
 
     def gather_bytes(self, data: bytes, doing: str) -> list[bytes]:
         """Every rank's `data`, of any length."""
@@ -79,142 +135,142 @@ class Wire:
         rows = self.gather(row, doing) if width else [row] * self.size
         return [bytes(r.contiguous().view(torch.uint8).tolist())[:n] if n else b"" for r, n in zip(rows, lengths)]
 
+    def exchange(self, sends: list[tuple[int, torch.Tensor]], takes: list[tuple[int, torch.Tensor]], doing: str) -> None:
+        """Small messages to and from several peers, at most one each way for a pair: posted together, since NCCL makes a
+        communicator for each pair and waits in it for the other end."""
+        if self.host:
+            try:
+                works = [self.group.recv([tensor], peer, _SUMS) for peer, tensor in takes]
+                works += [self.group.send([tensor], peer, _SUMS) for peer, tensor in sends]
+                self._all(works, doing)
+            except PeerLost:
+                raise
+            except RuntimeError as error:
+                raise self.lost(doing, error) from None
+            return
+        ops = [dist.P2POp(dist.irecv, tensor, self._global(peer), self.group) for peer, tensor in takes]
+        ops += [dist.P2POp(dist.isend, tensor, self._global(peer), self.group) for peer, tensor in sends]
+        for work in self._batch(ops, doing):
+            self.wait(work, doing)
+        if self.devices.accelerated(self.control):
+            self._until(self.devices.event(self.control).query, doing)
+
+    # --------------------------------------------------------------------------------------------------------- weights
+
     def run(self, staging: Staging) -> None:
         """All rounds of `staging`: round r is packed while round r - 1 travels, and r - 1 unpacked while r travels. With gloo,
-        what needs no buffer here is awaited last; NCCL wants each round as one group, posted alike at both ends."""
-        straight = self._post([p for here in staging.rounds for p in here.takes if p.straight], []) if self.gloo else []
-        flying: list[tuple] = []
-        for here in staging.rounds:
-            here.pack.run()
-            if self.gloo:
-                flying.append((here, self._post([p for p in here.takes if not p.straight], [p for p in here.sends if not p.straight])))
-                straight += self._post([], [p for p in here.sends if p.straight])
-            else:
-                flying.append((here, self._post(here.takes, here.sends)))
-            if len(flying) == FLIGHTS:
-                self._land(*flying.pop(0))
-        for here, works in flying:
-            self._land(here, works)
-        for work, peer in straight:
-            self.wait(work, f"exchanging weights with rank {peer}")
-        self.drain("sending")
+        what needs no buffer here is awaited last; NCCL wants each round as one group, posted alike at both ends.
+
+        An error of packing or unpacking is raised when all messages have gone: peers wait for no one, and the group is left
+        as it was.
+        """
+        failed: list[Exception] = []
+        with self.devices.side_streams(staging.devices):
+            straight = self._post([p for here in staging.rounds for p in here.takes if p.straight], []) if self.gloo else []
+            flying: list[tuple[Round, list]] = []
+            for here in staging.rounds:
+                attempt(failed, here.pack, here.leave)
+                if staging.crosses or (self.gloo and len(staging.devices) > 1):
+                    self.devices.settle(staging.devices)  # the host sends what the device has packed
+                if self.gloo:
+                    takes, sends = [p for p in here.takes if not p.straight], [p for p in here.sends if not p.straight]
+                    flying.append((here, self._post(takes, sends)))
+                    straight += self._post([], [p for p in here.sends if p.straight])
+                else:
+                    flying.append((here, self._post(here.takes, here.sends)))
+                if len(flying) == FLIGHTS:
+                    self._land(staging, failed, *flying.pop(0))
+            for here, works in flying:
+                self._land(staging, failed, here, works)
+            for work, peer in straight:
+                self.wait(work, f"exchanging weights with rank {peer}")
+            self.drain("sending")
+        if failed:
+            raise failed[0]
 
     def _post(self, takes: list[Parcel], sends: list[Parcel]) -> list:
         self.bytes_sent += sum(p.bytes.numel() for p in sends)
         self.bytes_taken += sum(p.bytes.numel() for p in takes)
-        try:
-            if self.gloo:
-                out = [(dist.irecv(p.bytes, self._global(p.peer), self.group, tag=p.tag), p.peer) for p in takes]
-                return out + [(dist.isend(p.bytes, self._global(p.peer), self.group, tag=p.tag), p.peer) for p in sends]
-            ops = [dist.P2POp(dist.irecv, p.bytes, self._global(p.peer), self.group) for p in takes]
-            ops += [dist.P2POp(dist.isend, p.bytes, self._global(p.peer), self.group) for p in sends]
-            return [(work, None) for work in dist.batch_isend_irecv(ops)] if ops else []
-        except RuntimeError as error:
-            raise PeerLost(f"sending: a peer is gone ({str(error).splitlines()[0][:200]})") from None
+        if self.gloo:
+            try:
+                out = [(self.group.recv([p.bytes], p.peer, p.tag), p.peer) for p in takes]
+                return out + [(self.group.send([p.bytes], p.peer, p.tag), p.peer) for p in sends]
+            except RuntimeError as error:
+                raise self.lost("sending", error) from None
+        ops = [dist.P2POp(dist.irecv, p.bytes, self._global(p.peer), self.group) for p in takes]
+        ops += [dist.P2POp(dist.isend, p.bytes, self._global(p.peer), self.group) for p in sends]
+        return [(work, None) for work in self._batch(ops, "sending")]
 
-    def _land(self, here, works: list) -> None:
+    def _batch(self, ops: list, doing: str) -> list:
+        try:
+            return dist.batch_isend_irecv(ops) if ops else []
+        except RuntimeError as error:
+            raise self.lost(doing, error) from None
+
+    def _land(self, staging: Staging, failed: list[Exception], here: Round, works: list) -> None:
         for work, peer in works:
             self.wait(work, "exchanging weights" if peer is None else f"exchanging weights with rank {peer}")
-        here.unpack.run()
+        attempt(failed, here.arrive, here.unpack)
+        if staging.crosses:
+            self.devices.settle(staging.devices)  # the next message comes into the same buffer
 
     def _global(self, rank: int) -> int:
         return dist.get_global_rank(self.group, rank)
 
+    # ----------------------------------------------------------------------------------------------------- giving up
 
-def joined(address: str, rank: int, size: int, *, backend: str = "nccl", timeout: float = 60.0, name: str = "reshard") -> dist.ProcessGroup:
-    """One group of processes of several worlds (a trainer's and its engines'), each with a default group of its own or none.
+    def abort(self, why: str) -> None:
+        """Let peers that wait know at once that this rank takes part no more: they raise PeerLost, with `why` where it reaches them."""
+        text = f"rank {self.rank}: {why}"[:500]
+        _beside(lambda: c10d._world.pg_map[self.group][1].compare_set("reshard/sync/stopped", "", text))  # the first one's stays
+        if self.host and self.size > 1:
+            with suppress(RuntimeError):  # a wait that runs out closes gloo's connections, at both ends
+                self.group.recv([torch.empty(1, dtype=torch.uint8)], (self.rank + 1) % self.size, _NEVER).wait(timedelta(milliseconds=1))
+        if self.direct:
+            with suppress(RuntimeError):
+                self.group._get_backend(torch.device("cuda")).abort()
 
-    `address` (``tcp://host:port``) is rank 0's; every process calls this with its own `rank` of `size`.
-    """
-    from torch.distributed import distributed_c10d as c10d
+    def _told(self) -> str:
+        """What a rank that gave up left in the group's store."""
+        found: list[str] = []
 
-    store, rank, size = next(dist.rendezvous(address, rank, size, timeout=timedelta(seconds=timeout)))
-    store.set_timeout(timedelta(seconds=timeout))
-    group, _ = c10d._new_process_group_helper(  # what torch has no public call for; frameworks carry copies of this
-        size, rank, [], backend=backend, store=c10d.PrefixStore(name, store), group_name=name, timeout=timedelta(seconds=timeout))  # fmt: skip
-    c10d._world.pg_group_ranks[group] = {i: i for i in range(size)}
-    return group
+        def look() -> None:
+            store = c10d._world.pg_map[self.group][1]
+            if store.check(["reshard/sync/stopped"]):
+                found.append(store.get("reshard/sync/stopped").decode(errors="replace"))
 
-
-# ------------------------------------------------------------------------------------------------------- mapped memory
-
-
-def node() -> int:
-    """A number that processes share when one can map the other's memory: same host, same boot, same pid namespace."""
-    try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        names = os.stat("/proc/self/ns/pid").st_ino
-    except OSError:
-        boot, names = "", os.getpid()
-    return int.from_bytes(hashlib.sha256(f"{socket.gethostname()} {boot} {names}".encode()).digest()[:7], "big")
+        _beside(look)
+        return f"; {found[0]}" if found else ""
 
 
-#: storages one process publishes at most: each keeps a file descriptor
-MOST_STORAGES = 4096
+def attempt(failed: list[Exception], *all_copies: Copies) -> None:
+    """Run copies unless some failed before; keep the error for later."""
+    for copies in all_copies:
+        if not failed:
+            try:
+                copies.run()
+            except Exception as error:  # noqa: BLE001  raised when the messages have gone
+                failed.append(error)
 
 
-def can_share(tensors: dict[int, Bound]) -> bool:
-    """Whether these tensors' storages can be mapped by others: on the CPU in shared memory, or moved there; or on CUDA."""
-    storages = {b.tensor.untyped_storage().data_ptr(): b.tensor.untyped_storage() for b in tensors.values() if b.stored.size}
-    kinds = {s.device.type for s in storages.values()}
-    if len(storages) > MOST_STORAGES or len(kinds) > 1 or not kinds <= {"cpu", "cuda"}:
-        return False
-    if kinds == {"cuda"} or not kinds:
-        return True
-    new = sum(s.nbytes() for s in storages.values() if not s.is_shared())
-    try:
-        room = os.statvfs("/dev/shm")
-    except OSError:
-        return False
-    return new < room.f_bavail * room.f_frsize * 0.9
+def _beside(call: Callable[[], None], seconds: float = 1.0) -> None:
+    """Do what may block, since the process that keeps the store may be gone, and wait for it no longer than `seconds`."""
+
+    def quietly() -> None:
+        with suppress(Exception):
+            call()
+
+    thread = threading.Thread(target=quietly, daemon=True)
+    thread.start()
+    thread.join(seconds)
 
 
-def publish(tensors: dict[int, Bound]) -> list:
-    """Where each tensor lies, for ``Mapped``: plain lists, no pickles. CPU storages move to shared memory, in place."""
-    rows, known = [], {}
-    storages: list = []
-    for bound in tensors.values():
-        if not bound.stored.size:
+def backends(group: dist.ProcessGroup) -> dict[str, str]:
+    """The backend that serves each type of device. `dist.get_backend` cannot say: ``undefined``, or ``cpu:gloo,cuda:nccl``."""
+    found = {}
+    for device in ("cpu", "cuda"):
+        try:
+            found[device] = group._get_backend(torch.device(device)).name()
+        except RuntimeError:
             continue
-        storage = bound.tensor.untyped_storage()
-        at = storage.data_ptr()
-        if at not in known:
-            if storage.device.type == "cpu":
-                fd, size = storage._share_fd_cpu_()
-                handle = ["cpu", os.getpid(), fd, size]
-            else:
-                handle = ["cuda", *[x.hex() if isinstance(x, bytes) else x for x in storage._share_cuda_()]]
-            known[at] = known[storage.data_ptr()] = len(storages)
-            storages.append(handle)
-        rows.append([bound.stored.rank, bound.stored.name, known[at], bound.tensor.storage_offset(), list(bound.tensor.stride())])
-    return [storages, rows]
-
-
-class Mapped:
-    """A peer's tensors, mapped into this process. Reads what the peer last wrote there."""
-
-    def __init__(self, published: list, dtypes: dict):
-        storages, rows = published
-        self._storages = [_open(handle) for handle in storages]
-        self._dtypes = dtypes
-        self._at = {(rank, name): (number, offset, tuple(strides)) for rank, name, number, offset, strides in rows}
-
-    def view(self, copy: Copy) -> torch.Tensor:
-        """The elements of `copy` at its source, in the peer's memory."""
-        number, start, own = self._at[copy.src.rank, copy.src.name]
-        storage = self._storages[number]
-        flat = torch.empty(0, dtype=self._dtypes[copy.src.dtype], device=storage.device).set_(storage)
-        if own == row_major(copy.src.shape):
-            return torch.as_strided(flat, copy.shape, copy.src_strides, start + copy.src_offset)
-        return torch.as_strided(flat, *lying(copy.src, own, copy.shape, copy.src_offset, copy.src_strides, start))
-
-
-def _open(handle: list) -> torch.UntypedStorage:
-    kind, *rest = handle
-    if kind == "cuda":
-        return torch.UntypedStorage._new_shared_cuda(*[bytes.fromhex(x) if isinstance(x, str) else x for x in rest])
-    pid, fd, size = rest
-    try:
-        return torch.UntypedStorage.from_file(f"/proc/{pid}/fd/{fd}", shared=True, nbytes=size)
-    except RuntimeError as error:
-        raise SyncError(f"cannot map the memory of process {pid}: {str(error).splitlines()[0]}", 'use transport="p2p"') from None
+    return found

@@ -1,0 +1,102 @@
+"""scripts/gpu_check.py in a reduced form on the CPU: no misspelt name may cost time on a GPU."""
+
+import argparse
+import importlib.util
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).parents[1] / "scripts/gpu_check.py"
+
+
+@pytest.fixture(scope="module")
+def gpu_check():
+    spec = importlib.util.spec_from_file_location("gpu_check", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["gpu_check"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def arguments(work: Path) -> argparse.Namespace:
+    return argparse.Namespace(device="cpu", work=str(work), layers=None)
+
+
+def test_the_quick_parts_run_and_fill_the_table(tmp_path):
+    parts = ["env", "foreach", "fp8", "model", "load", "pack"]
+    done = subprocess.run(
+        [sys.executable, str(SCRIPT), "--device", "cpu", "--only", ",".join(parts), "--out", str(tmp_path)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    log = (tmp_path / "gpu_check.log").read_text()
+    assert done.returncode == 0, done.stdout + done.stderr + log
+    found = json.loads((tmp_path / "gpu_check.json").read_text())
+    assert [one["part"] for one in found["parts"]] == parts and not any(one["trouble"] for one in found["parts"]), log
+    assert {row["part"] for row in found["rows"]} == set(parts)
+    table = (tmp_path / "gpu_check.md").read_text()
+    assert table in done.stdout and "| load | vllm: bits | equal to the CPU's | equal | met |" in table and "0 not" in table
+
+
+def test_the_sync_runs_between_processes_and_finds_no_element_of_another_step(tmp_path):
+    done = subprocess.run(
+        [sys.executable, str(SCRIPT), "--device", "cpu", "--only", "model,sync,ipc", "--out", str(tmp_path)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr + (tmp_path / "gpu_check.log").read_text()
+    found = {row["case"]: row for row in json.loads((tmp_path / "gpu_check.json").read_text())["rows"] if row["part"] == "sync"}
+    assert "0 elements of another step in 3 steps" in found["auto, 1 to 1, gloo"]["value"]
+    assert "bits equal" in found["p2p, 2 to 2, gloo, sums compared: large"]["value"]
+
+
+def test_a_part_that_hangs_is_ended_and_costs_no_other(gpu_check, tmp_path, monkeypatch):
+    script = tmp_path / "gpu_parts.py"
+    script.write_text("import subprocess, sys, time\nsubprocess.Popen(['sleep', '77.7'])\nprint('asleep', flush=True)\ntime.sleep(77)\n")
+    monkeypatch.setattr(gpu_check, "HERE", tmp_path)
+    began = time.monotonic()
+    done = gpu_check.run("env", 2, arguments(tmp_path), tmp_path / "rows", tmp_path / "log")
+    assert done.trouble == "not done after 2 s" and time.monotonic() - began < 20
+    assert b"asleep" in (tmp_path / "log").read_bytes()
+    lines = (
+        [line for path in Path("/proc").glob("[0-9]*/cmdline") for line in [path.read_bytes()] if b"77.7" in line]
+        if Path("/proc").is_dir()
+        else []
+    )
+    assert not lines, "what the part started lives on"
+
+
+def test_a_part_that_fails_says_why_and_the_table_names_it(gpu_check, tmp_path, monkeypatch):
+    (tmp_path / "gpu_parts.py").write_text("raise SystemExit('no such luck')\n")
+    monkeypatch.setattr(gpu_check, "HERE", tmp_path)
+    done = gpu_check.run("env", 20, arguments(tmp_path), tmp_path / "rows", tmp_path / "log")
+    assert done.trouble == "ended with exit code 1: no such luck"
+    row = {"part": "load", "case": "a|b", "value": "x", "goal": "y", "ok": False}
+    text = gpu_check.table([row], [done])
+    assert "| load | a/b | x | y | **NOT MET** |" in text and "| env | the whole part | ended with exit code 1: no such luck |" in text
+    assert "0 goals met, 1 not; 1 parts did not end well" in text
+
+
+def test_a_part_that_cannot_run_here_says_so(tmp_path):
+    done = subprocess.run(
+        [sys.executable, str(SCRIPT), "--only", "env,fp8", "--out", str(tmp_path)],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={"PATH": "/usr/bin:/bin", "CUDA_VISIBLE_DEVICES": ""},
+    )
+    assert done.returncode == 1
+    assert (tmp_path / "gpu_check.md").read_text().count("sees no GPU here") == 2
+
+
+def test_an_unknown_part_is_refused(tmp_path):
+    done = subprocess.run(
+        [sys.executable, str(SCRIPT), "--only", "lod", "--out", str(tmp_path / "x")], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2 and "no part lod; parts: env" in done.stderr and not (tmp_path / "x").exists()
