@@ -26,7 +26,9 @@ class Scope(Mapping[str, object]):
     not depend on the layer is evaluated once. Inside its own expression a name means config.json's.
     """
 
-    def __init__(self, descriptor: Descriptor, config: Mapping[str, object], given: Mapping[str, object] = {}, wider: "Scope | None" = None):
+    def __init__(
+        self, descriptor: Descriptor, config: Mapping[str, object], given: Mapping[str, object] = {}, wider: "Scope | None" = None
+    ):
         self.descriptor, self.config, self.given, self.wider = descriptor, config, given, wider
         self._known: dict[str, object] = {}
         self._open: list[str] = []

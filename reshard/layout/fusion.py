@@ -185,9 +185,7 @@ def fuse(fusion: Group, items: list[Item], dim: int = 0, align: int = 1, aligned
     steps = row_major(shape)
     blocks = []
     for item, (at, strides) in zip(items, places):
-        if len(item.dims) != len(shape) or any(
-            prod(map(item.extent, axes)) != shape[d] for d, axes in enumerate(item.dims) if d != dim
-        ):
+        if len(item.dims) != len(shape) or any(prod(map(item.extent, axes)) != shape[d] for d, axes in enumerate(item.dims) if d != dim):
             raise ValueError(f"{items[0].tensor} and {item.tensor} cannot be fused: their sizes differ")
         step = {axis: rows_ * steps[dim] for axis, rows_ in strides.items()}
         for d, axes in enumerate(item.dims):

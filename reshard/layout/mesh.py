@@ -74,11 +74,7 @@ def grid(mesh: Mesh) -> list[Rank]:
     if mesh.ep not in (1, mesh.tp) or mesh.etp not in (0, 1 if mesh.ep > 1 else mesh.tp):
         raise PlanError([f"ep={mesh.ep} with tp={mesh.tp}: this format deals experts out to its tensor-parallel ranks"],
                         f"use --ep 1 or --ep {mesh.tp}")  # fmt: skip
-    return [
-        Rank(p * mesh.tp + t, t, p, t if mesh.ep > 1 else 0, 0 if mesh.ep > 1 else t)
-        for p in range(mesh.pp)
-        for t in range(mesh.tp)
-    ]
+    return [Rank(p * mesh.tp + t, t, p, t if mesh.ep > 1 else 0, 0 if mesh.ep > 1 else t) for p in range(mesh.pp) for t in range(mesh.tp)]
 
 
 def stage_order(mesh: Mesh, etp: int) -> list[tuple[int, int, int]]:

@@ -174,7 +174,9 @@ class Placement:
                 dims = self._viewed(entry, shape)
                 for i, expert in enumerate(experts):
                     name = f"{before}{i if local else expert}{after}"
-                    yield Stored(rank.number, name, "", dims, tuple([Part((t, *lead, expert), block) for t, block in blocks]), entry, pad=pad)
+                    yield Stored(
+                        rank.number, name, "", dims, tuple([Part((t, *lead, expert), block) for t, block in blocks]), entry, pad=pad
+                    )
             else:
                 yield self._stack(pattern, rank, head, shape, blocks, pad, [(*lead, expert) for expert in experts], (len(experts),))
 
@@ -195,7 +197,9 @@ class Placement:
         else:
             yield self._stack(pattern, rank, head, shape, blocks, pad, [(number,) for number, _ in here], (len(here),))
 
-    def _stack(self, pattern: Pattern, rank: Rank, name: str, shape, blocks, pad: int, numbers: list[tuple], lead: tuple[int, ...]) -> Stored:
+    def _stack(
+        self, pattern: Pattern, rank: Rank, name: str, shape, blocks, pad: int, numbers: list[tuple], lead: tuple[int, ...]
+    ) -> Stored:
         """One stored tensor that holds many layers' or experts' tensors one after another."""
         size, out = prod(shape), []
         for tensor, block in blocks:
@@ -305,7 +309,9 @@ class Placement:
             if padded == axis:
                 value = self.pads.get(axis) or evaluate(text, scope)
                 if not isinstance(value, int) or isinstance(value, bool) or value < size:
-                    raise LayoutError(f"layout {self.layout.name}: {entry.name}: pad {axis} = {text!r} is {quote(repr(value))}, less than its size {size}")
+                    raise LayoutError(
+                        f"layout {self.layout.name}: {entry.name}: pad {axis} = {text!r} is {quote(repr(value))}, less than its size {size}"
+                    )
                 return value
         return size
 
