@@ -150,11 +150,11 @@ def parse_part(name: str, where: str, table: dict) -> Part:
     }
     formats = {key: _format(where, key, table[key]) for key in FORMATS if key in table}
     defaults, conditions, axes = (expressions(where, key, table.get(key, {})) for key in ("defaults", "conditions", "axes"))
-    for table, names in (("axes", axes), ("conditions", conditions)):
+    for kind, names in (("axes", axes), ("conditions", conditions)):
         for key in names:
             if key in (*GIVEN, "platform", "true", "false", "null", "layer") or not re.fullmatch(r"[^\W\d]\w*", key, re.ASCII):
                 hint = "use a word that no other table uses, of letters, digits and _"
-                raise LayoutError(f"{where}: [{table}] {quote(repr(key))} can't be a name", hint)
+                raise LayoutError(f"{where}: [{kind}] {quote(repr(key))} can't be a name", hint)
     return Part(
         name, where, description, at, texts(where, "replicate", table.get("replicate", [])), defaults, conditions, axes, tensors, formats
     )
