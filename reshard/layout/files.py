@@ -76,7 +76,7 @@ class Part:
     name: str
     where: str
     description: str = ""
-    at: "str | Mapping[str, str]" = ""
+    at: "str | Mapping[str, str]" = field(default_factory=dict)
     replicate: tuple[str, ...] = ()
     defaults: Mapping[str, "str | bool"] = field(default_factory=dict)
     conditions: Mapping[str, "str | bool"] = field(default_factory=dict)
@@ -143,7 +143,7 @@ def parse_part(name: str, where: str, table: dict) -> Part:
     description = table.get("description", "")
     if not isinstance(description, str):
         raise LayoutError(f"{where}: description must be a text, got {quote(repr(description))}")
-    at = _at(where, table.get("at", ""))
+    at = _at(where, table.get("at", {}))
     tensors = {
         key: value if value is False else parse_tensor(f"{where}: [tensors] {key}", value)
         for key, value in table_of(where, "tensors", table.get("tensors", {})).items()

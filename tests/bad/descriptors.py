@@ -2,6 +2,7 @@
 
 import copy
 import random
+import re
 import tomllib
 from collections.abc import Callable
 from pathlib import Path
@@ -29,9 +30,10 @@ _PLACES = [
 _TOKENS = ["{", "}", "{layer}", "{expert}", "(", ")", "*", '"', "[", "]", "=", "false", "true", "0", "-1", "9" * 25, "ceil_to(vocab, 0)", "len(vocab)",
            "layer", "hidden", "kv", "ffn", "null", " / 0", "{layer:>9}", "[[0], [0]]", "\0", "\x1b[2J", "²", "extends", "drop", "of", "pad", "view"]  # fmt: skip
 _VALUES = [None, True, False, 0, -1, 1 << 70, 1.5, float("nan"), "", "1", "{", "{layer}", "vocab", "hidden * " * 30 + "hidden", "x" * 600, [], [[]], [["q"]], ["q", "q"],
-           ["k", "v"], {}, {"name": "x"}, {"name": 3}, {"name": "l.{layer}", "of": ["q"]}, {"vocab": "0 - 1"}, {"hidden": "ceil_to(hidden, 0)"}]  # fmt: skip
-_KEYS = ["name", "of", "within", "dims", "dim", "cut", "split", "pad", "when", "stage", "alias", "only_rank0", "view", "dtype", "value", "shape", "drop",
-         "variants", "until", "args", "constants", "like", "extends", "axes", "conditions", "defaults", "replicate", "architectures", "layer", "odd"]  # fmt: skip
+           ["k", "v"], {}, {"name": "x"}, {"name": 3}, {"name": "l.{layer}", "of": "q k"}, {"vocab": "0 - 1"}, {"hidden": "ceil_to(hidden, 0)"}]  # fmt: skip
+_KEYS = ["name", "of", "dims", "cut", "split", "pad", "align", "when", "stage", "copy", "omit", "only_rank0", "view", "dtype", "constant", "shape", "drop",
+         "until", "form", "args", "like", "extends", "axes", "conditions", "defaults", "replicate", "architectures", "layer", "odd", "place", "part", "parts", "at",
+         "count", "optional", "transform", "within", "hf", "vllm"]  # fmt: skip
 
 
 def mutant(random: random.Random, texts: list[str]) -> str | dict:
@@ -101,7 +103,13 @@ def as_toml(mutant: str | dict) -> bytes:
 
 
 def builtin_texts() -> list[str]:
-    return [path.read_text() for path in sorted(layout_dir().glob("*.toml"))]
+    """The descriptors that come with reshard, and each of their parts inside one."""
+    own = [path.read_text() for path in sorted(layout_dir().glob("*.toml"))]
+    for path in sorted(layout_dir().glob("parts/*.toml")):
+        inline = "".join(re.sub(r"^\[", f"[part.{path.stem}.", line) for line in path.read_text().splitlines(keepends=True))
+        family = "deepseek_v3" if path.stem in ("mla", "shared_experts") else "qwen3_moe"
+        own.append(f'extends = "{family}"\narchitectures = ["X"]\n[part.{path.stem}]\n{inline}')
+    return own
 
 
 def use(path: Path) -> None:
