@@ -29,7 +29,7 @@ from reshard.stores import DTYPE_SIZE
 
 _INTEGERS = {"BOOL": "?", "U8": "u1", "I8": "i1", "U16": "u2", "I16": "i2", "U32": "u4", "I32": "i4", "U64": "u8", "I64": "i8"}
 
-Sizes = dict[str, tuple[int, ...]]
+Sizes = Callable[[Key], tuple[int, ...]]
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,8 @@ class Pair:
     @property
     def plan(self) -> Plan:
         """Every holder of a box against every other side's holder of it, of the tensors that have the same sizes on both sides."""
-        alike = tuple(run for run in self.join.runs if self.sizes[0][run.first[0]] == self.sizes[1][run.first[0]])
+        mine, theirs = self.sizes
+        alike = tuple(run for run in self.join.runs if all(mine(key) == theirs(key) for key in map(run.key, range(run.count))))
         return Plan(replace(self.join, runs=alike), every_pair=True)
 
 
@@ -64,15 +65,15 @@ def pair(a: Checkpoint, b: Checkpoint) -> Pair:
 
 def _sizes(checkpoint: Checkpoint) -> Sizes:
     """Per tensor of the model, and weight that its layout leaves out, the size along each axis."""
-    of = {tensor.name: checkpoint.layout.shape(tensor) for tensor in checkpoint.layout.descriptor.tensors.values()}
-    return of | {part.first[0]: part.block.shape for stored in checkpoint.left_out for part in stored.parts}
+    left = {part.first: part.block.shape for stored in checkpoint.left_out for part in stored.parts}
+    return lambda key: left[key] if key in left else checkpoint.layout.shape_of(key)
 
 
 def _bytes(side: Iterable[Stored], keys: Iterable[Key], sizes: Sizes) -> int:
     """Bytes of some tensors, whole, in the dtype that `side` holds them in."""
     wanted = set(keys)
     dtypes = {key: stored.dtype for stored in side for key, _ in stored.blocks if key in wanted} if wanted else {}
-    return sum(_volume(sizes[key[0]]) * DTYPE_SIZE[dtype] for key, dtype in dtypes.items())
+    return sum(_volume(sizes(key)) * DTYPE_SIZE[dtype] for key, dtype in dtypes.items())
 
 
 def compare(a: Checkpoint, b: Checkpoint, progress: Callable[[int], None] = lambda size: None) -> DiffReport:
@@ -101,7 +102,7 @@ def compare(a: Checkpoint, b: Checkpoint, progress: Callable[[int], None] = lamb
         why = _not_compared(lined_up.sizes, key, pattern, tally.compared[key])
         if why:
             difference = difference or Difference("", 0, None)
-            difference.elements += _volume(lined_up.sizes[0][key[0]]) - tally.compared[key]
+            difference.elements += _volume(lined_up.sizes[0](key)) - tally.compared[key]
             difference.why = "; ".join(text for text in (difference.why, why) if text)
         if difference:
             difference.name = name(key)
@@ -112,7 +113,7 @@ def compare(a: Checkpoint, b: Checkpoint, progress: Callable[[int], None] = lamb
 
 def _not_compared(sizes: tuple[Sizes, Sizes], key: Key, pattern: Pattern, compared: int) -> str:
     """Why not every element of a tensor that both sides have was compared; empty where every one was."""
-    first, second = (side[key[0]] for side in sizes)
+    first, second = (side(key) for side in sizes)
     if first != second:
         return f"sizes {list(first)} and {list(second)}"
     whole = _volume(first)

@@ -140,6 +140,15 @@ class Layout:
         scope = self.names(tensor.place, number)
         return tuple(scope[axis] for axis in tensor.axes)
 
+    def shape_of(self, key: tuple) -> tuple[int, ...]:
+        """Size per axis of the tensor `key` names: its name, its place's number, its expert's, where it has them."""
+        tensor = self.descriptor.tensors[key[0]]
+        number = key[1] if tensor.index and tensor.index[0] == tensor.place else None
+        at = "shape", key[0], number
+        if at not in self._cache:
+            self._cache[at] = self.shape(tensor, number)
+        return self._cache[at]
+
     def exists(self, tensor: Tensor, number: int | None = None) -> bool:
         """Whether the model has `tensor` (in layer `number`)."""
         if tensor.place in self.absent or (tensor.name, number) in self.lacking:

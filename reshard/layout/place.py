@@ -74,8 +74,9 @@ class Placement:
             self._scopes[place, number] = Scope(self.layout.descriptor, self.layout.scope, self._given, names)
         return self._scopes[place, number]
 
-    def stored(self, ranks: list[Rank] | None = None, aliases: bool = False) -> Iterator[Stored]:
-        """Stored tensors in order of rank, without dtypes. `aliases` adds names that are read but never written.
+    def stored(self, ranks: list[Rank] | None = None, aliases: bool = False, number: int | None = None) -> Iterator[Stored]:
+        """Stored tensors in order of rank, without dtypes. `aliases` adds names that are read but never written; `number`
+        limits them to one number of their places.
 
         Cuts that can't be made are gathered in `problems`, all of them; the caller raises.
         """
@@ -83,7 +84,7 @@ class Placement:
         for rank in ranks or self.ranks:
             for pattern in patterns:
                 if pattern.numbers:
-                    yield from self._stored(pattern, rank)
+                    yield from self._stored(pattern, rank, number)
 
     def constants(self, rank: Rank) -> Iterator[tuple[str, Constant]]:
         """Names and values of the tensors the engine demands beside the weights on `rank`."""
@@ -92,6 +93,11 @@ class Placement:
                 if number is None or number in self.layout.numbers(constant.place):
                     if self._holds(constant.when, constant.place, number):
                         yield self.layout.fill(constant.name, constant.place, number, printed), constant
+
+    def omitted(self) -> "Omitted":
+        """The tensors that this format is declared to do without."""
+        held = {(name, number) for entry in self.section.entries if entry.omit for number in self.holding(entry) for name in entry.of}
+        return Omitted(self.layout, self.section.without, held)
 
     def pattern(self, entry: Entry) -> Pattern:
         """`entry` made ready for this placement."""
@@ -149,8 +155,8 @@ class Placement:
             return []
         return [(number, number) for number in self.layout.numbers(place)]
 
-    def _stored(self, pattern: Pattern, rank: Rank) -> Iterator[Stored]:
-        entry, present = pattern.entry, pattern.numbers
+    def _stored(self, pattern: Pattern, rank: Rank, only: int | None = None) -> Iterator[Stored]:
+        entry, present = pattern.entry, pattern.numbers if only is None else pattern.numbers.keys() & {only}
         here = [(number, printed) for number, printed in self._here(entry.place, pattern.stage, rank) if number in present]
         if not here:
             return
@@ -328,6 +334,22 @@ class Placement:
         line = f"{entry.name}: {text}"
         if line not in self.problems:
             self.problems.append(line)
+
+
+@dataclass(frozen=True)
+class Omitted:
+    """Tensors that a format does not hold: those of whole `places`, and those told one by one (name, number of its place)."""
+
+    layout: Layout
+    places: tuple[str, ...]
+    tensors: set[tuple[str, int | None]]
+
+    def __contains__(self, key: tuple) -> bool:
+        tensor = self.layout.descriptor.tensors.get(key[0])
+        if tensor is None:
+            return False
+        number = key[1] if tensor.index and tensor.index[0] == tensor.place else None
+        return tensor.place in self.places or (tensor.name, number) in self.tensors
 
 
 def _stretches(numbers: list[tuple[int, ...]]) -> Iterator[tuple[int, int]]:

@@ -52,6 +52,7 @@ class Resolver:
         self.defaults = self._expressions("defaults")
         for key in sorted(self.axes.keys() & self.conditions.keys()):
             raise LayoutError(f"{self.where}: {key!r} is an axis and a condition", "give one of the two another name")
+        self.removed: set[tuple[str, str]] = set()  # tensors of parts that an own table takes away
         self.raw = self._raw()
         self.ids = self._ids()
         self.tensors = {self.ids[at]: self._tensor(at, *found) for at, found in self.raw.items()}
@@ -153,6 +154,7 @@ class Resolver:
                 for at in having:
                     if raw is False:
                         del found[at]
+                        self.removed.add(at)
                     else:
                         found[at] = raw, found[at][1]
         return found

@@ -61,7 +61,7 @@ class Sections:
     def __init__(self, resolver: "Resolver"):
         self.name, self.chain, self.where = resolver.name, resolver.chain, resolver.where
         self.places, self.uses, self.axes = resolver.places, resolver.uses, resolver.axes
-        self.raw, self.ids, self.tensors = resolver.raw, resolver.ids, resolver.tensors
+        self.raw, self.ids, self.tensors, self.removed = resolver.raw, resolver.ids, resolver.tensors, resolver.removed
         self._known_axis, self._tables = resolver.known_axis, resolver.tables
 
     def has(self, format: str) -> bool:
@@ -146,9 +146,10 @@ class Sections:
                         raise LayoutError(
                             f"{table.where} {label}: part {fresh[label].standing.part.name} of place {place} has this label too"
                         )
-                    found = Labelled(entries, use)
+                    found = Labelled(tuple(entry for entry in entries if not self._emptied(entry, place)), use)
                     self._known_tensors(found, place)
-                    fresh[label] = found
+                    if found.entries:
+                        fresh[label] = found
             _lay(state[place], fresh)
         for file in self.chain:
             if table := file.own.formats.get(format):
@@ -188,6 +189,10 @@ class Sections:
         if leaves:
             return LayoutError(f"{entry.where}: {', '.join(leaves)} do not stand in one place")
         return LayoutError(f"{entry.where}: a new constant or copy needs a part", "an own table changes those that parts have")
+
+    def _emptied(self, entry: RawEntry, place: str) -> bool:
+        """Whether all that a part's entry holds was taken away."""
+        return entry.fusion is not None and all(self._leaf(leaf, place) in self.removed for leaf in entry.fusion.leaves())
 
     def _known_tensors(self, found: Labelled, place: str) -> None:
         for entry in found.entries:
