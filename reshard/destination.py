@@ -44,7 +44,9 @@ class Place:
         """Raises DestinationError where no folder can be put: a link that leads nowhere, a file, a mount point, the folder one is in."""
         given = Path(os.path.abspath(destination))
         if given.is_symlink() and not given.exists():
-            raise DestinationError(f"{given} is a link to {os.readlink(given)}, which does not exist", "make that folder, or remove the link")
+            raise DestinationError(
+                f"{given} is a link to {os.readlink(given)}, which does not exist", "make that folder, or remove the link"
+            )
         place = cls(given, Path(os.path.realpath(given)), rank)
         if place.path.exists() and not place.path.is_dir():
             raise DestinationError(f"{given} is a file", "choose another destination")
@@ -54,7 +56,9 @@ class Place:
         if mount:
             raise DestinationError(f"{mount}, inside {given}, is a mount point: the folder can't be replaced", "choose another destination")
         if place.path == Path(os.path.realpath(os.getcwd())):
-            raise DestinationError(f"{given} is the folder you are in: it would be replaced under you", "go one folder up, or use a folder in it: ./NAME")
+            raise DestinationError(
+                f"{given} is the folder you are in: it would be replaced under you", "go one folder up, or use a folder in it: ./NAME"
+            )
         return place
 
     @property
@@ -85,9 +89,16 @@ class Place:
         for target in (self.path, self.partial, self.old):
             if source == target or target in source.parents or source in target.parents:
                 word = self.given if target == self.path else target
-                raise DestinationError(f"{word} and the source {job.source.path} are the same folder, or one lies in the other", "choose another destination, or rename the source")
-        if source.parent == self.path.parent and source.name.startswith(self.partial.name):
-            raise DestinationError(f"the source {job.source.path} has a name that reshard uses while it writes {self.given}", "choose another destination, or rename the source")
+                raise DestinationError(
+                    f"{word} and the source {job.source.path} are the same folder, or one lies in the other",
+                    "choose another destination, or rename the source",
+                )
+        used = f".{self.path.name}.reshard"
+        if any(folder.parent == self.path.parent and folder.name.startswith(used) for folder in (source, *source.parents)):
+            raise DestinationError(
+                f"the source {job.source.path} has a name that reshard uses while it writes {self.given}",
+                "choose another destination, or rename the source",
+            )
         for path in [*(job.source.path / file for file in job.source.files), *job.companions.values()]:
             real = Path(os.path.realpath(path))
             if any(target in real.parents for target in (self.path, self.partial, self.old)):
@@ -99,8 +110,10 @@ class Place:
             return
         names = sorted(path.name for path in self.path.iterdir())
         if not overwrite:
-            raise DestinationError(f"{self.given} is not empty ({len(names)} entries{note})", "use --overwrite to replace it, or choose another destination")
-        if self.old.exists():
+            raise DestinationError(
+                f"{self.given} is not empty ({len(names)} entries{note})", "use --overwrite to replace it, or choose another destination"
+            )
+        if os.path.lexists(self.old):
             raise DestinationError(f"{self.old} is in the way: it is what an interrupted run replaced, or your own", "move or delete it")
         if not _is_checkpoint(self.path):
             raise DestinationError(f"{self.given} is no checkpoint; --overwrite would delete what it holds: {some(names)}",
@@ -141,9 +154,17 @@ class Place:
             raise DestinationError(f"{self.partial}, where reshard would write, is a file", "move or delete it")
         names = {path.name for path in self.partial.iterdir()} - {JOURNAL} if self.partial.is_dir() else set()
         if names and not notes_in(self.partial):
-            raise DestinationError(f"{self.partial}, where reshard would write, holds what no run of it left: {some(sorted(names))}", "move or delete that folder")
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.partial.mkdir(mode=mode, exist_ok=True)
+            raise DestinationError(
+                f"{self.partial}, where reshard would write, holds what no run of it left: {some(sorted(names))}",
+                "move or delete that folder",
+            )
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.partial.mkdir(mode=mode, exist_ok=True)
+        except OSError as error:
+            raise DestinationError(
+                f"{self.partial} can't be made: {error.strerror}", "choose a destination in a folder that you may write to"
+            ) from None
 
     def publish(self, journal: Journal, overwrite: bool, fsync: bool) -> None:
         """Give the finished folder its name, in one step. To be called under the lock (``locked``).
@@ -155,17 +176,17 @@ class Place:
             _keep_access(self.path, self.partial)
         journal.publish(self.partial.stat().st_ino, self.partial.name)
         replaces = self.taken
-        if not replaces:
-            try:
+        try:
+            if not replaces:
                 os.rename(self.partial, self.path)
-            except OSError as error:
-                raise DestinationError(f"{self.given} can't be replaced: {error.strerror}; what was written is kept in {self.partial}",
-                                       "see what appeared there, then run the same command again")  # fmt: skip
-        elif exchange(self.partial, self.path):
-            os.rename(self.partial, self.old)
-        else:
-            os.rename(self.path, self.old)
-            os.rename(self.partial, self.path)
+            elif exchange(self.partial, self.path):
+                os.rename(self.partial, self.old)
+            else:
+                os.rename(self.path, self.old)
+                os.rename(self.partial, self.path)
+        except OSError as error:
+            text = f"{self.given} can't be replaced: {error.strerror}; what was written is kept in {self.partial}"
+            raise DestinationError(text, "see what stands there, then run the same command again") from None
         if fsync:
             sync_folder(self.path.parent)
         if replaces:

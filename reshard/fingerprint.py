@@ -34,7 +34,14 @@ def fingerprint(job: Job) -> str:
 def conversion(job: Job) -> str:
     """A digest of source, layout and options: what all ranks of one conversion have in common."""
     digest = hashlib.sha256()
-    _add(digest, __version__, options(job) | {"rank": None}, source_state(job), plain(job.source.layout.section(job.section)), dict(job.source.layout.sizes))
+    _add(
+        digest,
+        __version__,
+        options(job) | {"rank": None},
+        source_state(job),
+        plain(job.source.layout.section(job.section)),
+        dict(job.source.layout.sizes),
+    )
     _add(digest, digest_of(job.source.stored))
     return digest.hexdigest()
 

@@ -146,7 +146,16 @@ def replay(notes: list[dict], now: str | None) -> Done:
     return done
 
 
-_KINDS = {"boot": (str, type(None)), "file": (str,), "batch": (int,), "mark": (int,), "durable": (int,), "doubt": (bool,), "forget": (bool,), "publish": (int,)}
+_KINDS = {
+    "boot": (str, type(None)),
+    "file": (str,),
+    "batch": (int,),
+    "mark": (int,),
+    "durable": (int,),
+    "doubt": (bool,),
+    "forget": (bool,),
+    "publish": (int,),
+}
 
 
 def _sound(note: object, is_first: bool) -> bool:
@@ -154,11 +163,17 @@ def _sound(note: object, is_first: bool) -> bool:
     if not isinstance(note, dict) or not note:
         return False
     if is_first:
-        return isinstance(note.get("fingerprint"), str) and isinstance(note.get("source", ""), str) and isinstance(note.get("options", {}), dict)
+        return (
+            isinstance(note.get("fingerprint"), str)
+            and isinstance(note.get("source", ""), str)
+            and isinstance(note.get("options", {}), dict)
+        )
     if "redo" in note:
         redo = note["redo"]
         lists = isinstance(redo, dict) and [redo.get("files"), redo.get("batches")]
-        return bool(lists) and all(isinstance(items, list) and all(type(item) is kind for item in items) for items, kind in zip(lists, (str, int)))
+        return bool(lists) and all(
+            isinstance(items, list) and all(type(item) is kind for item in items) for items, kind in zip(lists, (str, int))
+        )
     return any(key in note and type(note[key]) in kinds for key, kinds in _KINDS.items()) and isinstance(note.get("from", ""), str)
 
 

@@ -34,6 +34,7 @@ def locked(path: Path, what: str, wait: bool = False, make: Callable[[], None] =
         except FileNotFoundError:
             if time.monotonic() > until:
                 raise
+            time.sleep(0.01)
             continue  # its folder got another name just now
         try:
             held = _lock(handle, path)
@@ -65,8 +66,9 @@ def _lock(handle: int, path: Path) -> Callable[[], None] | None:
 
 
 def _beside(path: Path) -> Path:
-    """The lock file for a file that can't be locked: beside its folder, which may get another name meanwhile."""
-    return path.parent.with_name(f"{path.parent.name}.lock") if path.parent.name.startswith(".") else path.with_name(f"{path.name}.lock")
+    """The lock file that stands for `path`: beside it, or for a journal beside its folder, which may get another name meanwhile."""
+    locked_file = path if path.name.startswith(".") else path.parent
+    return locked_file.with_name(f"{locked_file.name}.lock")
 
 
 def _create(path: Path) -> Callable[[], None] | None:

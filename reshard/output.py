@@ -201,7 +201,8 @@ class Output:
         """What a failure of the disk is to the user. Nothing is thrown away: the run goes on when it is repeated."""
         self.doubtful = self.doubtful or error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE)
         advice = "free some space" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "see to the disk"
-        return DestinationError(f"{self._folder / path} can't be written: {error.strerror or error}", f"{advice}, then run the same command: it goes on where it stopped")
+        text = f"{self._folder / path} can't be written: {error.strerror or error}"
+        return DestinationError(text, f"{advice}, then run the same command: it goes on where it stopped")
 
 
 @lru_cache(maxsize=1)

@@ -16,18 +16,16 @@ from pathlib import Path
 from reshard import __version__
 from reshard.checkpoint import Checkpoint
 from reshard.destination import Place, modes, sync_folder
-from reshard.errors import DestinationError, FormatError, HubError
+from reshard.errors import CastError, DestinationError, FormatError
 from reshard.execute import Source, casts_judged, run_batches, run_portions
-from reshard.fetch import Batch
 from reshard.fingerprint import conversion, fingerprint, options, source_state
 from reshard.formats.manifest import NAME as MANIFEST
 from reshard.formats.manifest import merged, of_conversion, read_incomplete
 from reshard.job import Job, default_jobs
-from reshard.journal import NAME as JOURNAL
-from reshard.journal import Done, Journal, notes_in, opened
+from reshard.journal import Journal, notes_in, opened
+from reshard.planner.tiles import BUFFER, tile_limit
 from reshard.output import Output
-from reshard.planner.tiles import BUFFER, Portion, tile_limit
-from reshard.stores import DTYPE_SIZE
+from reshard.resume import Work, check_leftover, give_up, resume, written_by
 from reshard.stores.identity import changed
 from reshard.text import human
 
@@ -48,16 +46,6 @@ class Report:
     bytes_received: int = 0  # over the network, small files and repeats among them
     resumed_bytes: int = 0  # of the source, that an earlier run had moved
     notes: list[str] = field(default_factory=list)  # what the user should know besides, as sentences
-
-
-@dataclass(frozen=True)
-class Work:
-    """What is to be done of a job: `done` was by an earlier run; `left` are numbered portions, `resumed` bytes of the source those that are not."""
-
-    portions: list[Batch] | list[Portion]
-    done: Done
-    left: list[tuple[int, Batch | Portion]]
-    resumed: int
 
 
 def convert(
@@ -89,16 +77,25 @@ def convert(
         other = read_incomplete(place.path) if job.rank is not None and not overwrite else None
         if other:
             held = ", ".join(map(str, other["ranks"]["held"]))
-            raise DestinationError(f"{place.given} holds rank {held} of another conversion: other source files, layout or options", "choose another destination, or use --overwrite to replace it")
+            raise DestinationError(
+                f"{place.given} holds rank {held} of another conversion: other source files, layout or options",
+                "choose another destination, or use --overwrite to replace it",
+            )
         place.check_free(overwrite, "".join(f"; {note}" for note in notes))
-    first = {"fingerprint": fingerprint(job), "reshard": __version__, "source": job.source.name, "options": options(job), "state": source_state(job)}
-    _check_leftover(notes_in(place.partial), first, job, place, overwrite)
+    first = {
+        "fingerprint": fingerprint(job),
+        "reshard": __version__,
+        "source": job.source.name,
+        "options": options(job),
+        "state": source_state(job),
+    }
+    check_leftover(notes_in(place.partial), first, job, place, overwrite)
     _check_space(job, place)
     jobs = jobs or default_jobs(job.source)
     files_mode, folders_mode = modes(job.source.path / file for file in job.source.files) if not job.source.remote else (0o666, 0o777)
     with opened(place.partial, str(place.given), lambda: place.make_partial(folders_mode)) as journal:
-        notes += _check_leftover(journal.notes, first, job, place, overwrite)
-        work = _resume(journal, job, place.partial, first)
+        notes += check_leftover(journal.notes, first, job, place, overwrite)
+        work = resume(journal, job, place.partial, first)
         source = job.source.source(job.batches if not work.resumed else (), jobs)
         left = [file for file in job.folder.files if file.path not in work.done.files]
         there = written_by(job, work.portions, work.done.batches) if work.done.batches else {}
@@ -115,8 +112,8 @@ def convert(
             if fsync:
                 for folder in sorted({path.parent for path in place.partial.rglob("*")}):
                     sync_folder(folder)
-        except FormatError as error:
-            _give_up(job, work, journal, place, error)
+        except (FormatError, CastError) as error:
+            give_up(job, work, journal, place, error)
             raise
         finally:
             output.close()
@@ -134,7 +131,9 @@ def convert(
                   received(job.source), work.resumed, notes)  # fmt: skip
 
 
-def _move(job: Job, work: Work, source: Source, output: Output, journal: Journal, *, jobs: int, buffer: int, progress: Callable[[int], None]) -> None:
+def _move(
+    job: Job, work: Work, source: Source, output: Output, journal: Journal, *, jobs: int, buffer: int, progress: Callable[[int], None]
+) -> None:
     """Read and write what is not done yet, and note it."""
     progress(work.resumed)
     marked = [time.monotonic()]
@@ -158,7 +157,7 @@ def received(source: Checkpoint) -> int:
 
 
 def _finished(job: Job, place: Place, healed: dict | None) -> bool:
-    """Whether an earlier run of this very job did all: it was killed when its folder had its name already, or its rank is in the folder."""
+    """Whether an earlier run of this very job did all: it was killed when its folder had its name, or its rank is in the folder."""
     if healed and healed["fingerprint"] == fingerprint(job):
         return _whole(job, place.path)
     if job.rank is None or not _whole(job, place.path):
@@ -188,91 +187,6 @@ def _ranks_there(job: Job, place: Place) -> dict | None:
     return there if there and there["ranks"].get("conversion") == conversion(job) else None
 
 
-def _check_leftover(notes: list[dict], first: dict, job: Job, place: Place, overwrite: bool) -> list[str]:
-    """What to say of an unfinished run's leftover, whose journal is `notes`. Raises DestinationError where it is other work, worth asking about."""
-    earlier = notes[0] if notes else {}
-    if not earlier or earlier["fingerprint"] == first["fingerprint"]:
-        return []
-    if all(earlier.get(key) == first[key] for key in ("source", "options", "state")):
-        return [f"an unfinished run was started over: since it began, the layout or reshard's version changed ({place.partial})"]
-    if overwrite or not any(path.name != JOURNAL and path.is_file() for path in place.partial.rglob("*")):
-        return []
-    name, mine = str(earlier.get("source")), first["source"]
-    throw_away = f"to throw it away, use --overwrite or delete {place.partial}"
-    if job.source.remote and name != mine and name.partition("@")[0] == mine.partition("@")[0]:
-        raise DestinationError(f"{place.partial} holds an unfinished conversion of {name}; {job.source.path} is at {job.source.revision[:12]} now",
-                               f"convert {name} to finish it; {throw_away}")  # fmt: skip
-    if name == mine and earlier.get("options") == first["options"]:
-        raise DestinationError(f"{place.partial} holds an unfinished conversion of {name}, whose files have changed since", throw_away)
-    was = _options_text(earlier.get("options", {}))
-    raise DestinationError(f"{place.partial} holds an unfinished conversion of {'the same source' if name == mine else name} with {was}", f"run that command again to finish it; {throw_away}")
-
-
-def _options_text(chosen: dict) -> str:
-    """Options as the command line spells them."""
-    words = {"format": "to"}
-    usual = (None, 0, 1)
-    given = [f"--{words.get(key, key).replace('_', '-')} {value}" for key, value in chosen.items() if value not in usual or (key == "rank" and value is not None)]
-    return " ".join(given)[:200] or "other options"
-
-
-def _resume(journal: Journal, job: Job, partial: Path, first: dict) -> Work:
-    """What is left to do after an interrupted run of the very same job. Removes what is not of it, and starts the journal where there is none."""
-    same = journal.first.get("fingerprint") == first["fingerprint"]
-    if not same:
-        _clean(partial, set())  # before the journal that tells whose it is
-    done = journal.begin(first, afresh=not same)
-    sizes = {file.path: file.image.size for file in job.folder.files}
-    whole = {name for name in sizes if (at := partial / name).is_file() and not at.is_symlink() and at.stat().st_size == sizes[name]}
-    done.files &= whole
-    work = job.portions()
-    done.batches &= set(range(len(work)))
-    if done.batches and not {file for file, size in written_by(job, work, done.batches).items() if size} <= whole:
-        journal.forget()
-        done.batches = set()
-    _clean(partial, whole if done.batches else done.files)
-    left = list(enumerate(work))
-    if done.files or done.batches:
-        left = [(number, portion.without(done.files)) for number, portion in left if number not in done.batches]
-        left = [(number, portion) for number, portion in left if portion.tiles]
-        return Work(work, done, left, job.bytes_read - sum(portion.size for _, portion in left))
-    return Work(work, done, left, 0)
-
-
-def _clean(partial: Path, keep: set[str]) -> None:
-    """Remove all files but the journal and `keep`, all links, and folders in which nothing is left."""
-    for folder, inner, files in os.walk(partial, topdown=False):
-        for name in files + [name for name in inner if os.path.islink(os.path.join(folder, name))]:
-            path = Path(folder, name)
-            relative = str(path.relative_to(partial))
-            if path.is_symlink() or relative not in keep | {JOURNAL}:
-                os.unlink(path)
-        if Path(folder) != partial and not os.listdir(folder):
-            os.rmdir(folder)
-
-
-def written_by(job: Job, portions: list[Batch] | list[Portion], batches: set[int]) -> dict[str, int]:
-    """How many bytes of each output file those portions write."""
-    size = {file.path: 0 for file in job.folder.files}
-    for number in batches:
-        for tile in portions[number].tiles:
-            for copy in tile.copies:
-                size[copy.dst.file] += copy.move.size * DTYPE_SIZE[copy.dst.dtype]
-    return size
-
-
-def _give_up(job: Job, work: Work, journal: Journal, place: Place, error: FormatError) -> None:
-    """What is kept of a run whose source turned out to be wrong: where one file of the Hub's came wrong, all that is not made of it; else nothing."""
-    file = getattr(error, "source_file", None)
-    if file is None and isinstance(error, HubError):  # a small file of the Hub's came wrong: nothing was made of it
-        return
-    if not job.source.remote or file is None:
-        shutil.rmtree(place.partial)
-        return
-    outputs = sorted({copy.dst.file for copy in job.plan.copies if copy.src.file == file})
-    journal.redo(outputs, [n for n, portion in enumerate(work.portions) if any(c.src.file == file for tile in portion.tiles for c in tile.copies)])
-
-
 def _check_companions(job: Job) -> None:
     for path, then in job.identities.items():
         how = changed(path, then)
@@ -289,7 +203,9 @@ def _check_space(job: Job, place: Place) -> None:
     status = os.statvfs(above)
     free = status.f_bavail * status.f_frsize
     if need > free:
-        raise DestinationError(f"{above} has {free:,} bytes free, the conversion writes {need:,}", "free some space, or write to another disk")
+        raise DestinationError(
+            f"{above} has {free:,} bytes free, the conversion writes {need:,}", "free some space, or write to another disk"
+        )
 
 
 def _small_files(job: Job) -> dict[str, bytes]:
@@ -309,7 +225,9 @@ def _write_small(content: bytes, path: Path, fsync: bool, mode: int) -> None:
         if fsync:
             os.fsync(handle)
     except OSError as error:
-        raise DestinationError(f"{path} can't be written: {error.strerror}", "free some space, then run the same command: it goes on where it stopped") from None
+        raise DestinationError(
+            f"{path} can't be written: {error.strerror}", "free some space, then run the same command: it goes on where it stopped"
+        ) from None
     finally:
         os.close(handle)
 

@@ -24,7 +24,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-from bad.inputs import READERS, outcome  # noqa: E402
+from bad.inputs import READERS, outcome
 
 SECONDS, MEMORY = 10, 1 << 30
 #: of a hundred inputs, how many are each reader's

@@ -52,7 +52,14 @@ def draw(number: int, seed: int) -> Case:
     random_ = random.Random(f"{seed}-{number}")
     kind = CASES[number % len(CASES)]
     moments = tuple(random_.uniform(0.0, 1.0) for _ in range(random_.choice((1, 1, 1, 2))))
-    return Case(number, kind, random_.random() < 0.5, random_.random() < 0.3, random_.choice((signal.SIGKILL, signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT)), moments)
+    return Case(
+        number,
+        kind,
+        random_.random() < 0.5,
+        random_.random() < 0.3,
+        random_.choice((signal.SIGKILL, signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT)),
+        moments,
+    )
 
 
 class World:
@@ -112,10 +119,10 @@ def run(case: Case, world: World, folder: Path) -> str:
             assert files_of(world.model) == world.bytes and hub.repos["org/name"].refs["main"] == source, "the source changed"
             new = expected(case, world, hub, held) if held is not None and held != old else None
             assert held is None or held == old or new, f"the destination is neither old nor new: {sorted(held)}"
-            if first is None:
-                first = "done" if process.returncode == 0 else "absent" if held is None else "old" if held == old else "new"
+            outcome = "done" if process.returncode == 0 else "absent" if held is None else "old" if held == old else "new"
+            first = first or outcome
         done = subprocess.run(args, cwd=folder, env=env, capture_output=True, text=True, check=False)
-        if done.returncode and local and first in ("done", "new") and not case.old:  # it was finished: not empty, and rightly refused
+        if done.returncode and local and outcome in ("done", "new") and not case.old:  # it was finished: not empty, and rightly refused
             assert "not empty" in done.stderr, done.stderr
         else:
             assert done.returncode == 0, done.stderr

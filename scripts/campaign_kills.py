@@ -28,7 +28,16 @@ from reshard.demo import make_model
 from reshard.text import table
 
 CALLS = ("open", "mkdir", "ftruncate", "pwrite", "write", "fsync", "rename", "replace", "unlink", "rmdir", "exchange")
-FAULTS = {"open": (28, 24), "mkdir": (28,), "ftruncate": (28, 5), "pwrite": (28, 5), "write": (28, 5), "fsync": (28, 5), "rename": (28, 5), "exchange": (5,)}
+FAULTS = {
+    "open": (28, 24),
+    "mkdir": (28,),
+    "ftruncate": (28, 5),
+    "pwrite": (28, 5),
+    "write": (28, 5),
+    "fsync": (28, 5),
+    "rename": (28, 5),
+    "exchange": (5,),
+}
 
 
 class Lab:
@@ -101,7 +110,11 @@ def random_kills(lab: Lab, runs: int) -> None:
         new = lab.expect(pair)
         room = fresh(lab.root / "room")
         out = room / "dst"
-        more = {"fsync": lab.random.random() < 0.7, "jobs": lab.random.choice((1, 2, 3)), "buffer": lab.random.choice((1 << 20, 128_000_000))}
+        more = {
+            "fsync": lab.random.random() < 0.7,
+            "jobs": lab.random.choice((1, 2, 3)),
+            "buffer": lab.random.choice((1 << 20, 128_000_000)),
+        }
         old = None
         if lab.random.random() < 1 / 3:
             old, more["overwrite"] = lab.put_old(out), True
@@ -133,7 +146,11 @@ def random_kills(lab: Lab, runs: int) -> None:
             lab.wrong(f"{what}: the source was touched")
     keys = ("runs", "killed", "absent", "old", "new", "OTHER", "resumed")
     lines = [(name, *(row[key] for key in keys), f"{sum(shares[name]) / max(1, len(shares[name])):.0%}") for name, row in rows.items()]
-    total = ("all", *(sum(row[key] for row in rows.values()) for key in keys), f"{sum(map(sum, shares.values())) / max(1, sum(map(len, shares.values()))):.0%}")
+    total = (
+        "all",
+        *(sum(row[key] for row in rows.values()) for key in keys),
+        f"{sum(map(sum, shares.values())) / max(1, sum(map(len, shares.values()))):.0%}",
+    )
     print(table([*lines, total], ("pair", *keys, "share kept")), flush=True)
 
 

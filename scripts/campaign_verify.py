@@ -392,11 +392,13 @@ def main() -> int:
     for kind, count in counts.items():
         ran = sum(count[name] for name in ("found", "missed", "inconclusive", "crashed"))
         print(
-            f"{kind:24}{ran:9}{count['found']:8}{ran - count['found']:8}{count['explained']:20}   {count['passed']} / {count['false alarm']}"
+            f"{kind:24}{ran:9}{count['found']:8}{ran - count['found']:8}{count['explained']:20}   "
+            f"{count['passed']} / {count['false alarm']}"
         )
     total = sum(sum(count[name] for name in ("found", "missed", "inconclusive", "crashed")) for count in counts.values())
     print(
-        f"{total} defects planted, {sum(count['found'] for count in counts.values())} found; seed {options.seed}, {time.monotonic() - start:.0f} s"
+        f"{total} defects planted, {sum(count['found'] for count in counts.values())} found; "
+        f"seed {options.seed}, {time.monotonic() - start:.0f} s"
     )
     rmtree(scratch(), ignore_errors=True)
     return 1 if bad else 0

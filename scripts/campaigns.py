@@ -18,7 +18,7 @@ from pathlib import Path
 import reshard
 import reshard.compare
 import reshard.rearrange
-import reshard.transaction  # noqa: F401  loaded here, so that a fork has it
+import reshard.transaction
 from reshard.demo import CONFIG, make_model
 
 LLAMA = {**CONFIG, "hidden_size": 256, "intermediate_size": 704, "vocab_size": 2048, "num_hidden_layers": 6, "num_attention_heads": 8,
@@ -101,13 +101,19 @@ class Child:
         with os.fdopen(self._read, "rb") as pipe:
             text = pipe.read()
         _, status = os.waitpid(self.pid, 0)
-        return {"killed": os.WTERMSIG(status)} if os.WIFSIGNALED(status) else json.loads(text or b'{"error": "nothing said", "kind": "TRACEBACK"}')
+        return (
+            {"killed": os.WTERMSIG(status)}
+            if os.WIFSIGNALED(status)
+            else json.loads(text or b'{"error": "nothing said", "kind": "TRACEBACK"}')
+        )
 
 
 def same(a: Path, b: Path, ignore: tuple[str, ...] = ("journal.jsonl",)) -> bool:
     """Whether two folders hold the same files, byte for byte, and the same folders."""
     left, right = ({str(p.relative_to(x)): p for p in x.rglob("*") if p.name not in ignore} for x in (a, b))
-    return left.keys() == right.keys() and all(p.is_dir() == right[n].is_dir() and (p.is_dir() or filecmp.cmp(p, right[n], shallow=False)) for n, p in left.items())
+    return left.keys() == right.keys() and all(
+        p.is_dir() == right[n].is_dir() and (p.is_dir() or filecmp.cmp(p, right[n], shallow=False)) for n, p in left.items()
+    )
 
 
 def state_of(folder: Path, old: Path | None, new: Path) -> str:

@@ -112,7 +112,7 @@ def targets(draw, family: str, config, formats=FORMATS, *, tp_alone: bool = Fals
         ]
         if meshes:
             possible[format] = meshes
-    format = draw(st.sampled_from(sorted(possible)))
+    format = draw(st.sampled_from(sorted(possible) + [own for own in FUSED if own in possible]))  # fused ones twice as often
     many = [mesh for mesh in possible[format] if mesh[0] > 1]
     meshes = many if many and draw(st.integers(0, 9)) else possible[format]
     tp, pp, ep = draw(st.sampled_from(meshes))

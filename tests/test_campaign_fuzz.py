@@ -15,7 +15,7 @@ def test_no_mutant_is_read_wrongly_or_ends_in_anything_but_one_error():
     counts, violations = campaign(1500, seed=20261121, jobs=2)
     assert not violations, violations
     for name, outcomes in counts.items():  # control: the mutants are neither all harmless nor all nonsense
-        assert outcomes["refused"] and outcomes["right"], table(counts)
+        assert outcomes["right"] and (outcomes["refused"] or name == "journal"), table(counts)  # a torn journal is read up to the tear
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,8 @@ SCRIPT = Path(__file__).parents[1] / "scripts" / "campaign_hub.py"
 
 
 def test_killed_runs_leave_old_or_new_and_finish_when_repeated(tmp_path):
-    done = subprocess.run([sys.executable, str(SCRIPT), "--runs", "4", "--seed", "3", "--folder", str(tmp_path)], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, str(SCRIPT), "--runs", "4", "--seed", "3", "--folder", str(tmp_path)], capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["failed"] == 0 and json.loads(done.stdout)["runs"] == 4

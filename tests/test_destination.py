@@ -251,7 +251,10 @@ def test_death_while_a_folder_is_replaced_heals(model, tmp_path, patch, at, afte
     assert report.path == out
 
 
-@pytest.mark.parametrize(("source", "umask", "file", "folder"), [(0o600, 0o022, 0o600, 0o700), (0o644, 0o022, 0o644, 0o755), (0o664, 0o002, 0o664, 0o775), (0o444, 0o022, 0o644, 0o755)])
+@pytest.mark.parametrize(
+    ("source", "umask", "file", "folder"),
+    [(0o600, 0o022, 0o600, 0o700), (0o644, 0o022, 0o644, 0o755), (0o664, 0o002, 0o664, 0o775), (0o444, 0o022, 0o644, 0o755)],
+)
 def test_nobody_may_read_what_he_could_not_at_the_source(model, tmp_path, source, umask, file, folder):
     """defects.md Low: 0600/0700 became 0644/0755, and weights 0644 under umask 002"""
     for path in model.iterdir():
@@ -280,3 +283,23 @@ def test_existing_folder_keeps_its_permissions_and_group(model, tmp_path, full):
     out.chmod(0o2750)
     reshard.convert(model, out, overwrite=full, **OPTIONS)
     assert out.stat().st_mode & 0o7777 == 0o2750 and out.stat().st_gid == group
+
+
+def test_destination_below_a_file_is_said_so(model, tmp_path):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(reshard.DestinationError, match="out.reshard can't be made: "):
+        reshard.convert(model, tmp_path / "file" / "out", **OPTIONS)
+
+
+def test_exchange_that_fails_keeps_both(model, tmp_path, monkeypatch):
+    reshard.convert(model, tmp_path / "dst", format="hf")
+
+    def busy(a, b):
+        raise OSError(16, "Device or resource busy")
+
+    monkeypatch.setattr(destination, "exchange", busy)
+    with pytest.raises(reshard.DestinationError, match="busy; what was written is kept"):
+        reshard.convert(model, tmp_path / "dst", overwrite=True, **OPTIONS)
+    monkeypatch.undo()
+    assert reshard.open(tmp_path / "dst").format == "hf"
+    assert reshard.convert(model, tmp_path / "dst", overwrite=True, **OPTIONS).resumed_files == 3

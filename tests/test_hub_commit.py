@@ -37,7 +37,9 @@ def test_commit_whose_answer_is_lost_is_reported_as_made(hub, model, fault):
     assert not reshard.push(model, "hf://ada/name").committed
 
 
-@pytest.mark.parametrize("fault", [Fault(lose=True), Fault(lose=True, status=502), Fault(lose=True, status=200)], ids=lambda fault: str(fault.status))
+@pytest.mark.parametrize(
+    "fault", [Fault(lose=True), Fault(lose=True, status=502), Fault(lose=True, status=200)], ids=lambda fault: str(fault.status)
+)
 def test_lost_answer_opens_one_pull_request_only(hub, model, fault):
     """defects.md M10: --create-pr opened two"""
     hub.add("ada/name", {"x": b"x"}, private=True)
@@ -114,7 +116,9 @@ def test_outcome_that_nobody_can_tell_is_told_as_such(hub, model):
 
 def test_success_that_is_a_lie_is_found(hub, model):
     head = hub.add("ada/name", {"x": b"x"}, private=True)
-    hub.fault(Fault(host="hub", path="/commit/", body=json.dumps({"commitUrl": f"{hub.url}/ada/name/commit/{head}", "commitOid": head}).encode()))
+    hub.fault(
+        Fault(host="hub", path="/commit/", body=json.dumps({"commitUrl": f"{hub.url}/ada/name/commit/{head}", "commitOid": head}).encode())
+    )
     with pytest.raises(reshard.HubError, match="the Hub made the commit .*, but .* not there as sent"):
         reshard.push(model, "hf://ada/name")
 

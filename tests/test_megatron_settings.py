@@ -18,13 +18,39 @@ from reshard.formats.megatron_compare import SIZES, compare_args
 from reshard.layout import find_descriptor
 
 SAMPLES = Path(__file__).resolve().parents[2] / "shared/samples/megatron"
-DENSE = {"architectures": ["LlamaForCausalLM"], "hidden_size": 32, "intermediate_size": 24, "num_attention_heads": 4, "num_key_value_heads": 2,
-         "head_dim": 8, "vocab_size": 100, "num_hidden_layers": 2, "max_position_embeddings": 64, "rms_norm_eps": 1e-6, "dtype": "bfloat16",
-         "tie_word_embeddings": False}  # fmt: skip
+DENSE = {
+    "architectures": ["LlamaForCausalLM"],
+    "hidden_size": 32,
+    "intermediate_size": 24,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "vocab_size": 100,
+    "num_hidden_layers": 2,
+    "max_position_embeddings": 64,
+    "rms_norm_eps": 1e-6,
+    "dtype": "bfloat16",
+    "tie_word_embeddings": False,
+}
 MOE = {**DENSE, "architectures": ["Qwen3MoeForCausalLM"], "num_experts": 4, "moe_intermediate_size": 8, "num_experts_per_tok": 2}
-MLA = {**DENSE, "architectures": ["DeepseekV3ForCausalLM"], "n_routed_experts": 4, "n_shared_experts": 1, "moe_intermediate_size": 8,
-       "num_experts_per_tok": 2, "q_lora_rank": 12, "kv_lora_rank": 10, "qk_nope_head_dim": 4, "qk_rope_head_dim": 2, "v_head_dim": 6,
-       "first_k_dense_replace": 1, "num_key_value_heads": 4, "n_group": 1, "topk_group": 1, "routed_scaling_factor": 2.5}  # fmt: skip
+MLA = {
+    **DENSE,
+    "architectures": ["DeepseekV3ForCausalLM"],
+    "n_routed_experts": 4,
+    "n_shared_experts": 1,
+    "moe_intermediate_size": 8,
+    "num_experts_per_tok": 2,
+    "q_lora_rank": 12,
+    "kv_lora_rank": 10,
+    "qk_nope_head_dim": 4,
+    "qk_rope_head_dim": 2,
+    "v_head_dim": 6,
+    "first_k_dense_replace": 1,
+    "num_key_value_heads": 4,
+    "n_group": 1,
+    "topk_group": 1,
+    "routed_scaling_factor": 2.5,
+}
 
 
 def expected(config: dict) -> dict:

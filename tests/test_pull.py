@@ -30,7 +30,9 @@ def killed_pull(hub, tmp_path, source="hf://org/a", *more, after=20_000_000, sig
     """Run ``pull`` into dst and kill it when so many bytes have gone out."""
     hub.rate = 40_000_000
     args = [sys.executable, "-m", "reshard", "pull", source, "dst", *more]
-    process = subprocess.Popen(args, cwd=tmp_path, env={**os.environ, **environment(hub, tmp_path)}, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process = subprocess.Popen(
+        args, cwd=tmp_path, env={**os.environ, **environment(hub, tmp_path)}, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
     while hub.sent() < after:
         assert process.poll() is None, process.stderr.read()
         time.sleep(0.01)
@@ -45,7 +47,9 @@ def test_pull_after_a_killed_pull_of_another_model_never_serves_that_one(hub, la
     hub.add_folder("org/a", large)
     hub.add_folder("org/b", other)
     killed_pull(hub, tmp_path)
-    with pytest.raises(reshard.DestinationError, match="holds an unfinished pull of hf://org/a@[0-9a-f]{40}, and this is hf://org/b@") as caught:
+    with pytest.raises(
+        reshard.DestinationError, match="holds an unfinished pull of hf://org/a@[0-9a-f]{40}, and this is hf://org/b@"
+    ) as caught:
         reshard.pull("hf://org/b", tmp_path / "dst")
     assert "pull hf://org/a@" in caught.value.hint and not (tmp_path / "dst").exists()
     reshard.pull("hf://org/b", tmp_path / "dst", overwrite=True)
@@ -59,7 +63,10 @@ def test_killed_pull_goes_on_inside_files(hub, large, tmp_path):
     hub.clear()
     reshard.pull("hf://org/a", tmp_path / "dst")
     assert files_of(tmp_path / "dst") == files_of(large)
-    assert hub.sent() <= sum(path.stat().st_size for path in large.iterdir()) - came + 9 * (4 << 20) and os.listdir(tmp_path).count(".dst.reshard") == 0
+    assert (
+        hub.sent() <= sum(path.stat().st_size for path in large.iterdir()) - came + 9 * (4 << 20)
+        and os.listdir(tmp_path).count(".dst.reshard") == 0
+    )
 
 
 def test_pull_of_another_commit_is_not_a_continuation(hub, large, tmp_path):
@@ -86,7 +93,9 @@ def test_two_pulls_at_once(hub, large, tmp_path):
     hub.add_folder("org/a", large)
     hub.rate = 40_000_000
     args = [sys.executable, "-m", "reshard", "pull", "hf://org/a", "dst"]
-    process = subprocess.Popen(args, cwd=tmp_path, env={**os.environ, **environment(hub, tmp_path)}, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process = subprocess.Popen(
+        args, cwd=tmp_path, env={**os.environ, **environment(hub, tmp_path)}, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
     while hub.sent() < 5_000_000:
         time.sleep(0.01)
     with pytest.raises(reshard.DestinationError, match="another run is writing"):
@@ -199,10 +208,14 @@ if {point!r} == "rename":
 setattr(owner, {point!r}, dying(getattr(owner, {point!r})))
 main(["pull", "hf://org/a", "dst", "--overwrite"])
 """
-    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env={**os.environ, **environment(hub, tmp_path)}, capture_output=True, check=False)
+    subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env={**os.environ, **environment(hub, tmp_path)}, capture_output=True, check=False
+    )
     now = files_of(tmp_path / "dst") if (tmp_path / "dst").exists() else None
     now and now.pop("journal.jsonl", None)  # until the last step
-    assert now in (files_of(model), files_of(other)) or (point == "rename" and now is None and files_of(tmp_path / ".dst.reshard-old") == files_of(other))
+    assert now in (files_of(model), files_of(other)) or (
+        point == "rename" and now is None and files_of(tmp_path / ".dst.reshard-old") == files_of(other)
+    )
     done = command(hub, tmp_path, "pull", "hf://org/a", "dst", "--overwrite")
     assert done.returncode == 0 and files_of(tmp_path / "dst") == files_of(model) and not list(tmp_path.glob(".dst*")), done.stderr
 

@@ -43,7 +43,12 @@ def test_push_publishes_only_what_is_known(hub, model, folder, tmp_path):
 
 def test_what_is_left_out_is_told_with_names_and_bytes(hub, folder, tmp_path):
     done = command(hub, tmp_path, "push", str(folder), "hf://ada/name")
-    assert done.returncode == 0 and "modeling_own.py (18 B)" in done.stderr and ".venv/ (18 B)" in done.stderr and "--include-code" in done.stderr
+    assert (
+        done.returncode == 0
+        and "modeling_own.py (18 B)" in done.stderr
+        and ".venv/ (18 B)" in done.stderr
+        and "--include-code" in done.stderr
+    )
     result = json.loads(command(hub, tmp_path, "push", str(folder), "hf://ada/again", "--json").stdout)
     assert {"path": "optimizer.pt", "bytes": 5000} in result["left_out"] and not [r for r in hub.log if "secret" in r.path]
 

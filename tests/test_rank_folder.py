@@ -55,7 +55,9 @@ def test_whole_model_in_one_rank_is_a_whole_model(model, tmp_path):
     assert reshard.diff(model, tmp_path / "out")
 
 
-@pytest.mark.parametrize("other", [{"format": "tp", "tp": 2}, {"dtype": "fp32"}, {"format": "sglang"}, {"max_file": 300_000}, {"engine_version": "0.28"}])
+@pytest.mark.parametrize(
+    "other", [{"format": "tp", "tp": 2}, {"dtype": "fp32"}, {"format": "sglang"}, {"max_file": 300_000}, {"engine_version": "0.28"}]
+)
 def test_rank_of_another_conversion_is_refused(model, tmp_path, other):
     options = {"format": "vllm", "tp": 3}
     reshard.convert(model, tmp_path / "out", rank=0, **options)
@@ -145,7 +147,9 @@ def test_file_of_a_rank_that_was_cut_short_is_made_again(model, tmp_path):
     assert reshard.diff(model, tmp_path / "out")
 
 
-@pytest.mark.parametrize("ranks", [5, {}, {"held": [0]}, {"held": ["0"], "of": 3}, {"held": [0, 0], "of": 3}, {"held": [0], "of": 10**9}, {"held": [], "of": 3}])
+@pytest.mark.parametrize(
+    "ranks", [5, {}, {"held": [0]}, {"held": ["0"], "of": 3}, {"held": [0, 0], "of": 3}, {"held": [0], "of": 10**9}, {"held": [], "of": 3}]
+)
 def test_hostile_ranks_in_a_manifest_are_refused(model, tmp_path, ranks):
     reshard.convert(model, tmp_path / "out", rank=0, format="vllm", tp=3)
     path = tmp_path / "out" / "reshard.json"

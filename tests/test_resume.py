@@ -16,7 +16,16 @@ from reshard import journal, output, transaction
 from reshard.demo import CONFIG, make_model
 from reshard.journal import notes_in, read_notes, replay
 
-BIG = {**CONFIG, "hidden_size": 576, "intermediate_size": 1536, "vocab_size": 8192, "num_hidden_layers": 10, "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 64}
+BIG = {
+    **CONFIG,
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "vocab_size": 8192,
+    "num_hidden_layers": 10,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 64,
+}
 VLLM = {"format": "vllm", "tp": 4}
 
 
@@ -91,7 +100,9 @@ def test_durable_portions_are_noted_after_their_fsync(big, tmp_path, monkeypatch
     order = []
     monkeypatch.setattr(transaction, "_DURABLE_EVERY", 0)
     monkeypatch.setattr(os, "fsync", lambda handle, real=os.fsync: (real(handle), order.append(os.readlink(f"/proc/self/fd/{handle}")))[0])
-    monkeypatch.setattr(journal.Journal, "durable", lambda self, mark, real=journal.Journal.durable: (order.append("durable"), real(self, mark))[0])
+    monkeypatch.setattr(
+        journal.Journal, "durable", lambda self, mark, real=journal.Journal.durable: (order.append("durable"), real(self, mark))[0]
+    )
     reshard.convert(big, tmp_path / "out", **VLLM)
     first = order.index("durable")
     assert any(name.endswith(".safetensors") for name in order[:first])
@@ -126,7 +137,9 @@ def test_layout_of_equal_sizes_has_another_fingerprint(model, tmp_path):
     text = 'extends = "llama"\narchitectures = ["LlamaForCausalLM"]\n'
     (tmp_path / "a.toml").write_text(text)
     (tmp_path / "b.toml").write_text(text + SWAPPED)
-    one, same, other = (fingerprint(reshard.plan(model, layout=tmp_path / name, format="vllm", tp=3)) for name in ("a.toml", "a.toml", "b.toml"))
+    one, same, other = (
+        fingerprint(reshard.plan(model, layout=tmp_path / name, format="vllm", tp=3)) for name in ("a.toml", "a.toml", "b.toml")
+    )
     assert one == same != other
 
 
@@ -280,7 +293,21 @@ def test_report_of_a_resumed_run_on_the_command_line(big, tmp_path):
 @pytest.mark.parametrize("pause", [0.0, 0.05])
 def test_ctrl_c_again_and_again_is_no_traceback(big, tmp_path, pause):
     """defects.md Low: 2nd Ctrl-C"""
-    args = [sys.executable, "-m", "reshard", "convert", str(big), str(tmp_path / "out"), "--to", "vllm", "--tp", "4", "-j1", "--buffer", "100kB"]
+    args = [
+        sys.executable,
+        "-m",
+        "reshard",
+        "convert",
+        str(big),
+        str(tmp_path / "out"),
+        "--to",
+        "vllm",
+        "--tp",
+        "4",
+        "-j1",
+        "--buffer",
+        "100kB",
+    ]
     process = subprocess.Popen(args, stderr=subprocess.PIPE, text=True)
     while not (tmp_path / ".out.reshard" / "model-rank-0-part-0.safetensors").exists() and process.poll() is None:
         time.sleep(0.005)

@@ -10,7 +10,13 @@ import pytest
 import reshard
 from reshard.demo import CONFIG, make_model
 
-FORMATS = [{"format": "hf"}, {"format": "vllm", "tp": 3}, {"format": "megatron", "tp": 3}, {"format": "rank-pt", "tp": 2}, {"format": "tp", "tp": 2}]
+FORMATS = [
+    {"format": "hf"},
+    {"format": "vllm", "tp": 3},
+    {"format": "megatron", "tp": 3},
+    {"format": "rank-pt", "tp": 2},
+    {"format": "tp", "tp": 2},
+]
 
 
 @pytest.fixture
@@ -114,7 +120,16 @@ def test_source_cut_short_while_it_is_read_is_an_error_and_no_dead_process(tmp_p
 
 def test_one_rank_of_a_wide_matrix_takes_little_memory(tmp_path):
     """One rank's columns lie far apart: what lies between them is neither mapped nor held. README: 80 MB at most."""
-    config = {**CONFIG, "hidden_size": 4096, "intermediate_size": 12288, "num_hidden_layers": 1, "vocab_size": 512, "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128}
+    config = {
+        **CONFIG,
+        "hidden_size": 4096,
+        "intermediate_size": 12288,
+        "num_hidden_layers": 1,
+        "vocab_size": 512,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+    }
     make_model(tmp_path / "hf", config)
     program = """
 import re, sys, reshard, reshard.rearrange, reshard.transaction
@@ -123,6 +138,8 @@ before = most()
 reshard.convert(sys.argv[1], sys.argv[2], format="vllm", tp=8, rank=3, fsync=False)
 print(most(), before)
 """
-    done = subprocess.run([sys.executable, "-c", program, str(tmp_path / "hf"), str(tmp_path / "out")], capture_output=True, check=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(tmp_path / "hf"), str(tmp_path / "out")], capture_output=True, check=True, text=True
+    )
     peak, before = map(int, done.stdout.split())
     assert peak <= 80 and peak - before < 45, (peak, before)

@@ -7,6 +7,7 @@ import torch
 from sync_world import LLAMA, World, blank, loaded
 
 from reshard import sync
+from reshard.block import singles
 from reshard.demo import make_model
 from reshard.sync.tensors import identity
 
@@ -103,6 +104,7 @@ def test_plans_that_differ_in_a_later_block_have_other_fingerprints():
     """defects.md A4: only the first block of each tensor was hashed; q, k, v and q, v, k were one plan."""
     layout = sync.layout(LLAMA)
     src, dst = sync.Side.placed(layout, "megatron", tp=2, ranks=range(2)), sync.Side.placed(layout, "vllm", tp=2, ranks=(2, 3))
+
     def exchanged(side, which):
         """`side` whose fused qkv has two of its blocks in each other's places."""
         members = []
@@ -117,7 +119,7 @@ def test_plans_that_differ_in_a_later_block_have_other_fingerprints():
                         (key_a, block_a), (key_b, block_b) = blocks[a], blocks[b]
                         blocks[a] = key_a, replace(block_a, offset=block_b.offset)
                         blocks[b] = key_b, replace(block_b, offset=block_a.offset)
-                    s = replace(s, blocks=tuple(blocks))
+                    s = replace(s, parts=singles(blocks))
                 own.append(s)
             members.append(tuple(own))
         return replace(side, members=tuple(members))

@@ -266,7 +266,9 @@ def test_a_cuda_handle_names_the_device_and_opens_on_the_local_number(monkeypatc
         mapping.open_storage(["cuda", "GPU-c", 0, b"h".hex(), 512, 0, b"c".hex(), 3, b"e".hex(), True], devices)
     places = {mapping.place([torch.device("cuda", n)], "auto", Numbered(f"GPU-{n}")) for n in (0, 1)}
     assert len(places) == 2
-    assert mapping.place([torch.device("cuda", 0)], "auto", Numbered("a")) == mapping.place([torch.device("cuda", 3)], "auto", Numbered("a"))
+    assert mapping.place([torch.device("cuda", 0)], "auto", Numbered("a")) == mapping.place(
+        [torch.device("cuda", 3)], "auto", Numbered("a")
+    )
     assert mapping.place([torch.device("cuda", 0), HOST], "mapped", Numbered("a")) < 0
 
 

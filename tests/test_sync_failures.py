@@ -92,6 +92,7 @@ def making_case(rank, root):
     session, held, into, wanted = pair(rank, root)
     make = session._make
     if rank == 3:
+
         def fail(*_):
             raise MemoryError("no buffer")
 
@@ -117,7 +118,9 @@ def version_case(rank, root, version):
     return out
 
 
-@pytest.mark.parametrize("version, said", [("seven", "'seven' is no whole number"), (2**70, "is not between"), (-1, "is not between"), (1.5, "1.5 is no")])
+@pytest.mark.parametrize(
+    "version, said", [("seven", "'seven' is no whole number"), (2**70, "is not between"), (-1, "is not between"), (1.5, "1.5 is no")]
+)
 def test_a_version_that_is_none_is_refused_by_all(world, models, version, said):
     """defects.md D14: it raised on one rank before the agreement; the others waited for it."""
     for text, _, seconds in world.call(version_case, models, version):

@@ -15,10 +15,19 @@ from reshard.errors import FormatError, LayoutError, PlanError, ReshardError
 
 SAMPLES = Path(__file__).resolve().parents[2] / "shared/samples"
 CONFIG = {
-    "architectures": ["LlamaForCausalLM"], "hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 8, "num_key_value_heads": 4,
-    "head_dim": 4, "vocab_size": 64, "num_hidden_layers": 2, "rms_norm_eps": 1e-5, "max_position_embeddings": 64,
-    "tie_word_embeddings": False, "dtype": "bfloat16",
-}  # fmt: skip
+    "architectures": ["LlamaForCausalLM"],
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 4,
+    "vocab_size": 64,
+    "num_hidden_layers": 2,
+    "rms_norm_eps": 1e-5,
+    "max_position_embeddings": 64,
+    "tie_word_embeddings": False,
+    "dtype": "bfloat16",
+}
 
 
 @pytest.fixture
@@ -44,14 +53,18 @@ def hf(tmp_path) -> Path:
         (["model_index.json", "unet/x"], "is a diffusers pipeline", "inside"),
         (["model.nemo"], "is a NeMo checkpoint", "export"),
         (["tf_model.h5", "config.json"], "TensorFlow", "from_tf"),
-        (["checkpoint-500/model.safetensors", "checkpoint-1500/model.safetensors", "checkpoint-90/x"], "holds 3 checkpoints of a run", "the newest is {}/checkpoint-1500"),
+        (
+            ["checkpoint-500/model.safetensors", "checkpoint-1500/model.safetensors", "checkpoint-90/x"],
+            "holds 3 checkpoints of a run",
+            "the newest is {}/checkpoint-1500",
+        ),
         (["global_step7/x", "latest"], "holds a checkpoint of a run", "global_step7"),
         (["iter_0000010/x", "iter_0000200/x", "latest_checkpointed_iteration.txt"], "", "iter_0000"),
         (["actor/x"], "holds no checkpoint that reshard knows (it holds actor)", "is it in {}/actor?"),
         (["notes.txt"], "holds no checkpoint that reshard knows (it holds notes.txt)", "--from"),
         ([], "it holds nothing", "--from"),
     ],
-)  # fmt: skip
+)
 def test_folders_are_called_by_their_names(tmp_path, files, says, hint):
     """defects.md B, "Unsupported input": all of them were "no checkpoint that reshard knows"."""
     folder = tmp_path / "in"
@@ -70,13 +83,22 @@ def test_folders_are_called_by_their_names(tmp_path, files, says, hint):
 @pytest.mark.parametrize(
     ("sample", "says"),
     [
-        ("dcp/llama-fsdp2-dp2-modelonly", "torch DCP"), ("accelerate/llama-fsdp2-dp2", "accelerate"), ("verl/llama-2-fsdp/global_step_1/actor", "verl"),
-        ("deepspeed/llama-zero2-dp2-bf16/global_step1", "DeepSpeed"), ("deepspeed/llama-zero1-dp1-bf16-autotp2/global_step1", "DeepSpeed"),
-        ("torchtitan_style/llama-meta-dp2/step-10", "torch DCP"), ("meta/llama2-style-mp2", "Meta's"), ("mistral_native/mistral-tiny", "Mistral's"),
-        ("lora/phi3-r8", "LoRA"), ("megatron/llama/torch_dist_tp2/iter_0000010", "torch_dist"), ("hf/deepseek_v3-fp8", "is quantised: fp8"),
-        ("hf/gpt_oss-mxfp4", "is quantised: mxfp4"), ("vllm/llama-fp8-tp2", "is quantised: fp8"), ("vllm/hf/llama-fp8", "is quantised: fp8"),
+        ("dcp/llama-fsdp2-dp2-modelonly", "torch DCP"),
+        ("accelerate/llama-fsdp2-dp2", "accelerate"),
+        ("verl/llama-2-fsdp/global_step_1/actor", "verl"),
+        ("deepspeed/llama-zero2-dp2-bf16/global_step1", "DeepSpeed"),
+        ("deepspeed/llama-zero1-dp1-bf16-autotp2/global_step1", "DeepSpeed"),
+        ("torchtitan_style/llama-meta-dp2/step-10", "torch DCP"),
+        ("meta/llama2-style-mp2", "Meta's"),
+        ("mistral_native/mistral-tiny", "Mistral's"),
+        ("lora/phi3-r8", "LoRA"),
+        ("megatron/llama/torch_dist_tp2/iter_0000010", "torch_dist"),
+        ("hf/deepseek_v3-fp8", "is quantised: fp8"),
+        ("hf/gpt_oss-mxfp4", "is quantised: mxfp4"),
+        ("vllm/llama-fp8-tp2", "is quantised: fp8"),
+        ("vllm/hf/llama-fp8", "is quantised: fp8"),
     ],
-)  # fmt: skip
+)
 def test_genuine_folders_are_called_by_their_names(sample, says):
     """defects.md B, the same on what each framework itself wrote."""
     folder = SAMPLES / sample
@@ -109,14 +131,19 @@ Q = "model.layers.0.self_attn.q_proj.weight"
 @pytest.mark.parametrize(
     ("config", "dtype", "extra", "says"),
     [
-        ({"quant_method": "gptq", "bits": 4, "group_size": 128}, torch.int32, "model.layers.0.self_attn.q_proj.qzeros", "gptq, bits 4, group_size 128"),
+        (
+            {"quant_method": "gptq", "bits": 4, "group_size": 128},
+            torch.int32,
+            "model.layers.0.self_attn.q_proj.qzeros",
+            "gptq, bits 4, group_size 128",
+        ),
         ({"quant_method": "bitsandbytes", "load_in_4bit": True}, torch.uint8, Q + ".absmax", "bitsandbytes, 4 bit"),
         (None, torch.float8_e4m3fn, Q + "_scale_inv", "FP8 in blocks"),
         ({"quant_method": "int8"}, torch.int8, None, "is I8: codes, quantised as int8 by config.json, and no tensor holds their scales"),
         (None, torch.int8, None, "is I8: codes, and no tensor holds their scales"),
         ({"quant_method": "fp8"}, torch.float8_e4m3fn, None, "is F8_E4M3: codes"),
     ],
-)  # fmt: skip
+)
 def test_quantised_models_are_refused_in_one_sentence(hf, config, dtype, extra, says):
     """defects.md B, quantised inputs: a line for each scale, or (int8 without scales) silently accepted."""
 
@@ -252,9 +279,15 @@ def test_the_list_of_layouts_as_json(capsys):
 
 @pytest.mark.parametrize(
     ("change", "says"),
-    [({"architectures": 3}, "architectures is 3"), ({"tie_word_embeddings": "x"}, "expected true or false"), ({"architectures": ["New"]}, "no layout descriptor"),
-     ({"num_key_value_heads": 3}, "not divisible"), ({"rms_norm_eps": "x"}, "norm_epsilon is 'x'"), ({"layer_types": 5}, "layer_types is 5")],
-)  # fmt: skip
+    [
+        ({"architectures": 3}, "architectures is 3"),
+        ({"tie_word_embeddings": "x"}, "expected true or false"),
+        ({"architectures": ["New"]}, "no layout descriptor"),
+        ({"num_key_value_heads": 3}, "not divisible"),
+        ({"rms_norm_eps": "x"}, "norm_epsilon is 'x'"),
+        ({"layer_types": 5}, "layer_types is 5"),
+    ],
+)
 def test_a_wrong_setting_is_said_of_its_file(hf, change, says):
     """defects.md L1: tracebacks for settings of other types, and errors that named no file."""
     changed(hf, lambda held: held, **change)

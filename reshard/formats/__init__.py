@@ -132,7 +132,7 @@ def recognise(folder: Path) -> Format:
     manifest = read_manifest(folder)
     if manifest:
         if manifest["format"] not in formats():
-            raise FormatError(f"{folder}: its reshard.json is of format {quote(repr(manifest['format']))}, which this release does not know",
+            raise FormatError(f"{folder}: reshard.json names the unknown format {quote(repr(manifest['format']))}",
                               f"formats: {', '.join(formats())}")  # fmt: skip
         return get(manifest["format"])
     names = {path.name for path in folder.iterdir()}

@@ -38,8 +38,8 @@ def read_manifest(folder: Path) -> dict | None:
     if "ranks" in manifest:
         held, count = manifest["ranks"]["held"], manifest["ranks"]["of"]
         missing = [str(rank) for rank in range(count) if rank not in held]
-        raise FormatError(f"{folder} holds {len(held)} of the {count} ranks of {mesh_of(manifest)}; missing: {some(missing)}",
-                          f"convert into the same folder with --rank {missing[0]}" if len(missing) == 1 else "convert into the same folder with --rank for each of them")  # fmt: skip
+        text = f"{folder} holds {len(held)} of the {count} ranks of {mesh_of(manifest)}; missing: {some(missing)}"
+        raise FormatError(text, f"convert into the same folder with --rank {missing[0]}{' and so on' * (len(missing) > 1)}")
     files = {name: safe_join(folder, name) for name in manifest["files"]}
     missing = [name for name, file in files.items() if not file.is_file()]
     if missing:
@@ -90,7 +90,8 @@ def _sound_ranks(ranks: object) -> bool:
     if not isinstance(ranks, dict) or not isinstance(ranks.get("held"), list) or type(ranks.get("of")) is not int:
         return False
     held = ranks["held"]
-    return all(type(rank) is int for rank in held) and 0 < len(set(held)) == len(held) < ranks["of"] <= _MOST and isinstance(ranks.get("conversion", ""), str)
+    numbers = all(type(rank) is int for rank in held) and 0 < len(set(held)) == len(held) < ranks["of"] <= _MOST
+    return numbers and isinstance(ranks.get("conversion", ""), str)
 
 
 def read_incomplete(folder: Path) -> dict | None:

@@ -24,7 +24,10 @@ _NAMES = (
 )
 _FLOATS = ("F64", "F32", "BF16", "F16")
 _INTEGERS = ("I8", "U8", "I16", "U16", "I32", "U32", "I64", "U64", "BOOL")
-_WAY = "reshard moves weights that are not quantised: name the original in bf16, or dequantise first (transformers: from_pretrained(…).dequantize() and save_pretrained)"
+_WAY = (
+    "reshard moves weights that are not quantised: name the original in bf16, "
+    "or dequantise first (transformers: from_pretrained(…).dequantize() and save_pretrained)"
+)
 
 
 def scheme(settings: Mapping[str, object], contents: Contents) -> str | None:

@@ -32,38 +32,86 @@ def _all(*wanted: str) -> Callable[[Names], bool]:
 
 #: asked in this order, the more particular first
 KINDS = (
-    Kind("a Megatron torch_dist checkpoint", "save it once with `--ckpt-format torch`, and name that folder", _all(r"metadata\.json", r".*\.distcp|\.metadata")),
-    Kind("a Megatron torch_dist checkpoint", "save it once with `--ckpt-format torch`, and name that folder", _all(r"common\.pt", r".*\.distcp|\.metadata")),
-    Kind("a torch DCP checkpoint", "make one file of it with `python -m torch.distributed.checkpoint.format_utils dcp_to_torch DIR pytorch_model.bin`; "
-         "where its names are Hugging Face's, reshard reads that beside a config.json", _any(r".*\.distcp|\.metadata")),
-    Kind("a folder of accelerate's FSDP checkpoints", "merge it with `accelerate merge-weights pytorch_model_fsdp_0 OUT`, and name OUT", _any(r"pytorch_model_fsdp_\d+")),
-    Kind("a DeepSpeed checkpoint", "gather it with the `zero_to_fp32.py` that DeepSpeed left beside it, `python zero_to_fp32.py . OUT`, and name OUT",
-         _any(r"(?:bf16_|fp16_)?zero_pp_rank_\d+_mp_rank_\d+_(?:model|optim)_states\.pt|mp_rank_\d+_model_states\.pt|layer_\d+-model_.*\.pt")),
-    Kind("a folder of verl's FSDP shards", "merge it with `python -m verl.model_merger merge --backend fsdp --local_dir DIR --target_dir OUT`, and name OUT",
-         _any(r"model_world_size_\d+_rank_\d+\.pt")),
-    Kind("a checkpoint in Meta's own layout", "convert it with transformers' `convert_llama_weights_to_hf.py`, and name what that writes", _any(r"consolidated\.\d+\.pth")),
-    Kind("a checkpoint in Mistral's own layout", "download the repository's model-….safetensors and config.json, or convert it with transformers' "
-         "`convert_mistral_weights_to_hf.py`", _all(r"consolidated.*\.safetensors", r"params\.json")),
-    Kind("a LoRA adapter, not a whole model", "merge it first: `PeftModel.from_pretrained(model, DIR).merge_and_unload().save_pretrained(OUT)`",
-         _any(r"adapter_config\.json|adapter_model\.(?:safetensors|bin)")),
-    Kind("a folder of GGUF files", "name the original Hugging Face checkpoint instead, or save what `AutoModelForCausalLM.from_pretrained(DIR, gguf_file=…)` opens",
-         _any(r".*\.gguf")),
+    Kind(
+        "a Megatron torch_dist checkpoint",
+        "save it once with `--ckpt-format torch`, and name that folder",
+        _all(r"metadata\.json", r".*\.distcp|\.metadata"),
+    ),
+    Kind(
+        "a Megatron torch_dist checkpoint",
+        "save it once with `--ckpt-format torch`, and name that folder",
+        _all(r"common\.pt", r".*\.distcp|\.metadata"),
+    ),
+    Kind(
+        "a torch DCP checkpoint",
+        "make one file of it with `python -m torch.distributed.checkpoint.format_utils dcp_to_torch DIR pytorch_model.bin`; "
+        "where its names are Hugging Face's, reshard reads that beside a config.json",
+        _any(r".*\.distcp|\.metadata"),
+    ),
+    Kind(
+        "a folder of accelerate's FSDP checkpoints",
+        "merge it with `accelerate merge-weights pytorch_model_fsdp_0 OUT`, and name OUT",
+        _any(r"pytorch_model_fsdp_\d+"),
+    ),
+    Kind(
+        "a DeepSpeed checkpoint",
+        "gather it with the `zero_to_fp32.py` that DeepSpeed left beside it, `python zero_to_fp32.py . OUT`, and name OUT",
+        _any(
+            r"(?:bf16_|fp16_)?zero_pp_rank_\d+_mp_rank_\d+_(?:model|optim)_states\.pt|mp_rank_\d+_model_states\.pt|layer_\d+-model_.*\.pt"
+        ),
+    ),
+    Kind(
+        "a folder of verl's FSDP shards",
+        "merge it with `python -m verl.model_merger merge --backend fsdp --local_dir DIR --target_dir OUT`, and name OUT",
+        _any(r"model_world_size_\d+_rank_\d+\.pt"),
+    ),
+    Kind(
+        "a checkpoint in Meta's own layout",
+        "convert it with transformers' `convert_llama_weights_to_hf.py`, and name what that writes",
+        _any(r"consolidated\.\d+\.pth"),
+    ),
+    Kind(
+        "a checkpoint in Mistral's own layout",
+        "download the repository's model-….safetensors and config.json, or convert it with transformers' "
+        "`convert_mistral_weights_to_hf.py`",
+        _all(r"consolidated.*\.safetensors", r"params\.json"),
+    ),
+    Kind(
+        "a LoRA adapter, not a whole model",
+        "merge it first: `PeftModel.from_pretrained(model, DIR).merge_and_unload().save_pretrained(OUT)`",
+        _any(r"adapter_config\.json|adapter_model\.(?:safetensors|bin)"),
+    ),
+    Kind(
+        "a folder of GGUF files",
+        "name the original Hugging Face checkpoint instead, or save what `AutoModelForCausalLM.from_pretrained(DIR, gguf_file=…)` opens",
+        _any(r".*\.gguf"),
+    ),
     Kind("a diffusers pipeline", "reshard moves language models; name a folder of one of those inside", _any(r"model_index\.json")),
-    Kind("a NeMo checkpoint", "export it with NeMo's own export to Hugging Face, and name what that writes", _any(r".*\.nemo|model_weights|model_config\.yaml")),
-    Kind("a TensorFlow, Flax or ONNX model", "save it with `AutoModelForCausalLM.from_pretrained(DIR, from_tf=True or from_flax=True).save_pretrained(OUT)`",
-         _any(r"tf_model\.h5|flax_model.*\.msgpack|.*\.onnx")),
-)  # fmt: skip
+    Kind(
+        "a NeMo checkpoint",
+        "export it with NeMo's own export to Hugging Face, and name what that writes",
+        _any(r".*\.nemo|model_weights|model_config\.yaml"),
+    ),
+    Kind(
+        "a TensorFlow, Flax or ONNX model",
+        "save it with `AutoModelForCausalLM.from_pretrained(DIR, from_tf=True or from_flax=True).save_pretrained(OUT)`",
+        _any(r"tf_model\.h5|flax_model.*\.msgpack|.*\.onnx"),
+    ),
+)
 #: files that are checkpoints by themselves: by suffix, what one is and what to do
 _FILES = {
     ".gguf": ("a GGUF file", "reshard reads folders of Hugging Face and engine checkpoints: name the original model's instead"),
     ".nemo": ("a NeMo archive", "export it with NeMo's own export to Hugging Face, and name what that writes"),
     ".safetensors": ("a single file", "name the folder that holds it"),
     ".json": ("a single file", "name the folder that holds it"),
-    ".distcp": ("one file of a torch DCP checkpoint", "make one file of the folder with `python -m torch.distributed.checkpoint.format_utils dcp_to_torch DIR pytorch_model.bin`"),
+    ".distcp": (
+        "one file of a torch DCP checkpoint",
+        "make one file of the folder with `python -m torch.distributed.checkpoint.format_utils dcp_to_torch DIR pytorch_model.bin`",
+    ),
     ".pth": ("a single file", "as pytorch_model.bin in a folder with a config.json, reshard reads a state dict of Hugging Face names"),
     ".pt": ("a single file", "as pytorch_model.bin in a folder with a config.json, reshard reads a state dict of Hugging Face names"),
     ".bin": ("a single file", "name the folder that holds it"),
-}  # fmt: skip
+}
 #: subfolders of one training run, by the number of their step
 _STEP = re.compile(r"(?:checkpoint|step|global_step|iter|epoch|ckpt)[-_]?([0-9]{1,15})(?:_.*)?", re.ASCII)
 _LISTED = 5
@@ -91,5 +139,7 @@ def refuse_folder(folder: Path, names: Names) -> FormatError:
         )
     below = next((inside[name] for name in ("actor", "huggingface", "hf", "model", "weights", "policy") if name in inside), None)
     some = quote(", ".join(sorted(names)[:_LISTED])) or "nothing"
-    return FormatError(f"{folder} holds no checkpoint that reshard knows (it holds {some})",
-                       f"is it in {below}?" if below else "say which with --from, or see `reshard convert --help`")  # fmt: skip
+    return FormatError(
+        f"{folder} holds no checkpoint that reshard knows (it holds {some})",
+        f"is it in {below}?" if below else "say which with --from, or see `reshard convert --help`",
+    )

@@ -206,11 +206,20 @@ def served(api: HfApi, url: str) -> Served:
     """Ask for the file at `url` of the Hub; redirects are followed while they stay there and say nothing of the file. Raises the client's exceptions, and HubError."""
     path = urlsplit(url).path
     for _ in range(_HOPS):
-        response = session().request("HEAD", url, headers={**headers_for(api), "Accept-Encoding": "identity"}, follow_redirects=False, timeout=constants.HF_HUB_ETAG_TIMEOUT)
+        response = session().request(
+            "HEAD",
+            url,
+            headers={**headers_for(api), "Accept-Encoding": "identity"},
+            follow_redirects=False,
+            timeout=constants.HF_HUB_ETAG_TIMEOUT,
+        )
         if response.status_code >= 400:
             raise_for(response)
         headers = response.headers
-        size, etag = headers.get("X-Linked-Size") or headers.get("Content-Length", ""), headers.get("X-Linked-Etag") or headers.get("ETag", "")
+        size, etag = (
+            headers.get("X-Linked-Size") or headers.get("Content-Length", ""),
+            headers.get("X-Linked-Etag") or headers.get("ETag", ""),
+        )
         if not 300 <= response.status_code < 400:
             return Served(size, etag.removeprefix("W/").strip('"'), url)
         url = urljoin(url, headers.get("Location", ""))
@@ -229,6 +238,10 @@ def raise_for(response) -> None:
                 break
     except hub_errors.HTTPError:
         text = b""
-    headers = {name: value for name, value in response.headers.items() if name.lower() not in ("content-encoding", "content-length", "transfer-encoding")}
+    headers = {
+        name: value
+        for name, value in response.headers.items()
+        if name.lower() not in ("content-encoding", "content-length", "transfer-encoding")
+    }
     short = type(response)(response.status_code, headers=headers, content=text[:_ERROR], request=response.request)
     hf_raise_for_status(short)

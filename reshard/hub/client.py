@@ -68,7 +68,9 @@ def _check_request(request) -> None:
     if "authorization" in request.headers and not same_origin(str(request.url), endpoint()):
         raise HubError(f"{endpoint()} sends requests on to {request.url.host!r}, which must not see the token", "check HF_ENDPOINT")
     timeout = dict(request.extensions.get("timeout") or {})
-    request.extensions["timeout"] = {name: _SILENCE if timeout.get(name) is None else timeout[name] for name in ("connect", "read", "write", "pool")}
+    request.extensions["timeout"] = {
+        name: _SILENCE if timeout.get(name) is None else timeout[name] for name in ("connect", "read", "write", "pool")
+    }
 
 
 def _check_response(response) -> None:

@@ -43,7 +43,10 @@ def commit(target: Target, adds: list[CommitOperationAdd], gone: list[str]) -> M
     api, location = hub_api(), target.location
     check_private(location, info_of(location), target.public)  # it may have been made public since
     if target.branch_is_new:
-        asked(f"/api/models/{location.repo}/branch", lambda: api.create_branch(location.repo, branch=location.branch, revision=target.head, exist_ok=True))
+        asked(
+            f"/api/models/{location.repo}/branch",
+            lambda: api.create_branch(location.repo, branch=location.branch, revision=target.head, exist_ok=True),
+        )
     if not adds and not gone:
         return Made(target.head)
     known = pull_requests(api, location.repo) if target.create_pr else {}
@@ -71,7 +74,10 @@ def commit(target: Target, adds: list[CommitOperationAdd], gone: list[str]) -> M
             pause(wait_for(getattr(getattr(error, "response", None), "headers", {}), tries), safe(error), time.sleep)
     if isinstance(error, hub_errors.HTTPError | OSError):
         raise explain(error, location)
-    raise HubError(f"{location}: no commit was made, and the Hub's answer makes no sense: {type(error).__name__}: {safe(error)}", "run the same command again later")
+    raise HubError(
+        f"{location}: no commit was made, and the Hub's answer makes no sense: {type(error).__name__}: {safe(error)}",
+        "run the same command again later",
+    )
 
 
 def _confirmed(target: Target, adds: list[CommitOperationAdd], gone: list[str], oid: object, pull_request: object) -> Made:
@@ -107,7 +113,10 @@ def _look(target: Target, adds: list[CommitOperationAdd], gone: list[str], known
             return Made(head)
     except (hub_errors.HTTPError, OSError, HubError) as lost:
         where = f"{endpoint()}/{location.repo}/{'discussions' if target.create_pr else f'commits/{location.branch}'}"
-        raise HubError(f"{location}: whether the commit was made is not known: {safe(error)}; then {safe(lost)}", f"look at {where}, then run the same command again") from None
+        raise HubError(
+            f"{location}: whether the commit was made is not known: {safe(error)}; then {safe(lost)}",
+            f"look at {where}, then run the same command again",
+        ) from None
     raise HubError(f"{location}: the branch moved while this was being done; nothing was committed", "run the same command again")
 
 
@@ -127,7 +136,9 @@ def _pull_request(target: Target, adds: list[CommitOperationAdd], gone: list[str
 def _missing(target: Target, commit: str, adds: list[CommitOperationAdd], gone: list[str]) -> list[str]:
     """Files of this push that are not at `commit` as they were sent, or still there though they were to go."""
     files = listing(hub_api(), target.location.repo, commit)
-    return [add.path_in_repo for add in adds if not _is(files.get(add.path_in_repo), add)] + [name for name in gone if target.path(name) in files]
+    return [add.path_in_repo for add in adds if not _is(files.get(add.path_in_repo), add)] + [
+        name for name in gone if target.path(name) in files
+    ]
 
 
 def _is(entry: Entry | None, add: CommitOperationAdd) -> bool:

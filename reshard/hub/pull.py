@@ -61,7 +61,11 @@ def wanted(folder: HubPath) -> dict[str, int]:
     skipped = _SKIPPED
     if any(name.endswith(".safetensors") for name in names):
         skipped += (".bin", ".bin.index.json", ".pth")
-    return {name: size for name, size in names.items() if not name.endswith(skipped) and not any(part.startswith(".") for part in name.split("/")) and name != JOURNAL}
+    return {
+        name: size
+        for name, size in names.items()
+        if not name.endswith(skipped) and not any(part.startswith(".") for part in name.split("/")) and name != JOURNAL
+    }
 
 
 def left_out(folder: HubPath) -> dict[str, int]:
@@ -71,7 +75,14 @@ def left_out(folder: HubPath) -> dict[str, int]:
     return {name: every[name] for name in sorted(every.keys() - wanted(folder).keys())}
 
 
-def pull(source: str, destination: str | Path, *, overwrite: bool = False, cache: bool = False, progress: Callable[[int], None] = lambda size: None) -> Pulled:
+def pull(
+    source: str,
+    destination: str | Path,
+    *,
+    overwrite: bool = False,
+    cache: bool = False,
+    progress: Callable[[int], None] = lambda size: None,
+) -> Pulled:
     """Download `source`, hf://ORG/NAME[@REV][/SUBDIR], into the folder `destination`, which appears whole or not at all.
 
     What an interrupted pull of the very same files fetched is not fetched again. Raises HubError; DestinationError before
@@ -82,7 +93,10 @@ def pull(source: str, destination: str | Path, *, overwrite: bool = False, cache
     folder = source if isinstance(source, HubPath) else open_folder(str(source), cache)
     names = dict(sorted(wanted(folder).items()))
     if not names:
-        raise HubError(f"{folder.repository.location} holds no file of a model at {folder.revision[:12]}", f"it holds {some(sorted(left_out(folder))) or 'nothing'}")
+        raise HubError(
+            f"{folder.repository.location} holds no file of a model at {folder.revision[:12]}",
+            f"it holds {some(sorted(left_out(folder))) or 'nothing'}",
+        )
     place, notes = Place.of(destination), []
     work = Work(folder, names, place)
     healed = place.heal(notes)
@@ -109,7 +123,9 @@ class Work:
     def __init__(self, folder: HubPath, names: dict[str, int], place: Place):
         self.folder, self.names, self.place, self.partial = folder, names, place, place.partial
         numbers = iter(range(1 << 62))
-        self.chunks = [Chunk(next(numbers), name, at, min(at + CHUNK, size)) for name, size in names.items() for at in range(0, size, CHUNK)]
+        self.chunks = [
+            Chunk(next(numbers), name, at, min(at + CHUNK, size)) for name, size in names.items() for at in range(0, size, CHUNK)
+        ]
 
     def path(self, name: str) -> str:
         """The file's path in the repository."""
@@ -129,10 +145,19 @@ class Work:
 def _check_leftover(notes: list[dict], work: Work, overwrite: bool) -> None:
     """Raises DestinationError where an unfinished run of something else is in the way."""
     earlier = notes[0] if notes else {}
-    if not earlier or overwrite or earlier["fingerprint"] == work.first["fingerprint"] or not any(path.name != JOURNAL for path in work.partial.iterdir()):
+    if (
+        not earlier
+        or overwrite
+        or earlier["fingerprint"] == work.first["fingerprint"]
+        or not any(path.name != JOURNAL for path in work.partial.iterdir())
+    ):
         return
     source = quote(earlier.get("source"))
-    what, hint = (f"pull of {source}", f"pull {source} to finish it") if earlier.get("pull") else (f"conversion of {source}", "run that command again to finish it")
+    what, hint = (
+        (f"pull of {source}", f"pull {source} to finish it")
+        if earlier.get("pull")
+        else (f"conversion of {source}", "run that command again to finish it")
+    )
     raise DestinationError(f"{work.partial} holds an unfinished {what}, and this is {work.folder.pinned}",
                            f"{hint}; to throw it away, use --overwrite or delete {work.partial}")  # fmt: skip
 
@@ -144,7 +169,9 @@ def _resume(journal: Journal, work: Work) -> Done:
     done = journal.begin(work.first, afresh=not same)
     sizes = {name: path.stat().st_size for name in work.names if (path := work.partial / name).is_file()}
     done.files = {name for name in done.files if name in work.names and sizes.get(name) == work.names[name]}
-    done.batches = {chunk.number for chunk in work.chunks if chunk.number in done.batches and sizes.get(chunk.name) == work.names[chunk.name]}
+    done.batches = {
+        chunk.number for chunk in work.chunks if chunk.number in done.batches and sizes.get(chunk.name) == work.names[chunk.name]
+    }
     return done
 
 
@@ -154,7 +181,11 @@ def _clean(work: Work, keep: set[str]) -> None:
         if path.is_dir() and not path.is_symlink():
             if not any(path.iterdir()):
                 path.rmdir()
-        elif path.is_symlink() or (path.name != JOURNAL or path.parent != work.partial) and path.relative_to(work.partial).as_posix() not in keep:
+        elif (
+            path.is_symlink()
+            or (path.name != JOURNAL or path.parent != work.partial)
+            and path.relative_to(work.partial).as_posix() not in keep
+        ):
             path.unlink()
 
 

@@ -25,7 +25,6 @@ from reshard.hub.selection import CARD, Selection, check_links, is_side_file, se
 from reshard.hub.target import Target, prepare
 from reshard.job import Job, default_jobs
 from reshard.output import Output
-from reshard.transaction import only
 
 _REGULAR = 32 << 20  # bytes: the Hub keeps larger files in LFS; those that it does not wait for the commit in memory
 
@@ -74,7 +73,9 @@ def push(
         adds = _upload(target, iter(wanted.items()), progress)
         small: dict[str, bytes] = {}
         if CARD not in wanted and target.card_is_ours():
-            small[CARD] = card(location.repo, location.folder, checkpoint.format, checkpoint.mesh, checkpoint.engine_version, checkpoint, base_model)
+            small[CARD] = card(
+                location.repo, location.folder, checkpoint.format, checkpoint.mesh, checkpoint.engine_version, checkpoint, base_model
+            )
         return _publish(target, adds, small, [*wanted, *small], began, dict(selection.left_out))
 
 
@@ -119,7 +120,9 @@ def convert_and_push(
 def _check_room(job: Job, scratch: Path) -> None:
     need, free = max(file.image.size for file in job.folder.files), shutil.disk_usage(scratch).free
     if need > free:
-        raise DestinationError(f"{scratch.parent} has {free:,} bytes free, the largest file has {need:,}", "set TMPDIR to a folder on another disk")
+        raise DestinationError(
+            f"{scratch.parent} has {free:,} bytes free, the largest file has {need:,}", "set TMPDIR to a folder on another disk"
+        )
 
 
 def _written(job: Job, scratch: Path, jobs: int | None, buffer: int, progress: Callable[[int], None]) -> Iterator[tuple[str, Path]]:
@@ -127,8 +130,9 @@ def _written(job: Job, scratch: Path, jobs: int | None, buffer: int, progress: C
     for file in job.folder.files:
         with closing(job.source.source()) as source, closing(Output(scratch, [file], None)) as output:
             source.casts = job.casts
-            run(only(job.plan, [file]), source, output.write, jobs=jobs or default_jobs(job.source), buffer=buffer, progress=progress)
+            run(job.plan.only([file.path]), source, output.write, jobs=jobs or default_jobs(job.source), buffer=buffer, progress=progress)
             output.finish()
+            source.check_unchanged()
         yield file.path, scratch / file.path
         (scratch / file.path).unlink()
 
@@ -155,17 +159,23 @@ def _upload(target: Target, files: Iterable[tuple[str, Path]], progress: Callabl
             if add.path_or_fileobj != b"":  # it goes with the commit itself, and may be gone by then
                 waiting += size
                 if waiting > _REGULAR:
-                    raise HubError(f"{target.location}: the Hub wants {name}, of {size} bytes, inside the commit and not in LFS", "check HF_ENDPOINT")
+                    raise HubError(
+                        f"{target.location}: the Hub wants {name}, of {size} bytes, inside the commit and not in LFS", "check HF_ENDPOINT"
+                    )
                 add = CommitOperationAdd(target.path(name), path.read_bytes())
             adds.append(add)
         progress(size)
     return adds
 
 
-def _publish(target: Target, adds: list[CommitOperationAdd], small: dict[str, bytes], names: list[str], began: float, left_out: dict[str, int]) -> Pushed:
+def _publish(
+    target: Target, adds: list[CommitOperationAdd], small: dict[str, bytes], names: list[str], began: float, left_out: dict[str, int]
+) -> Pushed:
     """One commit of everything that is new; none where nothing is."""
     location = target.location
-    adds = adds + [CommitOperationAdd(target.path(name), content) for name, content in sorted(small.items()) if not target.has(name, content)]
+    adds = adds + [
+        CommitOperationAdd(target.path(name), content) for name, content in sorted(small.items()) if not target.has(name, content)
+    ]
     gone = target.others(set(names))
     head, pull_request = target.head, None
     if adds or gone or target.branch_is_new:

@@ -103,7 +103,9 @@ class Ranges:
                 raise _Expired(status)
             where = response.headers.get("Content-Range", "")
             whole = status == 200 and start == 0 and stop == size
-            if response.headers.get("Content-Encoding", "identity") != "identity" or not (whole or (status == 206 and where == f"bytes {start}-{stop - 1}/{size}")):
+            if response.headers.get("Content-Encoding", "identity") != "identity" or not (
+                whole or (status == 206 and where == f"bytes {start}-{stop - 1}/{size}")
+            ):
                 said = f"{status}" + (f" with {safe(where)}" if where else "")
                 if status == 200:
                     said = "200: it sends the whole file, whatever range is asked for"
@@ -134,7 +136,9 @@ class Ranges:
 
         found = asked(url, lambda: served(api, url), self._sleep)
         if (found.size, found.etag) != (str(entry.size), entry.sha256):
-            raise HubError(f"{self.location}: {path}: the Hub lists {entry.size} bytes, sha256 {entry.sha256}, and serves {safe(found.size)}, {safe(found.etag)}")
+            raise HubError(
+                f"{self.location}: {path}: the Hub lists {entry.size} bytes, sha256 {entry.sha256}, and serves {safe(found.size)}, {safe(found.etag)}"
+            )
         parts = urlsplit(found.url)
         if not parts.hostname or parts.scheme != "https" and (parts.scheme != "http" or api.endpoint.startswith("https:")):
             raise HubError(f"{self.location}: {path}: the Hub sends it from {safe(found.url)}, which is no https address")

@@ -21,7 +21,9 @@ from reshard.hub.ranges import Ranges
 from reshard.stores.foreign import LIMIT
 
 HEAD = 100_001  # bytes fetched from the start of a weight file: nearly every header is shorter
-_SMALL = 16 << 20  # bytes: a file that is not LFS is smaller, and served by the Hub itself: taken whole, with one request; larger ones are not kept
+_SMALL = (
+    16 << 20
+)  # bytes: a file that is not LFS is smaller, and served by the Hub itself: taken whole, with one request; larger ones are not kept
 _IN_FLIGHT = 8
 
 

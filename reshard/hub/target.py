@@ -120,4 +120,7 @@ def prepare(location: Location, public: bool, create_pr: bool, names: set[str], 
 
 def check_private(location: Location, found: Info, public: bool) -> None:
     if not found.private and not public:
-        raise DestinationError(f"{location.repo} is a public repository: everyone could read what is pushed", "say --public if that is meant, or push to another one")
+        raise DestinationError(
+            f"{location.repo} is a public repository: everyone could read what is pushed",
+            "say --public if that is meant, or push to another one",
+        )

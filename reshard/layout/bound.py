@@ -214,7 +214,13 @@ def bind(descriptor: Descriptor, config: Mapping[str, object]) -> Layout:
     _check_count(descriptor, counts, base)
     optional = frozenset(name for name, place in descriptor.places.items() if place.optional)
     layout = Layout(descriptor, config, scope, {}, counts, optional)
-    return replace(layout, sizes=_sizes(layout), _cache={})
+    layout = replace(layout, sizes=_sizes(layout), _cache={})
+    for tensor in descriptor.tensors.values():
+        empty = next((axis for axis in tensor.axes if layout.sizes.get(axis) == 0), None)
+        if empty and any(layout.exists(tensor, number) for number in layout.numbers(tensor.place)):
+            text = f"[tensors] {tensor.name} has no elements: axis {empty} = {str(descriptor.axes[empty])!r} is 0"
+            raise LayoutError(f"layout {descriptor.path or descriptor.name}: {text}", "check config.json")
+    return layout
 
 
 def _check_count(descriptor: Descriptor, counts: Mapping[str, int], scope: Scope) -> None:

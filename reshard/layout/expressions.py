@@ -9,6 +9,7 @@ import ast
 import operator
 from collections.abc import Mapping
 from functools import lru_cache
+from typing import Self
 
 from reshard.errors import LayoutError
 from reshard.stores.foreign import quote
@@ -33,7 +34,7 @@ class Expression(str):
     __slots__ = ("where",)
     where: str
 
-    def __new__(cls, text: str, where: str = "") -> "Expression":
+    def __new__(cls, text: str, where: str = "") -> Self:
         self = super().__new__(cls, text)
         self.where = where
         return self

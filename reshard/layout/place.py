@@ -172,12 +172,12 @@ class Placement:
             lead = (number,) if own else ()
             if not pattern.expert:
                 held = tuple([Part((t, *lead), block) for t, block in blocks])
-                yield Stored(rank.number, head, "", self._viewed(entry, shape), held, entry, pad=pad)
+                yield Stored(rank.number, head, "", _viewed(entry, shape), held, entry, pad=pad)
                 continue
             experts = self._experts(pattern, rank, number)
             if separate:
                 before, after = head.split("{expert}", 1)
-                dims = self._viewed(entry, shape)
+                dims = _viewed(entry, shape)
                 for i, expert in enumerate(experts):
                     name = f"{before}{i if local else expert}{after}"
                     yield Stored(
@@ -211,17 +211,7 @@ class Placement:
         for tensor, block in blocks:
             for i, count in _stretches(numbers):
                 out.append(Part((tensor, *numbers[i]), block.moved(i * size), count, size if count > 1 else 0))
-        return Stored(rank.number, name, "", self._viewed(pattern.entry, lead + shape), tuple(out), pattern.entry, pad=pad * len(numbers))
-
-    def _viewed(self, entry: Entry, dims: tuple[int, ...]) -> tuple[int, ...]:
-        """The dimensions that a stored tensor of `dims` is declared under: the same elements in the same order."""
-        if entry.view is None:
-            return dims
-        if sorted(d for group in entry.view for d in group) != list(range(len(dims))):
-            view = [list(group) for group in entry.view]
-            self._problem(entry, f"view = {view} must join each of its {len(dims)} dimensions once (0 to {len(dims) - 1})")
-            return dims
-        return tuple(prod(dims[d] for d in group) for group in entry.view)
+        return Stored(rank.number, name, "", _viewed(pattern.entry, lead + shape), tuple(out), pattern.entry, pad=pad * len(numbers))
 
     def _experts(self, pattern: Pattern, rank: Rank, number: int | None) -> range:
         """The experts of this rank."""
@@ -350,6 +340,11 @@ class Omitted:
             return False
         number = key[1] if tensor.index and tensor.index[0] == tensor.place else None
         return tensor.place in self.places or (tensor.name, number) in self.tensors
+
+
+def _viewed(entry: Entry, dims: tuple[int, ...]) -> tuple[int, ...]:
+    """The dimensions that a stored tensor of `dims` is declared under: the same elements in the same order."""
+    return dims if entry.view is None else tuple(prod(dims[d] for d in group) for group in entry.view)
 
 
 def _stretches(numbers: list[tuple[int, ...]]) -> Iterator[tuple[int, int]]:

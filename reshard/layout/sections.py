@@ -4,13 +4,14 @@ An own entry takes away all inherited ones that hold any of its tensors, copies 
 format's finished table, newest names.
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from reshard.errors import LayoutError
 from reshard.layout.entries import RawEntry
-from reshard.layout.expressions import both
+from reshard.layout.expressions import both, names_in
 from reshard.layout.files import Prefixes
 from reshard.layout.fusion import check_axes, fused_dim
 from reshard.layout.model import Constant, Entry, Section, parse_version
@@ -283,6 +284,14 @@ class Sections:
             check_axes(fusion, {t.name: ((raw.dims or t.dims)[dim] if t.dims else ()) for t in tensors})
         except ValueError as error:
             raise LayoutError(f"{where}: of = {str(raw.fusion)!r}: {error}") from None
+        if raw.view is not None:
+            numbered = [
+                index for index in tensors[0].index if f"{{{index}}}" not in name and not (index == place and place in _numbers(name))
+            ]
+            count = len(numbered) + len(raw.dims or tensors[0].dims)
+            if sorted(d for group in raw.view for d in group) != list(range(count)):
+                view = [list(group) for group in raw.view]
+                raise LayoutError(f"{where}: view = {view} must join the dimensions 0 to {count - 1}, each once")
         every = {axis for t in tensors for axis in t.axes}
         for key, axes in (("split", raw.split or ()), ("pad", [axis for axis, _ in raw.pad])):
             for axis in axes:
@@ -324,6 +333,11 @@ class Sections:
                 elif out.pop(key, None) is None:
                     raise LayoutError(f"{part.where}: [{format}.args] {key} = false: there is none to take away")
         return tuple(out.items())
+
+
+def _numbers(name: str) -> set[str]:
+    """The names that the expressions in a name's braces use."""
+    return {used for text in re.findall(r"\{([^{}]+)\}", name) for used in names_in(text)}
 
 
 def _lay(state: dict[str, Labelled], fresh: Mapping[str, Labelled]) -> None:

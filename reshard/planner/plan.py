@@ -191,6 +191,11 @@ class Plan:
         """A digest of every stored tensor of both sides, every block in them, and what is compared: equal plans, and only they, share one."""
         return hashlib.sha256(repr((self.compare, self.every_pair, digest(self.join.sources), digest(self.join.destinations))).encode()).hexdigest()
 
+    def only(self, files: Iterable[str]) -> "Plan":
+        """What of the plan fills these output files."""
+        wanted = set(files)
+        return replace(self, join=join(self.join.sources, [s for s in self.destinations if s.file in wanted]))
+
     def located(self, places: Mapping[tuple[int, str], tuple[str, int]]) -> "Plan":
         """The plan with the file, and the byte in it, of each destination, by its ``Stored.id``."""
         moved = tuple([Stored(s.rank, s.name, s.dtype, s.shape, s.parts, s.entry, *places[s.id], s.pad) for s in self.destinations])

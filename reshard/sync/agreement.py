@@ -69,7 +69,9 @@ def check(table: torch.Tensor) -> None:
     if len(set(fingerprints)) > 1:
         groups = {f: [r for r, other in enumerate(fingerprints) if other == f] for f in dict.fromkeys(fingerprints)}
         text = ", ".join(f"{f:015x} on ranks {ranks}" for f, ranks in groups.items())
-        raise SyncError(f"ranks made different plans: {text}", "make the plan from the same layout, meshes, dtypes and bucket_bytes everywhere")
+        raise SyncError(
+            f"ranks made different plans: {text}", "make the plan from the same layout, meshes, dtypes and bucket_bytes everywhere"
+        )
     if len(set(versions)) > 1:
         at = ", ".join(f"rank {r} at {v}" for r, v in enumerate(versions))
         raise SyncError(f"ranks are at different versions: {at}", "call send and recv with the step's number")

@@ -250,7 +250,7 @@ def _messages(sender: int, taker: int, copies: list[Copy], limit: int, staged: C
 
     for copy in copies:
         ends = (copy.sent_as_it_lies and sender not in staged, copy.taken_as_it_lies and taker not in staged)
-        for part in [copy] if all(ends) else cut(copy, limit):
+        for part in [copy] if all(ends) and copy.bytes >= DIRECT else cut(copy, limit):
             size = part.bytes
             if all(ends) and size >= DIRECT:  # staged at neither end: bounds nothing
                 out.append(Message(sender, taker, len(out), number, [(part, 0)], size, True))

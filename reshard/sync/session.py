@@ -195,7 +195,9 @@ class Sync:
             failure = error
         self._end(failure, version)
         used = time.perf_counter() - began
-        self.stats = Stats(version, self._wire.bytes_sent - sent, self._wire.bytes_taken - taken, **moved, seconds=used, note=self._sharing.note)
+        self.stats = Stats(
+            version, self._wire.bytes_sent - sent, self._wire.bytes_taken - taken, **moved, seconds=used, note=self._sharing.note
+        )
 
     # ------------------------------------------------------------------------------------------- agreement, before and after
 
@@ -339,7 +341,9 @@ class Sync:
             sums = Sums(sent, source), Sums(taken, into), Sums(held, source)
         return Ready(part, staging, mapped, straight(part.local, lambda copy: source_view(copy, source), into), sums)
 
-    def _next_bucket(self, part: RankPlan, source: dict[int, Bound], into: dict[int, Bound]) -> tuple[Bucket | None, dict[int, Bound], Ready]:
+    def _next_bucket(
+        self, part: RankPlan, source: dict[int, Bound], into: dict[int, Bound]
+    ) -> tuple[Bucket | None, dict[int, Bound], Ready]:
         """Room for the destination tensors of one part; all ranks have theirs before its bytes move."""
         failure, bucket, ready = None, None, None
         try:

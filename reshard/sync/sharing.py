@@ -76,7 +76,7 @@ class Sharing:
         reasons = [*without.values(), *closed.values()]
         if reasons and self._transport == "mapped":
             self.memory = {}
-            return [f"{text}; use transport=\"auto\" or \"p2p\"" for text in reasons]
+            return [f'{text}; use transport="auto" or "p2p"' for text in reasons]
         if me in closed:
             self.memory = {}
         self.memory = {r: own for r, own in self.memory.items() if r not in without}

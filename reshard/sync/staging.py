@@ -180,7 +180,9 @@ class Staging:
                     here.arrive.add(near, buffer)
             here.takes.append(Parcel(m.sender, buffer, m.tag, id(m) in straight_in))
 
-    def _buffers(self, messages: list[Message], without: dict[int, torch.Tensor], lying: dict[int, "torch.device | None"], device: torch.device):
+    def _buffers(
+        self, messages: list[Message], without: dict[int, torch.Tensor], lying: dict[int, "torch.device | None"], device: torch.device
+    ):
         """For each staged message its bytes on `device`, and where its copies are packed or unpacked: the same bytes, or as
         many on the device where its tensors lie. Buffers hold the messages of any one round, one buffer for each flight."""
         filled: dict[tuple, int] = {}

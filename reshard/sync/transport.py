@@ -50,7 +50,9 @@ class Wire:
 
     def lost(self, doing: str, error: object = "") -> PeerLost:
         reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else ""
-        return PeerLost(f"{doing}: a peer is gone, or silent for {self.timeout:g} s{f' ({reason})' if reason else ''}{self._told()}", _AGAIN)
+        return PeerLost(
+            f"{doing}: a peer is gone, or silent for {self.timeout:g} s{f' ({reason})' if reason else ''}{self._told()}", _AGAIN
+        )
 
     def wait(self, work, doing: str) -> None:
         """Wait for one operation. Raises PeerLost when its peer is gone or the time-out passes."""

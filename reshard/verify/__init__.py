@@ -3,7 +3,9 @@
 ``names.py`` what engines call their tensors · ``shards.py`` read them · ``group.py`` ranks as processes · ``model.py``,
 ``slices.py``, ``build.py`` put a rank's slices into transformers' modules (``attention.py``, ``experts.py``, ``parallel.py``: what
 engines compute) · ``run.py`` one process's work · ``launch.py`` all of them · ``reference.py`` the original · ``figures.py``,
-``trace.py`` the comparison · ``controls.py`` planted defects · ``permute.py`` the proof without processes · ``report.py``, ``page.py``.
+``trace.py`` the comparison · ``settings.py`` config.json and args · ``direct.py``, ``beyond.py`` what no prompt reaches · ``devices.py``,
+``exact.py``, ``watch.py`` GPUs, precision, and the first rank that stops · ``controls.py`` planted defects · ``permute.py`` the proof without
+processes · ``report.py``, ``page.py``.
 """
 
 from importlib.util import find_spec

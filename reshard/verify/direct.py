@@ -45,11 +45,11 @@ def reached(m: Model) -> Iterator[dict[str, set[int]]]:
 @torch.no_grad()
 def run_experts(m: Model, dtype: torch.dtype, device: torch.device, counts: Mapping[str, int] | None = None) -> dict[str, torch.Tensor]:
     """Every expert's outputs, [experts, tokens, hidden], by path of its layer's module, on the CPU. `counts` are experts in all, where
-    `m` holds a rank's share; the ranks of a stage call this together. Tokens are random, but always the same."""
+    `m` holds a rank's share; the ranks of a stage call this together. Tokens are random, but the same for every expert, always."""
     out = {}
     for path, module in experts_of(m):
         count = module.num_experts if counts is None else counts[path]
-        tokens = torch.randn(count * TOKENS, m.config.hidden_size, generator=torch.Generator().manual_seed(count)).to(device, dtype)
+        tokens = torch.randn(TOKENS, m.config.hidden_size, generator=torch.Generator().manual_seed(0)).repeat(count, 1).to(device, dtype)
         index = torch.arange(count, device=device).repeat_interleave(TOKENS)[:, None]
         found = module(tokens, index, torch.ones_like(index, dtype=dtype))
         out[path] = found.float().cpu().unflatten(0, (count, TOKENS))

@@ -17,24 +17,31 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 
 import reshard
 from bad.descriptors import as_toml, builtin_texts, mutant, use
+from bad.judges import as_library, as_torch
+from bad.mutations import ODD, bytes_changed, json_changed, value_changed
 from reshard import journal
 from reshard.demo import make_model
 from reshard.formats import get
-from reshard.stores import DTYPE_SIZE, TensorInfo, safetensors, torchzip
-from reshard.stores.torch_names import DTYPE_NAME, row_major_strides
+from reshard.stores import safetensors, torchzip
 
 CONFIG = {
-    "architectures": ["LlamaForCausalLM"], "hidden_size": 8, "intermediate_size": 12, "num_attention_heads": 4, "num_key_value_heads": 2,
-    "head_dim": 4, "vocab_size": 20, "num_hidden_layers": 2, "rms_norm_eps": 1e-5, "max_position_embeddings": 64, "tie_word_embeddings": False,
+    "architectures": ["LlamaForCausalLM"],
+    "hidden_size": 8,
+    "intermediate_size": 12,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 4,
+    "vocab_size": 20,
+    "num_hidden_layers": 2,
+    "rms_norm_eps": 1e-5,
+    "max_position_embeddings": 64,
+    "tie_word_embeddings": False,
     "dtype": "bfloat16",
-}  # fmt: skip
-ODD = [None, True, False, 0, -1, 1, 2, 3, 7, 4096, 65536, 1 << 31, 1 << 63, 10**400, 1.5, -0.0, float("nan"), float("inf"), "", "x", "2", "\0", "\x1b[2J", "../x",
-       "/etc/passwd", "é" * 300, "F32", "I8", "BF16", [], {}, [[]], [0], [0, 4], [1 << 62, 1 << 62], ["x"], {"x": 1}, "\ud800"]  # fmt: skip
+}
 
 
 @dataclass(frozen=True)
@@ -45,138 +52,6 @@ class Reader:
     make: Callable[[random.Random, Path], None]
     read: Callable[[Path], object]
     judge: Callable[[Path, object], str | None]
-
-
-# ------------------------------------------------------------------------------------------------------------ mutations
-
-
-def bytes_changed(r: random.Random, raw: bytes, low: int = 0, high: int | None = None) -> bytes:
-    """`raw` with a few bytes between `low` and `high` flipped, cut out, put in or moved."""
-    out = bytearray(raw)
-    for _ in range(r.choice([1, 1, 1, 2, 4])):
-        end = min(len(out), len(out) if high is None else high)
-        at = r.randrange(min(low, max(0, end - 1)), max(end, low + 1)) if end else 0
-        match r.randrange(7):
-            case 0 if at < len(out):
-                out[at] ^= 1 << r.randrange(8)
-            case 1 if at < len(out):
-                out[at] = r.randrange(256)
-            case 2:
-                del out[at : at + r.choice([1, 2, 8, 64])]
-            case 3:
-                out[at:at] = r.choice(
-                    [b"\0", b"\xff" * 8, b"[", b"{", b'"', b"PK\1\2", struct.pack("<Q", r.choice([0, 1, 1 << 31, 1 << 63]))]
-                )
-            case 4:
-                out[at : at + 8] = struct.pack("<Q", r.choice([0, 1, len(out), 1 << 32, (1 << 64) - 1]))
-            case 5:
-                other = r.randrange(len(out) or 1)
-                out[at : at + 16] = out[other : other + 16]
-            case _:
-                del out[at : None if r.random() < 0.3 else at + 1]
-    return bytes(out)
-
-
-def value_changed(r: random.Random, value: object) -> object:
-    """A JSON value with something inside it replaced, taken away, doubled or put in."""
-    if isinstance(value, dict) and value and r.random() < 0.9:
-        key = r.choice(list(value))
-        match r.randrange(6):
-            case 0:
-                return {k: v for k, v in value.items() if k != key}
-            case 1:
-                return {**value, r.choice(["x", "", "__metadata__", "a" * 300, "\x1b[2J", "../x"]): r.choice(ODD)}
-            case 2:
-                return {**value, key: value[r.choice(list(value))]}
-            case _:
-                return {**value, key: value_changed(r, value[key])}
-    if isinstance(value, list) and value and r.random() < 0.7:
-        at = r.randrange(len(value))
-        return value[:at] + [value_changed(r, value[at])] + value[at + 1 :] if r.random() < 0.7 else value[:at] + value[at + 1 :]
-    if type(value) is int and r.random() < 0.5:
-        return value + r.choice([-1, 1, 2, -2, 1 << 32, -value])
-    return r.choice(ODD)
-
-
-def json_changed(r: random.Random, raw: bytes) -> bytes:
-    if r.random() < 0.4:
-        return bytes_changed(r, raw)
-    value = json.loads(raw)
-    for _ in range(r.choice([1, 1, 2, 3])):
-        value = value_changed(r, value)
-    return json.dumps(value).encode()
-
-
-# --------------------------------------------------------------------------------------------------------------- judges
-
-
-def raw_bytes(path: Path, info: TensorInfo) -> bytes:
-    """The bytes of a tensor where `info` says that it lies, in row-major order; by numpy alone."""
-    if 0 in info.shape:
-        return b""
-    size = DTYPE_SIZE[info.dtype]
-    strides = info.strides or row_major_strides(info.shape)
-    count = sum((n - 1) * s for n, s in zip(info.shape, strides)) + 1
-    raw = np.fromfile(path, np.uint8, count * size, offset=info.offset).view(f"V{size}")
-    return np.lib.stride_tricks.as_strided(raw, info.shape, [s * size for s in strides]).tobytes()
-
-
-def as_library(path: Path, found: dict[str, TensorInfo]) -> str | None:
-    """What the safetensors library reads otherwise."""
-    from safetensors import SafetensorError, deserialize
-
-    try:
-        theirs = {name: (t["dtype"], tuple(t["shape"]), bytes(t["data"])) for name, t in deserialize(path.read_bytes())}
-    except (SafetensorError, ValueError):
-        return None
-    ours = {name: (info.dtype, info.shape, raw_bytes(path, info)) for name, info in found.items()}
-    return None if ours == theirs else f"the library reads {sorted(theirs)[:3]}, reshard {sorted(ours)[:3]}"
-
-
-def tensors_in(tree: object, at: str = "", seen: set[int] | None = None) -> dict[str, object]:
-    """Every tensor in a tree of dicts, lists and namespaces, by its path; what is held twice is looked at once."""
-    if isinstance(tree, (TensorInfo, torch.Tensor)):
-        return {at: tree}
-    if isinstance(tree, argparse.Namespace):
-        tree = vars(tree)
-    seen = set() if seen is None else seen
-    if id(tree) in seen:
-        return {}
-    seen.add(id(tree))
-    items = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, (list, tuple)) else ()
-    return {path: leaf for key, value in items for path, leaf in tensors_in(value, f"{at}/{key}", seen).items()}
-
-
-def as_torch(path: Path, tree: object) -> str | None:
-    """What torch.load reads otherwise; a record that torch reads past the end of is judged by zipfile."""
-    try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            theirs = tensors_in(torch.load(path, weights_only=True))
-    except Exception:  # noqa: BLE001 - torch refuses in many ways; then it is no judge
-        return None
-    ours = tensors_in(tree)
-    for name in ours.keys() & theirs.keys():
-        mine, his = ours[name], theirs[name]
-        plain = his.detach().contiguous().reshape(-1)
-        same = DTYPE_NAME[mine.dtype] == str(his.dtype).removeprefix("torch.") and mine.shape == tuple(his.shape)
-        if not same or (plain.numel() and raw_bytes(path, mine) != plain.view(torch.uint8).numpy().tobytes()):
-            return None if same and _by_zipfile(path, mine) else f"{name}: torch reads {his.dtype} {tuple(his.shape)}, reshard {mine}"
-    return None
-
-
-def _by_zipfile(path: Path, info: TensorInfo) -> bool:
-    """Whether `info` lies in a record of the zip, as Python's zipfile finds it: torch may return memory it never filled."""
-    try:
-        with zipfile.ZipFile(path) as file, open(path, "rb") as raw:
-            for item in file.infolist():
-                raw.seek(item.header_offset)
-                header = struct.unpack("<4s5H3L2H", raw.read(30))
-                begin = item.header_offset + 30 + header[-2] + header[-1]
-                if begin <= info.offset < begin + item.file_size:
-                    return True
-    except (zipfile.BadZipFile, struct.error, OSError, ValueError):
-        pass
-    return False
 
 
 # -------------------------------------------------------------------------------------------------------------- readers
@@ -249,8 +124,24 @@ def _make_zip(r: random.Random, folder: Path) -> None:
     (folder / "f.pt").write_bytes(bytes_changed(r, raw, low))
 
 
-_CODES = [bytes((c,)) for c in pickle._Unpickler.dispatch] + [b"h\0", b"q\1", b"K\1", b"X\1\0\0\0a", b"ctorch\nSize\n", b"ccollections\nOrderedDict\n", b")R", b"\x85R", b"(", b"t",
-          b"cbuiltins\nset\n", b"cbuiltins\nbytearray\n", b"cpathlib\nPath\n", b"cargparse\nNamespace\n", b"ctorch._utils\n_rebuild_tensor_v2\n", b"cos\nsystem\n"]  # fmt: skip
+_CODES = [bytes((c,)) for c in pickle._Unpickler.dispatch] + [
+    b"h\0",
+    b"q\1",
+    b"K\1",
+    b"X\1\0\0\0a",
+    b"ctorch\nSize\n",
+    b"ccollections\nOrderedDict\n",
+    b")R",
+    b"\x85R",
+    b"(",
+    b"t",
+    b"cbuiltins\nset\n",
+    b"cbuiltins\nbytearray\n",
+    b"cpathlib\nPath\n",
+    b"cargparse\nNamespace\n",
+    b"ctorch._utils\n_rebuild_tensor_v2\n",
+    b"cos\nsystem\n",
+]
 
 
 def _make_pickle(r: random.Random, folder: Path) -> None:
@@ -262,8 +153,13 @@ def _make_pickle(r: random.Random, folder: Path) -> None:
         at = r.randrange(2, len(raw))
         raw = raw[:at] + b"".join(r.choice(_CODES) for _ in range(r.choice([1, 2, 5, 30]))) + raw[at + r.choice([0, 0, 1, 4]) :]
     elif r.random() < 0.1:
-        raw = b"\x80\x02(" + r.choice([b"]q\1(" + b"K\1" * 3000 + b"e", b"X\x00\x10\0\0" + b"a" * 4096 + b"q\1"]) + r.choice(
-            [b"h\1", b"ctorch\nSize\nh\1\x85R", b"cbuiltins\nbytearray\nh\1X\6\0\0\0latin1\x86R", b"cbuiltins\nset\nh\1\x85R"]) * 3000 + b"t."  # fmt: skip
+        raw = (
+            b"\x80\x02("
+            + r.choice([b"]q\1(" + b"K\1" * 3000 + b"e", b"X\x00\x10\0\0" + b"a" * 4096 + b"q\1"])
+            + r.choice([b"h\1", b"ctorch\nSize\nh\1\x85R", b"cbuiltins\nbytearray\nh\1X\6\0\0\0latin1\x86R", b"cbuiltins\nset\nh\1\x85R"])
+            * 3000
+            + b"t."
+        )
     else:
         raw = bytes_changed(r, raw)
     out = io.BytesIO()
@@ -386,7 +282,12 @@ def _judge_journal(folder: Path, found: object) -> str | None:
 
 
 READERS = {
-    "safetensors": Reader(_safetensors, _make_safetensors, lambda f: safetensors.read(f / "f.safetensors")[0], lambda f, found: as_library(f / "f.safetensors", found)),
+    "safetensors": Reader(
+        _safetensors,
+        _make_safetensors,
+        lambda f: safetensors.read(f / "f.safetensors")[0],
+        lambda f, found: as_library(f / "f.safetensors", found),
+    ),
     "index": Reader(_index, _make_index, lambda f: get("hf").read(f / "m"), _judge_index),
     "zip": Reader(_torch, _make_zip, lambda f: torchzip.read(f / "f.pt"), lambda f, found: as_torch(f / "f.pt", found)),
     "pickle": Reader(_torch, _make_pickle, lambda f: torchzip.read(f / "f.pt"), lambda f, found: as_torch(f / "f.pt", found)),
@@ -394,7 +295,7 @@ READERS = {
     "config": Reader(_hf, _make_config, _use_config, _as_before),
     "manifest": Reader(_manifest, _make_manifest, lambda f: _opened(f / "m"), _as_before),
     "descriptor": Reader(_nothing, _make_descriptor, lambda f: use(f / "m.toml"), lambda f, found: None),
-}  # fmt: skip
+}
 if hasattr(journal, "read_notes"):
     READERS["journal"] = Reader(_nothing, _make_journal, _read_journal, _judge_journal)
 
