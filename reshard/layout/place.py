@@ -20,6 +20,10 @@ from reshard.layout.model import Constant, Entry, Section, Tensor
 from reshard.stores.foreign import quote
 
 
+#: tensors in order, as (the numbers of the first, how many count up from its last number)
+Runs = list[tuple[tuple[int, ...], int]]
+
+
 @dataclass(frozen=True, slots=True)
 class Pattern:
     """One entry made ready: its tensors, and where they exist. What does not depend on the rank is worked out once.
@@ -184,7 +188,7 @@ class Placement:
                         rank.number, name, "", dims, tuple([Part((t, *lead, expert), block) for t, block in blocks]), entry, pad=pad
                     )
             else:
-                yield self._stack(pattern, rank, head, shape, blocks, pad, [(*lead, expert) for expert in experts], (len(experts),))
+                yield self._stack(pattern, rank, head, shape, blocks, pad, [((*lead, experts.start), len(experts))], (len(experts),))
 
     def _stacked(self, pattern: Pattern, rank: Rank, here: list[tuple[int, int]]) -> Iterator[Stored]:
         """A stored tensor that holds all layers of a stage."""
@@ -198,20 +202,22 @@ class Placement:
         head = self._head(pattern, *here[0])
         if pattern.expert:
             experts = self._experts(pattern, rank, here[0][0])
-            numbers = [(number, expert) for number, _ in here for expert in experts]
-            yield self._stack(pattern, rank, head, shape, blocks, pad, numbers, (len(here), len(experts)))
+            runs = [((number, experts.start), len(experts)) for number, _ in here]
+            yield self._stack(pattern, rank, head, shape, blocks, pad, runs, (len(here), len(experts)))
         else:
-            yield self._stack(pattern, rank, head, shape, blocks, pad, [(number,) for number, _ in here], (len(here),))
+            yield self._stack(pattern, rank, head, shape, blocks, pad, _runs([number for number, _ in here]), (len(here),))
 
-    def _stack(
-        self, pattern: Pattern, rank: Rank, name: str, shape, blocks, pad: int, numbers: list[tuple], lead: tuple[int, ...]
-    ) -> Stored:
+    def _stack(self, pattern: Pattern, rank: Rank, name: str, shape, blocks, pad: int, runs: Runs, lead: tuple[int, ...]) -> Stored:
         """One stored tensor that holds many layers' or experts' tensors one after another."""
         size, out = prod(shape), []
         for tensor, block in blocks:
-            for i, count in _stretches(numbers):
-                out.append(Part((tensor, *numbers[i]), block.moved(i * size), count, size if count > 1 else 0))
-        return Stored(rank.number, name, "", _viewed(pattern.entry, lead + shape), tuple(out), pattern.entry, pad=pad * len(numbers))
+            before = 0
+            for first, count in runs:
+                if not count:  # more ranks than experts: this one holds none
+                    continue
+                out.append(Part((tensor, *first), block.moved(before * size) if before else block, count, size if count > 1 else 0))
+                before += count
+        return Stored(rank.number, name, "", _viewed(pattern.entry, lead + shape), tuple(out), pattern.entry, pad=pad * prod(lead))
 
     def _experts(self, pattern: Pattern, rank: Rank, number: int | None) -> range:
         """The experts of this rank."""
@@ -347,13 +353,15 @@ def _viewed(entry: Entry, dims: tuple[int, ...]) -> tuple[int, ...]:
     return dims if entry.view is None else tuple(prod(dims[d] for d in group) for group in entry.view)
 
 
-def _stretches(numbers: list[tuple[int, ...]]) -> Iterator[tuple[int, int]]:
-    """(position, count) of the tensors of a stack whose last numbers count up by one."""
-    start = 0
-    for i in range(1, len(numbers) + 1):
-        if i == len(numbers) or numbers[i] != (*numbers[i - 1][:-1], numbers[i - 1][-1] + 1):
-            yield start, i - start
-            start = i
+def _runs(numbers: list[int]) -> Runs:
+    """`numbers`, those that count up by one together."""
+    out: list[tuple[tuple[int, ...], int]] = []
+    for number in numbers:
+        if out and number == out[-1][0][0] + out[-1][1]:
+            out[-1] = out[-1][0], out[-1][1] + 1
+        else:
+            out.append(((number,), 1))
+    return out
 
 
 def _prints(name: str, place: str) -> bool:
