@@ -1,12 +1,15 @@
 """A descriptor of the user's own, and what happens to a model that none describes."""
 
 import json
+import re
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 import reshard
+from reshard.layout import load_descriptor
 
 LAYOUT = """
 description = "made up: query and key fused head by head, a wide gate, one tensor transposed"
@@ -107,3 +110,13 @@ def test_another_models_config(tmp_path):
         reshard.open(tmp_path / "tp")
 
 
+
+
+@pytest.mark.parametrize("number", range(3))
+def test_descriptors_of_the_guide_load(tmp_path, number):
+    guide = Path(__file__).parents[1] / "docs/guides/descriptor.md"
+    texts = re.findall(r"```toml\n(.*?)```", guide.read_text(), flags=re.S)
+    assert len(texts) == 3
+    (tmp_path / "guide.toml").write_text(texts[number])
+    descriptor = load_descriptor(tmp_path / "guide.toml")
+    assert "hf" in descriptor.formats and descriptor.architectures

@@ -53,7 +53,7 @@ def split_dim(descriptor, entry, tp: int) -> int | None:
     split = tensor.split if entry.split is None else entry.split
     if tp == 1 or not split:
         return None
-    lead = sum(1 for axis in tensor.index if f"{{{axis}}}" not in entry.name)
+    lead = sum(1 for axis in tensor.index if axis not in entry.numbered)
     return lead + next(d for d, axes in enumerate(entry.dims or tensor.dims) if split[0] in axes)
 
 
@@ -135,7 +135,7 @@ def show(name, tp, format_, config):
     descriptor = load_descriptor(Path(name)) if name.endswith(".toml") else known[name]
     kind = formats.get(format_)
     if config is None:
-        rows = [_entry_row(descriptor, entry, tp) for entry in descriptor.section(kind.section).entries]
+        rows = [_entry_row(descriptor, entry, tp) for entry in descriptor.section(kind.section).entries if not entry.omit]
         click.echo(table(rows, ("name", "holds", "interleaved within", "split dim", f"dims per rank of tp{tp}", "when")))
         return
     from reshard.checkpoint import find_config, model_config, read_config
@@ -156,7 +156,7 @@ def _entry_row(descriptor, entry, tp: int) -> tuple:
     def size(axis: str) -> str:
         return f"{axis}/{tp}" if tp > 1 and split[:1] == (axis,) else axis
 
-    lead = [f"[{name}]" for name in tensor.index if f"{{{name}}}" not in entry.name]
+    lead = [f"[{name}]" for name in tensor.index if name not in entry.numbered]
     dims = [" ".join(map(size, axes)) for axes in entry.dims or tensor.dims]
     text = " ".join(lead + [f"({d})" if " " in d else d for d in dims])
     cut = split_dim(descriptor, entry, max(tp, 2))

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 from reshard.errors import LayoutError
+from reshard.layout.expressions import names_in
 from reshard.layout.fusion import Group, fused_dim
 from reshard.stores.foreign import quote
 
@@ -73,6 +74,11 @@ class Entry:
     def of(self) -> tuple[str, ...]:
         """Its tensors, in order; one may stand there twice."""
         return tuple(self.fusion.leaves())
+
+    @cached_property
+    def numbered(self) -> frozenset[str]:
+        """What the names that it generates are told apart by: its place's number, experts."""
+        return frozenset(used for text in re.findall(r"\{([^{}]+)\}", self.name) for used in names_in(text))
 
     def dim(self, tensors: Mapping[str, Tensor]) -> int:
         """The stored dimension along which its tensors are fused."""

@@ -5,7 +5,6 @@ integers alone. Each rule is written once and serves both directions, since read
 placement on the two sides of a join.
 """
 
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from math import prod
@@ -13,12 +12,11 @@ from math import prod
 from reshard.block import Part, Stored, chunk
 from reshard.errors import LayoutError
 from reshard.layout.bound import Layout, Scope
-from reshard.layout.expressions import evaluate, holds, names_in
+from reshard.layout.expressions import evaluate, holds
 from reshard.layout.fusion import Item, fuse, slice_dim
 from reshard.layout.mesh import Mesh, Rank, Rules, expert_cut
 from reshard.layout.model import Constant, Entry, Section, Tensor
 from reshard.stores.foreign import quote
-
 
 #: tensors in order, as (the numbers of the first, how many count up from its last number)
 Runs = list[tuple[tuple[int, ...], int]]
@@ -166,10 +164,10 @@ class Placement:
             return
         numbered = here[0][0] is not None
         own = numbered and pattern.tensors[0].place == entry.place
-        if numbered and not _prints(entry.name, entry.place):
+        if numbered and entry.place not in entry.numbered:
             yield from self._stacked(pattern, rank, here)
             return
-        local, separate = self.rules.local, "{expert}" in entry.name
+        local, separate = self.rules.local, "expert" in entry.numbered
         for number, printed in here:
             shape, blocks, pad = self._blocks(pattern, rank, number)
             head = self._head(pattern, number, printed)
@@ -193,7 +191,7 @@ class Placement:
     def _stacked(self, pattern: Pattern, rank: Rank, here: list[tuple[int, int]]) -> Iterator[Stored]:
         """A stored tensor that holds all layers of a stage."""
         entry = pattern.entry
-        if "{expert}" in entry.name:
+        if "expert" in entry.numbered:
             raise LayoutError(f"layout {self.layout.name}: {entry.name!r} numbers experts, but not {entry.place}s")
         if len({pattern.numbers[number] for number, _ in here}) > 1:
             self._problem(entry, f"is a stack over {entry.place}s of unequal size")
@@ -362,8 +360,3 @@ def _runs(numbers: list[int]) -> Runs:
         else:
             out.append(((number,), 1))
     return out
-
-
-def _prints(name: str, place: str) -> bool:
-    """Whether `name` tells the numbers of `place` apart."""
-    return any(place in names_in(text) for text in re.findall(r"\{([^{}]+)\}", name) if text != "expert")

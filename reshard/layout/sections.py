@@ -4,14 +4,13 @@ An own entry takes away all inherited ones that hold any of its tensors, copies 
 format's finished table, newest names.
 """
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from reshard.errors import LayoutError
 from reshard.layout.entries import RawEntry
-from reshard.layout.expressions import both, names_in
+from reshard.layout.expressions import both
 from reshard.layout.files import Prefixes
 from reshard.layout.fusion import check_axes, fused_dim
 from reshard.layout.model import Constant, Entry, Section, parse_version
@@ -284,14 +283,6 @@ class Sections:
             check_axes(fusion, {t.name: ((raw.dims or t.dims)[dim] if t.dims else ()) for t in tensors})
         except ValueError as error:
             raise LayoutError(f"{where}: of = {str(raw.fusion)!r}: {error}") from None
-        if raw.view is not None:
-            numbered = [
-                index for index in tensors[0].index if f"{{{index}}}" not in name and not (index == place and place in _numbers(name))
-            ]
-            count = len(numbered) + len(raw.dims or tensors[0].dims)
-            if sorted(d for group in raw.view for d in group) != list(range(count)):
-                view = [list(group) for group in raw.view]
-                raise LayoutError(f"{where}: view = {view} must join the dimensions 0 to {count - 1}, each once")
         every = {axis for t in tensors for axis in t.axes}
         for key, axes in (("split", raw.split or ()), ("pad", [axis for axis, _ in raw.pad])):
             for axis in axes:
@@ -301,11 +292,19 @@ class Sections:
         for leaf, _ in raw.aligned:
             if leaf not in names:
                 raise LayoutError(f"{where}: align names {leaf!r}, which is not in of = {str(raw.fusion)!r}")
-        return Entry(
+        entry = Entry(
             raw.label, name, fusion, raw.dims, raw.cut, raw.split, raw.pad, raw.align,
             tuple((names[leaf], text) for leaf, text in raw.aligned), raw.when, raw.stage, bool(raw.copy and raw.form), raw.copy, raw.omit,
             raw.only_rank0, raw.view, raw.dtype, raw.transform, raw.scheme, place,
         )  # fmt: skip
+        stacked = [index for index in tensors[0].index if index not in entry.numbered]
+        if entry.name and stacked and stacked[-1] != tensors[0].index[-1]:
+            raise LayoutError(f"{where}: {name!r} numbers experts, but not {stacked[0]}s", "number both, or stack the experts too")
+        dims = range(len(stacked) + len(raw.dims or tensors[0].dims))
+        if raw.view is not None and sorted(d for group in raw.view for d in group) != list(dims):
+            view = [list(group) for group in raw.view]
+            raise LayoutError(f"{where}: view = {view} must join the dimensions 0 to {len(dims) - 1}, each once")
+        return entry
 
     def _patterns(self, key: str, format: str, formats: tuple[str, ...], spelt: "Spelt") -> tuple[str, ...]:
         """Patterns of the names that files may have beside the tensors; every number of a place matches. `key`: drop or omit."""
@@ -333,11 +332,6 @@ class Sections:
                 elif out.pop(key, None) is None:
                     raise LayoutError(f"{part.where}: [{format}.args] {key} = false: there is none to take away")
         return tuple(out.items())
-
-
-def _numbers(name: str) -> set[str]:
-    """The names that the expressions in a name's braces use."""
-    return {used for text in re.findall(r"\{([^{}]+)\}", name) for used in names_in(text)}
 
 
 def _lay(state: dict[str, Labelled], fresh: Mapping[str, Labelled]) -> None:
