@@ -19,7 +19,7 @@ from reshard.formats import Folder, Target
 from reshard.formats.manifest import NAME as MANIFEST
 from reshard.formats.manifest import manifest_bytes
 from reshard.layout import Mesh, Placement, Rank
-from reshard.layout.check import refuse_unheld
+from reshard.layout.check import omitted, refuse_unheld
 from reshard.planner.plan import Plan
 from reshard.planner.plan import plan as make_plan
 from reshard.planner.tiles import BUFFER, Portion, peak_buffer, portions
@@ -213,10 +213,10 @@ def left_out(source: Checkpoint, not_held: Iterable[Stored] = ()) -> dict:
 
 def not_held(source: Checkpoint, placement: Placement) -> tuple[Stored, ...]:
     """Tensors of `source` that the destination's format is declared to do without."""
-    omitted = placement.omitted()
-    if not omitted.places and not omitted.tensors:
+    gone = omitted(placement)
+    if not gone.places and not gone.tensors:
         return ()
-    return tuple(s for s in source.stored if s.parts and all(key in omitted for key, _ in s.blocks))
+    return tuple(s for s in source.stored if s.parts and all(key in gone for key, _ in s.blocks))
 
 
 def counting(allow_overflow: bool) -> "Casts | None":
@@ -258,7 +258,7 @@ def join_to(source: Checkpoint, placement: Placement, dtype: str | None, ranks=N
     if placement.problems:
         raise PlanError(placement.problems, split_hint(placement))
     keep = [t.name for t in source.layout.descriptor.tensors.values() if t.dtype]
-    return make_plan(source.stored, destinations, cast=DTYPES.get(dtype or ""), keep=keep, native=source.native, sizes=source.layout.shape_of, omitted=placement.omitted(), complete=complete, check=complete)
+    return make_plan(source.stored, destinations, cast=DTYPES.get(dtype or ""), keep=keep, native=source.native, sizes=source.layout.shape_of, omitted=omitted(placement), complete=complete, check=complete)
 
 
 def native_dtypes(source: Checkpoint, plan: Plan) -> dict[str, str]:

@@ -101,7 +101,9 @@ def arrays(layout: Layout, format: str, mesh: Mesh = Mesh(), **options) -> list[
         for number in layout.numbers(tensor.place) if tensor.index else [None]:
             if layout.exists(tensor, number):
                 shape = layout.shape(tensor, number)
-                base[(tensor.name, number) if number is not None else (tensor.name,)] = np.arange(start, start + int(np.prod(shape))).reshape(shape)
+                base[(tensor.name, number) if number is not None else (tensor.name,)] = np.arange(
+                    start, start + int(np.prod(shape))
+                ).reshape(shape)
                 start += int(np.prod(shape))
     placement = Placement(layout, layout.section(format), formats.get(format).rules, mesh, **options)
     out: list[dict[str, np.ndarray]] = [{} for _ in placement.ranks]
@@ -109,7 +111,9 @@ def arrays(layout: Layout, format: str, mesh: Mesh = Mesh(), **options) -> list[
         flat = np.zeros(stored.size, int)
         for key, block in stored.blocks:
             strides = [step * flat.itemsize for step in block.strides]
-            np.lib.stride_tricks.as_strided(flat[block.offset :], block.shape, strides)[...] = base[key][tuple(slice(*edge) for edge in block.box)]
+            np.lib.stride_tricks.as_strided(flat[block.offset :], block.shape, strides)[...] = base[key][
+                tuple(slice(*edge) for edge in block.box)
+            ]
         assert int((flat == 0).sum()) == stored.pad == stored.padding
         out[stored.rank][stored.name] = flat.reshape(stored.shape)
     assert not placement.problems, placement.problems

@@ -141,7 +141,9 @@ def test_an_optional_tensor_may_lack(tmp_path):
 def test_a_second_numbered_stack_is_there_whole_or_not_at_all(tmp_path):
     """Layers past the last are kept where the format has a prefix for them, and told as left out where it has none."""
     config = CONFIG | {"more": 1, "sizes": [4, 0, 8, 4], "kinds": ["full", "shared", "full"]}
-    text = LAYOUT.replace('parts = ["mlp"]', 'parts = ["draft"]') + """
+    text = (
+        LAYOUT.replace('parts = ["mlp"]', 'parts = ["draft"]')
+        + """
 [part.draft]
 at = "mlp"
 axes.narrow = "4"
@@ -150,11 +152,16 @@ tensors.draft_down = "width narrow*"
 hf.draft_up = ".up"
 hf.draft_down = ".down"
 """
+    )
     source = write(tmp_path / "hf", shapes(more=1), config, text)
     assert {s.name for s in source.stored if "layers.3" in s.name} == {"model.layers.3.mlp.up", "model.layers.3.mlp.down"}
     reshard.convert(source, tmp_path / "tp", format="tp", tp=2)
     assert reshard.diff(tmp_path / "hf", tmp_path / "tp", layout=tmp_path / "own.toml")
-    assert set(reshard.plan(source, format="vllm", tp=2).left_out) == {"model.layers.1.attn.k", "model.layers.3.mlp.up", "model.layers.3.mlp.down"}
+    assert set(reshard.plan(source, format="vllm", tp=2).left_out) == {
+        "model.layers.1.attn.k",
+        "model.layers.3.mlp.up",
+        "model.layers.3.mlp.down",
+    }
     without = write(tmp_path / "without", shapes(), config, text)
     assert without.layout.absent == {"mtp"} and reshard.plan(without, format="hf").left_out == []
     half = shapes(more=1)
@@ -180,7 +187,8 @@ def test_a_copy_is_read_where_it_is_there(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("engine", "name"), [(None, "up"), ((0, 21), "up"), ((0, 20, 3), "mid.up"), ((0, 11), "mid.up"), ((0, 10), "first.up"), ((0, 9), "first.up")]
+    ("engine", "name"),
+    [(None, "up"), ((0, 21), "up"), ((0, 20, 3), "mid.up"), ((0, 11), "mid.up"), ((0, 10), "first.up"), ((0, 9), "first.up")],
 )
 def test_names_by_release(tmp_path, engine, name):
     (tmp_path / "own.toml").write_text(LAYOUT)
@@ -216,7 +224,7 @@ def test_a_stack_of_unequal_layers_is_refused(tmp_path):
 
 def test_one_tensor_in_two_places(tmp_path):
     """q k k: one source fills both, and either can be read."""
-    text = LAYOUT.replace('of = "q k v", when = "full"', 'of = "q k k", when = "full"').replace('tensors]\nq =', 'tensors]\nq =')
+    text = LAYOUT.replace('of = "q k v", when = "full"', 'of = "q k k", when = "full"').replace("tensors]\nq =", "tensors]\nq =")
     text = text.replace('v = { dims = "(kv* head) width", when = "full" }', 'v = { dims = "(kv* head) width", when = "false" }')
     (tmp_path / "own.toml").write_text(text)
     layout = load_descriptor(tmp_path / "own.toml").bind(CONFIG)
@@ -247,17 +255,21 @@ def test_an_own_entry_takes_the_history_with_it(tmp_path):
 def test_a_fused_own_entry_replaces_all_that_hold_its_tensors(tmp_path):
     own = child(tmp_path, '[hf]\nqkv = { name = ".qkv", of = "q k v" }\n')
     assert not {"q", "k", "v"} & {e.label for e in own.section("hf").entries}
-    assert names(own, "hf", "qkv") == {"model.layers.{layer}.self_attn.qkv"} and names(own, "vllm", "qkv") == {"model.layers.{layer}.self_attn.qkv_proj.weight"}
+    assert names(own, "hf", "qkv") == {"model.layers.{layer}.self_attn.qkv"} and names(own, "vllm", "qkv") == {
+        "model.layers.{layer}.self_attn.qkv_proj.weight"
+    }
 
 
 def test_a_childs_place_overlays_its_parents_key_by_key(tmp_path):
     own = child(tmp_path, '[place.model]\nhf = "model.language_model"\n[place.root]\nvllm = "language_model"\n')
-    assert names(own, "hf", "q") == {"model.language_model.layers.{layer}.self_attn.q_proj.weight"} and names(own, "hf", "lm_head") == {"lm_head.weight"}
+    assert names(own, "hf", "q") == {"model.language_model.layers.{layer}.self_attn.q_proj.weight"} and names(own, "hf", "lm_head") == {
+        "lm_head.weight"
+    }
     assert names(own, "vllm", "lm_head") == {"language_model.lm_head.weight"} == names(own, "sglang", "lm_head")
 
 
 def test_false_takes_away(tmp_path):
-    own = child(tmp_path, "megatron = false\n[place.layer]\nparts = [\"gqa\", \"gated_mlp\"]\n[tensors]\no_bias = false\n")
+    own = child(tmp_path, 'megatron = false\n[place.layer]\nparts = ["gqa", "gated_mlp"]\n[tensors]\no_bias = false\n')
     assert set(own.formats) == {"hf", "vllm", "sglang"} and "o_bias" not in own.tensors
 
 

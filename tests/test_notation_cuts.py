@@ -75,4 +75,6 @@ def test_a_replicated_item_and_each_ranks_own_padding(tmp_path, tp):
         cut = {x: np.split(hf[f"{at}{x}_proj.weight"], tp)[rank] for x in "qkvgb"}
         wanted = np.concatenate([cut["q"], cut["k"], cut["v"], cut["g"], hf[at + "f_a_proj.weight"], cut["b"]])
         assert len(wanted) == 4 * 60 // tp + 10 + 6 // tp
-        assert np.array_equal(made[: len(wanted)], wanted) and not made[len(wanted) :].any() and len(made) == len(wanted) + -len(wanted) % 16
+        assert (
+            np.array_equal(made[: len(wanted)], wanted) and not made[len(wanted) :].any() and len(made) == len(wanted) + -len(wanted) % 16
+        )

@@ -1,8 +1,10 @@
-"""What can only be seen with sizes at hand: that a format holds every tensor of the model, and each of them once."""
+"""What can only be seen with sizes at hand: that a format holds every tensor of the model once, and which it does without."""
 
 from collections import defaultdict
+from dataclasses import dataclass
 
 from reshard.errors import LayoutError
+from reshard.layout.bound import Layout
 from reshard.layout.place import Placement
 from reshard.text import some
 
@@ -47,3 +49,26 @@ def refuse_unheld(placement: Placement, format: str) -> None:
             f"layout {placement.layout.descriptor.path or placement.layout.name}: [{format}]: {text}",
             "add an entry, say omit = true with its when, or write conditions that exclude each other",
         )
+
+
+@dataclass(frozen=True)
+class Omitted:
+    """Tensors that a format does not hold: those of whole `places`, and those told one by one (name, number of its place)."""
+
+    layout: Layout
+    places: tuple[str, ...]
+    tensors: set[tuple[str, int | None]]
+
+    def __contains__(self, key: tuple) -> bool:
+        tensor = self.layout.descriptor.tensors.get(key[0])
+        if tensor is None:
+            return False
+        number = key[1] if tensor.index and tensor.index[0] == tensor.place else None
+        return tensor.place in self.places or (tensor.name, number) in self.tensors
+
+
+def omitted(placement: Placement) -> Omitted:
+    """The tensors that the format of `placement` is declared to do without."""
+    entries = [entry for entry in placement.section.entries if entry.omit]
+    held = {(name, number) for entry in entries for number in placement.holding(entry) for name in entry.of}
+    return Omitted(placement.layout, placement.section.without, held)

@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from math import prod
 
 from reshard.block import Block, cut, restride, row_major
-from reshard.errors import LayoutError
 
 #: what a rank holds of each axis of a tensor: (its range in the padded axis, the axis' true size)
 Cut = Mapping[str, tuple[tuple[int, int], int]]
@@ -244,7 +243,3 @@ def slice_dim(shape, blocks, dim: int, low: int, high: int, axes: Mapping[object
             moved = restride(part, shape, steps)
             out.append((tensor, moved.moved(-low * steps[dim])))
     return new, out
-
-
-def layout_error(where: str, error: ValueError) -> LayoutError:
-    return LayoutError(f"{where}: {error}")

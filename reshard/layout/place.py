@@ -96,11 +96,6 @@ class Placement:
                     if self._holds(constant.when, constant.place, number):
                         yield self.layout.fill(constant.name, constant.place, number, printed), constant
 
-    def omitted(self) -> "Omitted":
-        """The tensors that this format is declared to do without."""
-        held = {(name, number) for entry in self.section.entries if entry.omit for number in self.holding(entry) for name in entry.of}
-        return Omitted(self.layout, self.section.without, held)
-
     def pattern(self, entry: Entry) -> Pattern:
         """`entry` made ready for this placement."""
         at = id(entry)
@@ -328,22 +323,6 @@ class Placement:
         line = f"{entry.name}: {text}"
         if line not in self.problems:
             self.problems.append(line)
-
-
-@dataclass(frozen=True)
-class Omitted:
-    """Tensors that a format does not hold: those of whole `places`, and those told one by one (name, number of its place)."""
-
-    layout: Layout
-    places: tuple[str, ...]
-    tensors: set[tuple[str, int | None]]
-
-    def __contains__(self, key: tuple) -> bool:
-        tensor = self.layout.descriptor.tensors.get(key[0])
-        if tensor is None:
-            return False
-        number = key[1] if tensor.index and tensor.index[0] == tensor.place else None
-        return tensor.place in self.places or (tensor.name, number) in self.tensors
 
 
 def _viewed(entry: Entry, dims: tuple[int, ...]) -> tuple[int, ...]:
