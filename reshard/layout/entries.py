@@ -3,7 +3,7 @@
 import math
 import re
 import struct
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from reshard.errors import LayoutError
 from reshard.layout.fusion import Group, parse
@@ -37,8 +37,7 @@ _PACKED = {"F64": "<d", "F32": "<f", "F16": "<e", "BF16": "<f"}
 _LARGEST_CONSTANT = 1 << 20  # elements
 
 
-@dataclass(frozen=True)
-class RawTensor:
+class RawTensor(NamedTuple):
     """`where` names file, table and key, for errors."""
 
     where: str
@@ -51,8 +50,7 @@ class RawTensor:
     optional: str | None
 
 
-@dataclass(frozen=True)
-class RawEntry:
+class RawEntry(NamedTuple):
     """One alternative of one label of one format."""
 
     where: str

@@ -6,9 +6,9 @@ How files, parts and places come together is in ``resolve.py``.
 import re
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
+from typing import NamedTuple
 
 from reshard.errors import LayoutError
 from reshard.layout.entries import RawEntry, RawTensor, parse_entry, parse_tensor
@@ -38,20 +38,18 @@ _SECTION_KEYS = {"like", "drop", "omit", "args"}
 _LIMIT = 1_000_000  # bytes of a descriptor
 
 
-@dataclass(frozen=True)
-class Table:
+class Table(NamedTuple):
     """What one file says of one format; an entry is False where it takes one away."""
 
     where: str
     like: str | None = None
     drop: tuple[str, ...] = ()
     omit: tuple[str, ...] = ()
-    args: Mapping[str, "str | bool"] = field(default_factory=dict)
-    entries: Mapping[str, "tuple[RawEntry, ...] | bool"] = field(default_factory=dict)
+    args: Mapping[str, "str | bool"] = {}
+    entries: Mapping[str, "tuple[RawEntry, ...] | bool"] = {}
 
 
-@dataclass(frozen=True)
-class Prefixes:
+class Prefixes(NamedTuple):
     """A place's prefix in one format: the names that files may have it under (the first is written), and those that it
     had up to an engine's release, as (prefix, until)."""
 
@@ -59,8 +57,7 @@ class Prefixes:
     older: tuple[tuple[str, str], ...] = ()
 
 
-@dataclass(frozen=True)
-class Use:
+class Use(NamedTuple):
     """A part in a place."""
 
     where: str
@@ -69,24 +66,22 @@ class Use:
     at: "str | Mapping[str, str] | None"
 
 
-@dataclass(frozen=True)
-class Part:
+class Part(NamedTuple):
     """A part, or what an architecture's own file says in the same tables. Expressions are False where taken away."""
 
     name: str
     where: str
     description: str = ""
-    at: "str | Mapping[str, str]" = field(default_factory=dict)
+    at: "str | Mapping[str, str]" = {}
     replicate: tuple[str, ...] = ()
-    defaults: Mapping[str, "str | bool"] = field(default_factory=dict)
-    conditions: Mapping[str, "str | bool"] = field(default_factory=dict)
-    axes: Mapping[str, "str | bool"] = field(default_factory=dict)
-    tensors: Mapping[str, "RawTensor | bool"] = field(default_factory=dict)
-    formats: Mapping[str, "Table | bool"] = field(default_factory=dict)
+    defaults: Mapping[str, "str | bool"] = {}
+    conditions: Mapping[str, "str | bool"] = {}
+    axes: Mapping[str, "str | bool"] = {}
+    tensors: Mapping[str, "RawTensor | bool"] = {}
+    formats: Mapping[str, "Table | bool"] = {}
 
 
-@dataclass(frozen=True)
-class File:
+class File(NamedTuple):
     """One descriptor file. `places` are the keys of each, as they overlay those of the parent; False takes one away."""
 
     own: Part

@@ -180,7 +180,8 @@ class Descriptor:
 
 def parse_version(text: str) -> tuple[int, ...]:
     """(0, 11, 2) of "0.11.2", "v0.11.2" or "0.11.2rc1+cu128"; as many numbers as are said, up to three."""
-    match = re.fullmatch(r"v?([0-9]{1,9}(?:\.[0-9]{1,9}){0,2})(?:[^0-9].{0,80})?", text) if isinstance(text, str) else None
+    pattern = r"v?([0-9]{1,9}(?:\.[0-9]{1,9}){1,2})(?:[.+-]?[a-z][\w.+-]{0,80}|\.[0-9]+)?"
+    match = re.fullmatch(pattern, text, re.ASCII) if isinstance(text, str) else None
     if not match:
         raise LayoutError(f"{quote(repr(text))} is not a version", "write it like 0.32")
     return tuple(map(int, match[1].split(".")))

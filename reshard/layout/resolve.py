@@ -5,7 +5,7 @@ own tables follow, parent before child; (4) ``x = false`` takes away. What each 
 """
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from reshard.errors import LayoutError
 from reshard.layout.entries import RawTensor
@@ -16,8 +16,7 @@ from reshard.layout.sections import Sections
 from reshard.layout.values import FORMATS
 
 
-@dataclass(frozen=True)
-class Standing:
+class Standing(NamedTuple):
     """A part where it stands: in `place`, where `when` holds, its module called `at`."""
 
     place: str

@@ -5,8 +5,8 @@ format's finished table, newest names.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from dataclasses import replace
+from typing import TYPE_CHECKING, NamedTuple
 
 from reshard.errors import LayoutError
 from reshard.layout.entries import RawEntry
@@ -20,8 +20,7 @@ if TYPE_CHECKING:
     from reshard.layout.resolve import Resolver, Standing
 
 
-@dataclass(frozen=True)
-class Labelled:
+class Labelled(NamedTuple):
     """The alternatives of one label, and the part whose module its names stand in."""
 
     entries: tuple[RawEntry, ...]
@@ -36,8 +35,7 @@ class Labelled:
         return {leaf for entry in self.entries if entry.fusion for leaf in entry.fusion.leaves()}
 
 
-@dataclass(frozen=True)
-class Spelt:
+class Spelt(NamedTuple):
     """One way of writing a format: under which of its prefixes, for which engine release (None: the newest), or as which form."""
 
     choice: int = 0
@@ -212,12 +210,12 @@ class Sections:
         untils |= {until for place in self.places for _, until in getattr(self._prefixes(place, formats), "older", ())}
         variants = []
         for until in sorted(untils, key=parse_version, reverse=True):
-            own = self._named(formats, labelled, replace(newest, release=parse_version(until)))
+            own = self._named(formats, labelled, newest._replace(release=parse_version(until)))
             changed = {at: held for at, held in own.items() if held != base.get(at)}
             variants.append((f"until {until}", until, _gathered(changed)))
         forms = {e.form: None for labels in labelled.values() for found in labels.values() for e in found.entries if e.form and not e.copy}
         for form in forms:
-            variants.append((form, None, _gathered(self._named(formats, labelled, replace(newest, form=form)))))
+            variants.append((form, None, _gathered(self._named(formats, labelled, newest._replace(form=form)))))
         drop, omit = (self._patterns(key, format, formats, newest) for key in ("drop", "omit"))
         return replace(_gathered(base), drop=drop, omit=omit, args=self._args(format), variants=tuple(variants))
 

@@ -96,7 +96,7 @@ def expressions(where: str, key: str, value: object, removable: bool = True) -> 
 
 
 def until_of(where: str, value: object) -> str:
-    if not isinstance(value, str) or not re.fullmatch(r"\d+(\.\d+){0,2}", value):
+    if not isinstance(value, str) or not re.fullmatch(r"[0-9]{1,9}(\.[0-9]{1,9}){1,2}", value):
         raise LayoutError(f"{where}: until = {quote(repr(value))} is not a version", "write it like 0.32")
     return value
 
