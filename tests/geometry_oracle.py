@@ -10,10 +10,10 @@ from math import prod
 
 import numpy as np
 
-from reshard.block import Block, cut
+from reshard.geometry.block import Block, cut
+from reshard.geometry.pieces import disjoint, pieces, union_volume
 from reshard.layout.fusion import Group, Item, fuse, parse, slice_dim
 from reshard.planner.join import Slot
-from reshard.planner.pieces import disjoint, pieces, union_volume
 from reshard.planner.plan import move_between
 
 Boxes = dict[str, tuple[tuple[int, int], int]]  # per axis: the range in the padded tensor, and the true size

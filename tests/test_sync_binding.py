@@ -7,8 +7,8 @@ import torch
 from sync_world import LLAMA, World, blank, loaded
 
 from reshard import sync
-from reshard.block import singles
 from reshard.demo import make_model
+from reshard.geometry.block import singles
 from reshard.sync.tensors import identity
 
 OBLONG = {**LLAMA, "num_attention_heads": 10, "num_key_value_heads": 10, "intermediate_size": 160}  # no shard of TP2 is square

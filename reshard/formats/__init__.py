@@ -8,11 +8,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from reshard.block import Stored
 from reshard.errors import FormatError, LayoutError, PlanError
+from reshard.foreign import quote
+from reshard.geometry.block import Stored
 from reshard.layout import Layout, Mesh, Placement, Rank, Rules, parse_version
 from reshard.stores import FileImage, TensorInfo
-from reshard.stores.foreign import quote
 
 
 @dataclass

@@ -9,9 +9,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
 from reshard.errors import LayoutError
+from reshard.foreign import quote
 from reshard.layout.expressions import evaluate, holds, names_in
 from reshard.layout.model import Descriptor, Section, Tensor
-from reshard.stores.foreign import quote
 
 #: layers, or experts of a layer: no model comes near, and a wrong config.json must not keep us busy for hours
 MOST_NUMBERED = 4096

@@ -6,6 +6,7 @@ import struct
 from typing import NamedTuple
 
 from reshard.errors import LayoutError
+from reshard.foreign import quote
 from reshard.layout.fusion import Group, parse
 from reshard.layout.model import Dims
 from reshard.layout.values import (
@@ -21,7 +22,6 @@ from reshard.layout.values import (
     until_of,
     when_of,
 )
-from reshard.stores.foreign import quote
 
 #: functions of a value that an entry may name
 TRANSFORMS = ("minus_exp", "minus_one", "plus_one")

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from reshard.errors import LayoutError
+from reshard.foreign import quote
 from reshard.layout.entries import RawEntry, RawTensor, parse_entry, parse_tensor
 from reshard.layout.values import (
     FORMATS,
@@ -28,7 +29,6 @@ from reshard.layout.values import (
     when_of,
 )
 from reshard.stores.files import read_small
-from reshard.stores.foreign import quote
 
 _PART_KEYS = {"description", "at", "replicate", "defaults", "conditions", "axes", "tensors", *FORMATS}
 _FILE_KEYS = (_PART_KEYS - {"at"}) | {"architectures", "extends", "place", "part"}

@@ -5,11 +5,11 @@ from functools import lru_cache
 from pathlib import Path
 
 from reshard.errors import LayoutError
+from reshard.foreign import quote
 from reshard.layout.files import File, layout_dir, parse_file
 from reshard.layout.model import Descriptor
 from reshard.layout.resolve import resolve
 from reshard.stores.files import reading
-from reshard.stores.foreign import quote
 
 
 @lru_cache(maxsize=1)

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
 
-from reshard.block import Block, cut, restride, row_major
+from reshard.geometry.block import Block, cut, restride, row_major
 
 #: what a rank holds of each axis of a tensor: (its range in the padded axis, the axis' true size)
 Cut = Mapping[str, tuple[tuple[int, int], int]]

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from math import lcm
 
 from reshard.errors import PlanError
-from reshard.stores.foreign import quote
+from reshard.foreign import quote
 
 #: ranks of one mesh: more than any model was ever spread over, and few enough to be counted one by one
 MOST_RANKS = 65536

@@ -9,9 +9,9 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 from reshard.errors import LayoutError
+from reshard.foreign import quote
 from reshard.layout.expressions import names_in
 from reshard.layout.fusion import Group, fused_dim
-from reshard.stores.foreign import quote
 
 Dims = tuple[tuple[str, ...], ...]
 

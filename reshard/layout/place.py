@@ -9,14 +9,14 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from math import prod
 
-from reshard.block import Part, Stored, chunk
 from reshard.errors import LayoutError
+from reshard.foreign import quote
+from reshard.geometry.block import Part, Stored, chunk
 from reshard.layout.bound import Layout, Scope
 from reshard.layout.expressions import evaluate, holds
 from reshard.layout.fusion import Item, fuse, slice_dim
 from reshard.layout.mesh import Mesh, Rank, Rules, expert_cut
 from reshard.layout.model import Constant, Entry, Section, Tensor
-from reshard.stores.foreign import quote
 
 #: tensors in order, as (the numbers of the first, how many count up from its last number)
 Runs = list[tuple[tuple[int, ...], int]]

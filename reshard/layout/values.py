@@ -6,10 +6,10 @@
 import re
 from collections.abc import Mapping
 
+from reshard.dtypes import DTYPE_SIZE
 from reshard.errors import LayoutError
+from reshard.foreign import quote
 from reshard.layout.expressions import Expression, check, names_in
-from reshard.stores import DTYPE_SIZE
-from reshard.stores.foreign import quote
 
 #: the tables that say what a format stores
 FORMATS = ("hf", "vllm", "sglang", "megatron")

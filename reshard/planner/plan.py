@@ -11,14 +11,12 @@ from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
-from reshard.block import Box, Key, Stored, end, volume
-from reshard.coverage import faults_of, label
+from reshard.dtypes import DTYPE_SIZE, FLOATS
 from reshard.errors import PlanError
+from reshard.geometry.block import Box, Key, Stored, end, volume
+from reshard.geometry.coverage import faults_of, label
+from reshard.geometry.pieces import union_volume
 from reshard.planner.join import Join, Pattern, Run, Slot, join
-from reshard.planner.pieces import union_volume
-from reshard.stores import DTYPE_SIZE
-
-FLOATS = ("F64", "F32", "BF16", "F16")
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from reshard.block import chunk
+from reshard.geometry.block import chunk
 from reshard.verify.model import Model
 from reshard.verify.names import ENGINES
 from reshard.verify.parallel import Experts

@@ -10,11 +10,11 @@ from pathlib import Path
 import torch
 
 from reshard import formats
-from reshard.api import torch_dtypes
+from reshard.dtypes import torch_dtypes
 from reshard.errors import FormatError
+from reshard.foreign import quote
 from reshard.layout import Mesh, Rank
 from reshard.stores import TensorInfo
-from reshard.stores.foreign import quote
 from reshard.verify.names import FORMATS, module_name, no_weight
 
 _FLOATS = ("BF16", "F16", "F32", "F64")

@@ -14,17 +14,17 @@ from pathlib import Path
 
 from huggingface_hub import CommitOperationAdd
 
+from reshard.conversion.job import Job, default_jobs
+from reshard.conversion.output import Output
 from reshard.errors import DestinationError, HubError
-from reshard.execute import run
-from reshard.hub.card import card
+from reshard.executor.run import run
 from reshard.hub.client import endpoint, hub_api
-from reshard.hub.commit import commit, quietly
 from reshard.hub.failures import asked, told
 from reshard.hub.location import parse_target
-from reshard.hub.selection import CARD, Selection, check_links, is_side_file, select
-from reshard.hub.target import Target, prepare
-from reshard.job import Job, default_jobs
-from reshard.output import Output
+from reshard.publish.card import card
+from reshard.publish.commit import commit, quietly
+from reshard.publish.selection import CARD, Selection, check_links, is_side_file, select
+from reshard.publish.target import Target, prepare
 
 _REGULAR = 32 << 20  # bytes: the Hub keeps larger files in LFS; those that it does not wait for the commit in memory
 

@@ -5,14 +5,14 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from reshard.destination import Place
+from reshard.conversion.destination import Place
+from reshard.conversion.job import Job
+from reshard.conversion.journal import NAME as JOURNAL
+from reshard.conversion.journal import Done, Journal
+from reshard.dtypes import DTYPE_SIZE
 from reshard.errors import DestinationError, HubError, ReshardError
-from reshard.fetch import Batch
-from reshard.job import Job
-from reshard.journal import NAME as JOURNAL
-from reshard.journal import Done, Journal
+from reshard.planner.batches import Batch
 from reshard.planner.tiles import Portion
-from reshard.stores import DTYPE_SIZE
 
 
 @dataclass(frozen=True)
