@@ -9,7 +9,7 @@ from reshard.checkpoint import Checkpoint, open_checkpoint
 from reshard.conversion.job import Job, one_rank, place, prepare
 from reshard.errors import PlanError
 from reshard.hub import is_remote
-from reshard.place import Mesh
+from reshard.layout import Mesh
 from reshard.planner.tiles import BUFFER
 
 open = open_checkpoint

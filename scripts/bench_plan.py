@@ -13,9 +13,8 @@ import time
 from pathlib import Path
 
 from reshard import formats
-from reshard.descriptors import builtin_descriptors
 from reshard.formats import Target
-from reshard.place import Mesh, Placement
+from reshard.layout import Mesh, Placement, builtin_descriptors
 
 CONFIG = {
     "architectures": ["DeepseekV3ForCausalLM"], "num_hidden_layers": 61, "vocab_size": 129280, "hidden_size": 7168,

@@ -14,7 +14,7 @@ from reshard.checkpoint import open_checkpoint
 from reshard.conversion.job import one_rank, place
 from reshard.demo import make_model
 from reshard.executor.run import Source, devices, loading
-from reshard.place import Mesh
+from reshard.layout import Mesh
 
 CONFIG = {
     "architectures": ["LlamaForCausalLM"], "hidden_size": 64, "intermediate_size": 96,
