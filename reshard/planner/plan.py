@@ -161,7 +161,7 @@ class Plan:
         """Bytes that any way of filling `destinations` must read: each source element that some rank needs, once."""
         return self._sum(lambda pattern, work: work.read(pattern, checks=False))
 
-    def _sum(self, figure) -> int:
+    def _sum(self, figure: Callable[[Pattern, Work], int]) -> int:
         return sum(figure(p, w) * n for p, w, n in zip(self.join.patterns, self.work, self.join.counts))
 
     @cached_property
