@@ -6,6 +6,7 @@ framework's order of ranks. ``Side.sharded`` is HF tensors cut as DTensors are: 
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from itertools import product
 from math import prod
 from pathlib import Path
@@ -82,6 +83,14 @@ class Side:
     @property
     def processes(self) -> list[int]:
         return sorted({rank for ranks in self.ranks for rank in ranks})
+
+    @cached_property
+    def _at(self) -> dict[int, tuple[int, ...]]:
+        return {member[0].rank: ranks for member, ranks in zip(self.members, self.ranks) if member}
+
+    def at(self, rank: int) -> tuple[int, ...]:
+        """The processes that hold what stored tensors of `rank` (``Stored.rank``) hold."""
+        return self._at[rank]
 
     def held_by(self, process: int) -> list[Stored]:
         """All that `process` holds on this side."""
