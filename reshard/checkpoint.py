@@ -39,7 +39,7 @@ from reshard.stores.files import read_json, reading
 from reshard.stores.identity import Identity, identity, noting
 
 if TYPE_CHECKING:
-    from reshard.executor.run import Source
+    from reshard.executor.sources import Source
     from reshard.planner.batches import Batch
 
 
@@ -102,7 +102,7 @@ class Checkpoint:
 
     def source(self, whole: Iterable["Batch"] = (), jobs: int = 8) -> "Source":
         """Its bytes, to be read; of a remote one, `whole` are the batches of a run that fetches everything."""
-        from reshard.executor.run import Source
+        from reshard.executor.sources import Source
 
         if not self.remote:
             return Source(self.path, self.identities)

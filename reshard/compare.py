@@ -12,12 +12,13 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from reshard.api import Difference, DiffReport
 from reshard.checkpoint import Checkpoint
+from reshard.difference import Difference, DiffReport
 from reshard.dtypes import DTYPE_SIZE, TABLE, numbers_of
 from reshard.executor.casts import cast
 from reshard.executor.rearrange import GAP, mapped, strided
-from reshard.executor.run import Source, Workspace, in_threads
+from reshard.executor.sources import Source, Workspace
+from reshard.executor.threads import in_threads
 from reshard.geometry.block import Box, Key, Stored, end, volume
 from reshard.geometry.coverage import label
 from reshard.geometry.pieces import union_volume

@@ -205,3 +205,12 @@ def volume(box: Box) -> int:
     for start, stop in box:  # a plain loop: this is called for each of a million boxes
         total *= stop - start
     return total
+
+
+def contiguous_from(shape: tuple[int, ...], strides: tuple[int, ...]) -> int:
+    """The first dimension from which on elements lie in one piece."""
+    depth, step = len(shape), 1
+    while depth and (shape[depth - 1] == 1 or strides[depth - 1] == step):
+        depth -= 1
+        step *= shape[depth]
+    return depth
