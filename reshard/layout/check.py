@@ -1,7 +1,6 @@
 """What can only be seen with sizes at hand: that a format holds every tensor of the model once, and which it does without."""
 
 from collections import defaultdict
-from dataclasses import dataclass
 
 from reshard.errors import LayoutError
 from reshard.layout.bound import Layout
@@ -51,13 +50,11 @@ def refuse_unheld(placement: Placement, format: str) -> None:
         )
 
 
-@dataclass(frozen=True)
 class Omitted:
     """Tensors that a format does not hold: those of whole `places`, and those told one by one (name, number of its place)."""
 
-    layout: Layout
-    places: tuple[str, ...]
-    tensors: set[tuple[str, int | None]]
+    def __init__(self, layout: Layout, places: tuple[str, ...], tensors: set[tuple[str, int | None]]):
+        self.layout, self.places, self.tensors = layout, places, tensors
 
     def __contains__(self, key: tuple) -> bool:
         tensor = self.layout.descriptor.tensors.get(key[0])

@@ -119,7 +119,7 @@ def parse_file(path: Path) -> File:
     table = read_table(path)
     known_keys(where, table, _FILE_KEYS, "tables and keys")
     extends = table.get("extends")
-    if extends is not None and not (isinstance(extends, str) and re.fullmatch(r"\w+", extends)):
+    if extends is not None and not (isinstance(extends, str) and re.fullmatch(r"\w{1,100}", extends, re.ASCII)):
         raise LayoutError(f"{where}: cannot extend {quote(repr(extends))}", 'write the name of a descriptor: extends = "llama"')
     places = {name: _place(f"{where}: [place.{name}]", value) for name, value in table_of(where, "place", table.get("place", {})).items()}
     for name in places:
@@ -197,7 +197,7 @@ def _use(where: str, value: object) -> Use:
     if not isinstance(table, dict) or not isinstance(table.get("part"), str):
         raise LayoutError(f'{where}: expected a part\'s name or {{ part = "…" }}, got {quote(repr(value))}')
     known_keys(f"{where}: {table['part']}", table, _USE_KEYS, "keys")
-    if not re.fullmatch(r"\w+", table["part"]):
+    if not re.fullmatch(r"\w{1,100}", table["part"], re.ASCII):
         raise LayoutError(f"{where}: {quote(repr(table['part']))} is no part's name")
     at = _at(f"{where}: {table['part']}", table["at"]) if "at" in table else None
     return Use(f"{where}: {table['part']}", table["part"], when_of(f"{where}: {table['part']}", table), at)

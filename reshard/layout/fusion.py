@@ -12,8 +12,8 @@ sum of the heights before it. Integers only.
 
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from math import prod
+from typing import NamedTuple
 
 from reshard.geometry.block import Block, cut, restride, row_major
 
@@ -21,8 +21,7 @@ from reshard.geometry.block import Block, cut, restride, row_major
 Cut = Mapping[str, tuple[tuple[int, int], int]]
 
 
-@dataclass(frozen=True, slots=True)
-class Group:
+class Group(NamedTuple):
     """Items one after another, once for every position of the leading axes up to and including `axis` (None: once)."""
 
     axis: str | None
@@ -118,8 +117,7 @@ def check_axes(fusion: Group, leading: Mapping[str, tuple[str, ...]]) -> None:
     deeper(fusion, 0)
 
 
-@dataclass(frozen=True, slots=True)
-class Item:
+class Item(NamedTuple):
     """One tensor as it goes into a fusion: `dims` as stored, `axes` in the tensor's own order, and what is held of it."""
 
     tensor: str

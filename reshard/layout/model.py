@@ -7,6 +7,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import NamedTuple
 
 from reshard.errors import LayoutError
 from reshard.foreign import quote
@@ -85,8 +86,7 @@ class Entry:
         return fused_dim(tensors[self.of[0]].dims, self.dims)
 
 
-@dataclass(frozen=True, slots=True)
-class Constant:
+class Constant(NamedTuple):
     """A tensor that an engine demands beside the weights, the same in every model: a template of names and one value."""
 
     label: str
@@ -138,8 +138,7 @@ def _newer(version: tuple[int, ...], until: str) -> bool:
     return version[: len(newest)] > newest  # 0.23 includes 0.23.1
 
 
-@dataclass(frozen=True)
-class Place:
+class Place(NamedTuple):
     """Where parts stand: `count` (an expression) numbers it; None is once. An `optional` one may lack in files, whole.
     `carry`: kept byte for byte as it is, without tensors of its own."""
 

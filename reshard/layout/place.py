@@ -6,7 +6,7 @@ placement on the two sides of a join.
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from math import prod
 
 from reshard.errors import LayoutError
@@ -22,7 +22,7 @@ from reshard.layout.model import Constant, Entry, Section, Tensor
 Runs = list[tuple[tuple[int, ...], int]]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(eq=False, repr=False)
 class Pattern:
     """One entry made ready: its tensors, and where they exist. What does not depend on the rank is worked out once.
 
@@ -243,7 +243,7 @@ class Placement:
             if entry.only_rank0 and index:  # elsewhere the same shape with nothing in it
                 blocks, pad = [], prod(shape)
             elif entry.pad or entry.align != "1" or entry.aligned:
-                full = [replace(item, held={axis: (held, held[1]) for axis, (held, _) in item.held.items()}) for item in items]
+                full = [item._replace(held={axis: (held, held[1]) for axis, (held, _) in item.held.items()}) for item in items]
                 filled = self._fused(entry, full, scope, index, count)[1]  # as if the padded axes were as long as that
                 pad = sum(block.size for _, block in filled) - sum(block.size for _, block in blocks)
                 if not entry.pad:
