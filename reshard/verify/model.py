@@ -8,9 +8,6 @@ from torch import nn
 
 from reshard.errors import FormatError
 
-#: what a module of one architecture is called in another
-_ALIASES = {"gate": "router", "o_proj": "dense", "q_norm": "q_a_layernorm", "embed_tokens": "embed_in", "norm": "final_layer_norm"}
-
 
 @dataclass(frozen=True)
 class Model:
@@ -38,17 +35,10 @@ class Model:
     def put(self, path: str, module: nn.Module) -> None:
         self.module.set_submodule(path, module)
 
-    def resolve(self, name: str) -> str:
-        """`name` of a tensor as ``names.py`` gives it, as this model has it."""
-        prefix = self.module.base_model_prefix
-        if prefix != "model" and name.startswith("model."):
-            name = prefix + name[5:]
-        path, _, kind = name.rpartition(".")
-        if path not in self.paths:
-            parent, _, leaf = path.rpartition(".")
-            other = f"{parent}.{_ALIASES.get(leaf, leaf)}"
-            path = other if other in self.paths else path
-        return f"{path}.{kind}"
+    def layer_of(self, name: str) -> int | None:
+        """The number of the layer that `name`, a tensor's or a module's, is in."""
+        number = name[len(self.layers) + 1 :].partition(".")[0] if name.startswith(f"{self.layers}.") else ""
+        return int(number) if number.isdecimal() else None
 
 
 def hush() -> None:

@@ -27,6 +27,7 @@ from reshard.verify.routers import replay
 from reshard.verify.settings import NOT_TRANSFORMERS, Difference, compare_settings
 from reshard.verify.shards import Shards, open_shards
 from reshard.verify.slices import Slices
+from reshard.verify.tables import table
 from reshard.verify.trace import Point, Trace, every_row, follow
 
 
@@ -69,7 +70,8 @@ def _opened(request: Request, world: int):
     places = seats(shards.mesh, shards.ranks)
     if len(places) != world:
         raise FormatError(f"{request.checkpoint} has {len(places)} ranks ({shards.mesh}), but {world} processes run", f"start {len(places)}, or leave --nproc out")
-    return shards, places, read_config(request)
+    config = read_config(request)
+    return shards.named(table(config.get_text_config().model_type, shards.engine.name)), places, config
 
 
 def _verify(request, shards: Shards, places: list[Seat], number: int, config, differences: list[Difference], groups, device: torch.device, devices: list[Device]) -> Report | None:
@@ -126,7 +128,7 @@ def _verify(request, shards: Shards, places: list[Seat], number: int, config, di
     text = m.config
     relative = relative_tolerance(dtype, text.num_hidden_layers, text.hidden_size)
     results = [_judge(name, run, expected, relative, s) for name, run in zip(names, runs)]
-    beyond = compare_beyond(shards, request.reference, text.num_hidden_layers)
+    beyond = compare_beyond(shards, request.reference, m)
     points = [*_directly(expected, direct, relative), *beyond.points]
     results[0] = replace(results[0], points=[*results[0].points, *points], suspects=results[0].suspects or _stored(s, points))
     return Report(request.checkpoint, request.reference, shards.format, str(shards.mesh), (config.architectures or [type(m.module).__name__])[0],
@@ -212,10 +214,9 @@ def token_ids(request: Request, edges: list[int], config) -> torch.Tensor:
 
 
 def vocabulary_edges(shards: Shards) -> list[int]:
-    """Where each rank's rows of the embedding end."""
-    names = "model.embed_tokens.weight", "lm_head.weight"
+    """Where each rank's rows of the embedding end (of tied models perhaps stored as the output layer, whose rows are the same)."""
     tables = {rank.tp: shards.tables[rank.number] for rank in shards.ranks if rank.pp == 0}
-    rows = [next((tables[t][name].info.shape[0] for name in names if name in tables[t]), 0) for t in sorted(tables)]
+    rows = [next((held.info.shape[0] for held in tables[t].values() if held.row and held.row.cut == "vocabulary"), 0) for t in sorted(tables)]
     return [sum(rows[: i + 1]) for i in range(len(rows))]
 
 
