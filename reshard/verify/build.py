@@ -15,6 +15,7 @@ from reshard.verify.experts import fill
 from reshard.verify.model import Model
 from reshard.verify.parallel import (
     Fused,
+    Gathered,
     Joined,
     Linear,
     NoHeads,
@@ -269,3 +270,9 @@ def _whole(s: Slices, m: Model, path: str, kinds: dict[str, str], heads: Heads |
         s.fits(name, expected)
         tensor = s.read(name)
         place[kind] = nn.Parameter(tensor, requires_grad=False) if place is module._parameters else tensor
+        if before := s.table[name].row.gathered:
+            widths = s.along(f"{path.rpartition('.')[0]}.{before}.weight", 0)
+            if [sum(widths)] == list(tensor.shape):
+                m.put(path, Gathered(module, widths, s.group))
+            else:
+                s.problem(name, f"is of shape {list(tensor.shape)}, {before} has {sum(widths)} rows on the ranks of its group")

@@ -74,6 +74,6 @@ def parts_of(module: nn.Module) -> Model:
     base = getattr(module, module.base_model_prefix)
     depth = module.config.get_text_config().num_hidden_layers
     layers = next(child for child in base.children() if isinstance(child, nn.ModuleList) and len(child) == depth)
-    norm = [child for child in base.children() if type(child).__name__.endswith("Norm")][-1]
+    norm = [child for child in base.children() if "Norm" in type(child).__name__][-1]
     return Model(module, frozenset(path_of.values()), path_of[id(module.get_input_embeddings())], path_of[id(layers)],
                  path_of[id(norm)], path_of[id(module.get_output_embeddings())])  # fmt: skip

@@ -20,7 +20,7 @@ TABLES = Path(__file__).parent / "tables"
 CUTS = ("column", "row", "whole", "vocabulary", "heads", "experts")
 #: what the cut dimension of a projection holds
 HOLDS = ("query", "key", "value", "latent_query", "latent_key_value", "heads", "gate", "up", "down")
-ORDERS = ("sections", "groups", "heads", "alternate")
+_VALUES = {"order": ("sections", "groups", "heads", "alternate"), "becomes": ("sections", "heads"), "transposed": ("always", "without ep")}
 BESIDE = ("scales", "prediction", "ignored")
 #: words that only some cuts take
 _ONLY = {
@@ -76,17 +76,16 @@ class Table:
         self.family, self.engine, self.rows = family, engine, rows
         self._rows: dict[str, list[tuple[Row, re.Pattern]]] = {}
         for row in rows:
-            example = row.pattern.format(layer=0, expert=0)
-            if (found := self.matches(example)) or any(_regex(row.pattern).fullmatch(r.pattern.format(layer=0, expert=0)) for r in found):
-                raise LayoutError(f"{row.where}: a name like {example} matches {found[0].where} too", "each name has one row")
-            self._rows.setdefault(_shape(example), []).append((row, _regex(row.pattern)))
+            example, regex = row.pattern.format(layer=0, expert=0), _regex(row.pattern)
+            alike = self._rows.setdefault(_shape(example), [])
+            for other, theirs in alike:
+                if theirs.fullmatch(example) or regex.fullmatch(other.pattern.format(layer=0, expert=0)):
+                    raise LayoutError(f"{row.where}: a name like {example} matches {other.where} too", "each name has one row")
+            alike.append((row, regex))
 
     def paths(self, word: str, layer: int) -> list[str]:
         """Modules of layer `layer` that hold `word`, each once, in the table's order."""
         return list(dict.fromkeys(row.path.format(layer=layer) for row in self.rows if word in row.holds and row.cut != "experts"))
-
-    def matches(self, name: str) -> list[Row]:
-        return [row for row, regex in self._rows.get(_shape(name), ()) if regex.fullmatch(name)]
 
     def find(self, name: str) -> tuple[Row, int | None, int | None] | None:
         """The row of stored name `name`, and the numbers of layer and expert in it; None where there is no row. Raises LayoutError for two."""
@@ -169,18 +168,18 @@ def _row(key: str, words: object, stored: str, module: str, where: str) -> list[
     """The rows that `key` spells: one for each alternative in braces."""
     words = dict(_keys(words, {"to", "cut", *_ONLY}, where))
     to, cut = words.pop("to", None), words.get("cut")
+    if cut not in CUTS:
+        raise LayoutError(f"{where}: unknown cut {cut!r}", f"known are {', '.join(CUTS)}")
     types = {field.name: field.type for field in fields(Row)}
     for word, value in words.items():
         if cut not in _ONLY.get(word, CUTS):
-            raise LayoutError(f"{where}: {word!r} is not a word for cut {cut!r}", f"a cut is one of {', '.join(CUTS)}")
+            raise LayoutError(f"{where}: {word!r} is no word for cut {cut!r}")
         if types[word] == tuple[str, ...]:
             words[word] = _texts(value, f"{where} {word}", HOLDS if word == "holds" else None)
         elif not isinstance(value, types[word]):
             raise LayoutError(f"{where}: {word} is {value!r}, and should be {'true or false' if types[word] is bool else 'a text'}")
-    allowed = {"cut": CUTS, "order": ORDERS, "becomes": ORDERS, "transposed": ("always", "without ep")}
-    for word, values in allowed.items():
-        if word in words or word == "cut":
-            _texts([words.get(word)], f"{where} {word}", values)
+        elif word in _VALUES:
+            _texts([value], f"{where} {word}", _VALUES[word])
     if cut == "column" and words.get("parts") and len(words["parts"]) != len(words.get("holds", ())):
         raise LayoutError(f"{where}: {len(words['parts'])} parts, but it holds {len(words.get('holds', ()))}", "name what each part holds")
     out = []
