@@ -13,20 +13,8 @@ from torch import nn
 from reshard.verify.attention import Heads, joined, sections, splits
 from reshard.verify.experts import fill
 from reshard.verify.model import Model
-from reshard.verify.parallel import (
-    Fused,
-    Gathered,
-    Joined,
-    Linear,
-    NoHeads,
-    Part,
-    Receive,
-    RowLinear,
-    Send,
-    Skipped,
-    VocabEmbedding,
-    VocabHead,
-)
+from reshard.verify.parallel import (Fused, Gathered, Joined, Linear, NoHeads, Part, Receive, RowLinear, Send, Skipped, VocabEmbedding,
+                                     VocabHead)  # fmt: skip
 from reshard.verify.slices import Slices
 from reshard.verify.tables import Row
 
@@ -89,7 +77,7 @@ def ends(s: Slices, m: Model) -> None:
         rows = _rows(s, name, hidden, vocab)
         shared = isinstance(embedding, VocabEmbedding) and heads.get(at) in s.used
         if rows:
-            head = VocabHead(embedding.weight if shared else s.read(name), s.read_if(bias if bias in s.table else None), rows, vocab, s.group)
+            head = VocabHead(embedding.weight if shared else s.read(name), s.read(bias) if bias in s.table else None, rows, vocab, s.group)
         if at != last:
             head = nn.Sequential(Receive(s.number + (last - at) * width, hidden, s.dtype), head)
     elif own == last:

@@ -28,7 +28,7 @@ from reshard.verify.settings import NOT_TRANSFORMERS, Difference, compare_settin
 from reshard.verify.shards import Shards, open_shards
 from reshard.verify.slices import Slices
 from reshard.verify.tables import table
-from reshard.verify.trace import Point, Trace, every_row, follow
+from reshard.verify.trace import Point, every_row, follow, traced
 
 
 def verify_rank(request: Request, number: int, world: int, local: int, locals_: int, devices: list[Device] | None = None) -> Report | None:
@@ -121,7 +121,7 @@ def _verify(request, shards: Shards, places: list[Seat], number: int, config, di
         if number == 0:
             request.say(f"planting a defect: {defect.name}")
         with planted(defect, linears):
-            names, runs = [*names, defect.name], [*runs, _forward(m, s, ids, control, traced=False)]
+            names, runs = [*names, defect.name], [*runs, _forward(m, s, ids, control, parts=False)]
     memory = gather(RankMemory(number, shards.bytes(s.seat.rank), _held(m), _peak(device)), control)
     if expected is None:
         return None
@@ -150,9 +150,7 @@ def _stored(s: Slices, points: list[Point]) -> list[str]:
     off = next((point.path for point in points if point.apart), None)
     if off is None:
         return []
-    names = {held.name: None for table in s.tables for name, held in table.items() if name == off or name.startswith(f"{off}.")}
-    layer = off.rpartition(".")[0]  # of a stack of experts, all are one tensor
-    return list(names or {held.name: None for table in s.tables for name, held in table.items() if name.startswith(f"{layer}.")}) or [off]
+    return s.stored(off) or s.stored(off.rpartition(".")[0]) or [off]  # of a stack of experts, all are one tensor
 
 
 def check_budget(request: Request, held: dict[int, int], config, devices: list[Device], ids: torch.Tensor, dtype: torch.dtype) -> None:
@@ -221,14 +219,14 @@ def vocabulary_edges(shards: Shards) -> list[int]:
 
 
 @torch.no_grad()
-def _forward(m: Model, s: Slices, ids: torch.Tensor, control, traced: bool = True) -> list[tuple[torch.Tensor | None, dict]]:
+def _forward(m: Model, s: Slices, ids: torch.Tensor, control, parts: bool = True) -> list[tuple[torch.Tensor | None, dict]]:
     """Logits of every dense model in the last stage and its traces, one for each slice of a stage; on process 0 alone."""
-    rows = every_row(m, s.device) if traced else {}
-    with Trace(m) as outputs:
+    rows = every_row(m, s.device) if parts else {}
+    with traced(m) as outputs:
         logits = m.module(ids.to(s.device), use_cache=False).logits
     outputs |= rows
     leader = s.group.index == 0
-    own = (s.seat.slice, logits.float().cpu() if leader and s.computes_logits else None, outputs if leader and traced else {})
+    own = (s.seat.slice, logits.float().cpu() if leader and s.computes_logits else None, outputs if leader and parts else {})
     merged: dict[int, tuple[torch.Tensor | None, dict]] = {}
     for slice_, found, traces in gather(own, control):
         before, all_traces = merged.get(slice_, (None, {}))
@@ -241,8 +239,7 @@ def _judge(name: str, run: list[tuple[torch.Tensor, dict]], expected: Original, 
     chosen = worst(figures)
     points = follow(expected.outputs, run[figures.index(chosen)][1], relative, s.model.embedding)
     off = next((point.path for point in points if point.apart), None)
-    suspects = {held.name: None for table in s.tables for name, held in table.items() if off and name.startswith(f"{off}.")}
-    return Result(name, chosen, points, list(suspects))
+    return Result(name, chosen, points, s.stored(off) if off else [])
 
 
 def gather(own, control) -> list:

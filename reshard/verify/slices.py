@@ -45,8 +45,9 @@ class Slices:
         # as stored over the bus, and cast where it is used: half the bytes of bf16, and no fp32 copy on the host
         return self.shards.read(self.table[name]).to(self.device).to(torch.float32 if precise else self.dtype)
 
-    def read_if(self, name: str | None) -> torch.Tensor | None:
-        return None if name is None else self.read(name)
+    def stored(self, path: str) -> list[str]:
+        """Names in files of what any rank holds of the module or tensor at `path`."""
+        return list(dict.fromkeys(held.name for table in self.tables for name, held in table.items() if f"{name}.".startswith(f"{path}.")))
 
     def row(self, path: str) -> Row | None:
         """What the table says of the module at `path`, of which this rank holds a tensor."""
