@@ -2,14 +2,13 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import cache
 from math import isfinite, isnan
 from pathlib import Path
 
 from reshard.checkpoint import Checkpoint, open_checkpoint
+from reshard.conversion.job import Job, one_rank, place, prepare
 from reshard.errors import PlanError
 from reshard.hub import is_remote
-from reshard.job import Job, one_rank, place, prepare
 from reshard.place import Mesh
 from reshard.planner.tiles import BUFFER
 
@@ -58,10 +57,10 @@ def convert(
     It may be hf://ORG/NAME[@BRANCH][/SUBDIR]: then `public`, `create_pr`, `include_code`, `base_model` and `scratch` are options too, and
     what comes back is ``hub.push.Pushed``.
     """
-    from reshard.transaction import convert as run
+    from reshard.conversion.transaction import convert as run
 
     if is_remote(destination):
-        from reshard.hub.push import convert_and_push
+        from reshard.publish.push import convert_and_push
 
         chosen = {name: options.pop(name) for name in ("public", "create_pr", "include_code", "base_model", "scratch") if name in options}
         job = plan(source, format=format, tp=tp, pp=pp, ep=ep, etp=etp, jobs=jobs, buffer=buffer, **options)
@@ -93,25 +92,14 @@ def load(
     `buffer` bytes of buffers; on the way to a device as many again stage them, page-locked where the system has such memory:
     the host never holds the rank. Raises ReshardError.
     """
-    from reshard.devices import device_of
-    from reshard.loading import load_rank
+    from reshard.executor.devices import device_of
+    from reshard.executor.loading import load_rank
 
     ckpt = _opened(source, options)
     if options:
         raise TypeError(f"load() got an unexpected option {next(iter(options))!r}")
     placement = place(ckpt, format, Mesh(tp, pp, ep, etp), engine_version)
     return load_rank(ckpt, placement, one_rank(placement, rank), dtype, device_of(device), jobs=jobs, buffer=buffer, allow_overflow=allow_overflow)
-
-
-@cache
-def torch_dtypes() -> dict[str, "object"]:
-    """torch's dtype for each of safetensors' words."""
-    import torch
-
-    words = {"BOOL": "bool", "U8": "uint8", "I8": "int8", "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2", "U16": "uint16",
-             "I16": "int16", "F16": "float16", "BF16": "bfloat16", "U32": "uint32", "I32": "int32", "F32": "float32",
-             "U64": "uint64", "I64": "int64", "F64": "float64", "C64": "complex64", "F8_E8M0": "float8_e8m0fnu"}  # fmt: skip
-    return {word: getattr(torch, name) for word, name in words.items() if hasattr(torch, name)}
 
 
 @dataclass
@@ -187,13 +175,13 @@ def open_pair(a: Checkpoint | str | Path, b: Checkpoint | str | Path, *, layout=
 
 def pull(source: str, destination: str | Path, **options):
     """Fetch hf://ORG/NAME[@REV][/SUBDIR] into a folder, its files as they are; ``convert`` takes such a source too. See ``hub.pull``."""
-    from reshard.hub.pull import pull as run
+    from reshard.publish.pull import pull as run
 
     return run(source, destination, **options)
 
 
 def push(folder: str | Path, destination: str, **options):
     """Publish the checkpoint in `folder` as hf://ORG/NAME[@BRANCH][/SUBDIR], in one commit. See ``hub.push``."""
-    from reshard.hub.push import push as run
+    from reshard.publish.push import push as run
 
     return run(folder, destination, **options)

@@ -13,23 +13,23 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from reshard import formats
-from reshard.block import Block, Stored, restride, row_major, singles
-from reshard.coverage import faults_of
 from reshard.descriptors import architectures, builtin_descriptors, find_descriptor, load_descriptor
+from reshard.dtypes import DTYPE_SIZE
 from reshard.errors import FormatError, LayoutError, PlanError
+from reshard.foreign import quote
 from reshard.formats.manifest import read_manifest
 from reshard.formats.quantised import codes_without_scales, refuse, scheme
+from reshard.geometry.block import Block, Stored, restride, row_major, singles
+from reshard.geometry.coverage import faults_of
 from reshard.hub import is_remote
 from reshard.layout import Descriptor, Entry, Layout, Section
 from reshard.place import Mesh, Placement, slice_dim
-from reshard.stores import DTYPE_SIZE
 from reshard.stores.files import read_json, reading
-from reshard.stores.foreign import quote
 from reshard.stores.identity import Identity, identity, noting
 
 if TYPE_CHECKING:
-    from reshard.execute import Source
-    from reshard.fetch import Batch
+    from reshard.executor.run import Source
+    from reshard.planner.batches import Batch
 
 
 @dataclass
@@ -91,7 +91,7 @@ class Checkpoint:
 
     def source(self, whole: Iterable["Batch"] = (), jobs: int = 8) -> "Source":
         """Its bytes, to be read; of a remote one, `whole` are the batches of a run that fetches everything."""
-        from reshard.execute import Source
+        from reshard.executor.run import Source
 
         if not self.remote:
             return Source(self.path, self.identities)

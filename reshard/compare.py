@@ -13,21 +13,19 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from reshard.api import Difference, DiffReport
-from reshard.block import Box, Key, Stored, end, volume
-from reshard.casts import cast
 from reshard.checkpoint import Checkpoint
-from reshard.coverage import label
-from reshard.execute import Source, Workspace, in_threads
-from reshard.fetch import JOBS, Batch, batches, of_pair, runs, workers
+from reshard.dtypes import DTYPE_SIZE, TABLE, numbers_of
+from reshard.executor.casts import cast
+from reshard.executor.rearrange import GAP, mapped, strided
+from reshard.executor.run import Source, Workspace, in_threads
+from reshard.geometry.block import Box, Key, Stored, end, volume
+from reshard.geometry.coverage import label
+from reshard.geometry.pieces import union_volume
 from reshard.place import Mesh, Placement
+from reshard.planner.batches import JOBS, Batch, batches, of_pair, runs, workers
 from reshard.planner.join import Join, Pattern, join
-from reshard.planner.pieces import union_volume
 from reshard.planner.plan import Copy, Plan
 from reshard.planner.tiles import BUFFER, Tile, tiles
-from reshard.rearrange import GAP, mapped, strided
-from reshard.stores import DTYPE_SIZE
-
-_INTEGERS = {"BOOL": "?", "U8": "u1", "I8": "i1", "U16": "u2", "I16": "i2", "U32": "u4", "I32": "i4", "U64": "u8", "I64": "i8"}
 
 Sizes = dict[str, tuple[int, ...]]
 
@@ -185,18 +183,9 @@ def _largest(mine: np.ndarray, other: np.ndarray, copy: Copy) -> float:
 
 def _values(words: np.ndarray, dtype: str) -> np.ndarray:
     """The numbers that `words` of `dtype` stand for, as float64 (complex128 for complex ones)."""
-    from reshard.api import torch_dtypes
-
-    words = np.ascontiguousarray(words)
-    if dtype in _INTEGERS:
-        return words.view(_INTEGERS[dtype]).astype(np.float64)
-    import torch
-
-    kind = torch_dtypes().get(dtype)
-    if kind is None:
-        return words.astype(np.float64)  # a dtype that this torch does not know: by its codes
-    numbers = torch.from_numpy(words.view(f"i{words.itemsize}")).view(kind)
-    return numbers.to(torch.complex128 if kind.is_complex else torch.float64).numpy()
+    numbers = np.ascontiguousarray(words).view(numbers_of(dtype))
+    with np.errstate(invalid="ignore"):
+        return numbers.astype(np.complex128 if TABLE[dtype].kind == "complex" else np.float64)
 
 
 def _look_from_afar(plan: Plan, left: Source, right: Source, look: Callable[[Tile, Source, Source], None]) -> None:

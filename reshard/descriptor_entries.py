@@ -5,8 +5,8 @@ import struct
 from collections.abc import Mapping
 
 from reshard.descriptor_values import STAGES, At, dtype_of, read_dims
+from reshard.foreign import quote
 from reshard.layout import Constant, Entry, Tensor
-from reshard.stores.foreign import quote
 
 _ENTRY_KEYS = ("name", "of", "within", "dims", "dim", "cut", "split", "pad", "when", "stage", "alias", "only_rank0", "view", "dtype")
 _CONSTANT_KEYS = ("value", "dtype", "shape", "when")
@@ -43,7 +43,7 @@ def read_entry(at: At, key: str, value: object, tensors: Mapping[str, Tensor], a
         at.fail(f"{name!r} numbers experts and stacks layers", "number both, or experts alone may be stacked")
     return Entry(key, name, tuple(tensor.name for tensor in parts), table.get("within"), dims, dim, cut, split,
                  _pad(at, table, parts, stored, stacked, axes), at.when(table), stage, at.flag("alias", table), at.flag("only_rank0", table),
-                 _view(at, table["view"], len(stacked) + len(stored[0]), stacked) if "view" in table else None,
+                 _view(at, table["view"], len(stacked) + len(stored[0])) if "view" in table else None,
                  dtype_of(at, table.get("dtype")))  # fmt: skip
 
 
@@ -107,12 +107,10 @@ def _pad(
     return tuple(pad)
 
 
-def _view(at: At, value: object, count: int, stacked: list[str]) -> tuple[tuple[int, ...], ...]:
-    """Dimensions joined to those under which the engine holds a stack; each of the stack's own `count` ones stands once."""
+def _view(at: At, value: object, count: int) -> tuple[tuple[int, ...], ...]:
+    """Dimensions joined to those under which the engine holds a tensor or a stack; each of the `count` own ones stands once."""
     if not isinstance(value, list) or not all(isinstance(group, list) and all(type(d) is int for d in group) for group in value):
         at.fail(f"view must list, per dimension, the dimensions that it joins, got {quote(repr(value))}")
-    if not stacked:
-        at.fail("view is for entries that stack layers or experts: their number is not in the name")
     if sorted(d for group in value for d in group) != list(range(count)):
         at.fail(f"view = {quote(repr(value))} must join the dimensions 0 to {count - 1}, each once")
     return tuple(map(tuple, value))

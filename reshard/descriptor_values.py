@@ -5,11 +5,11 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import NoReturn
 
+from reshard.dtypes import DTYPE_SIZE
 from reshard.errors import LayoutError
 from reshard.expr import Expression, check
+from reshard.foreign import quote
 from reshard.layout import INDEX_AXES
-from reshard.stores import DTYPE_SIZE
-from reshard.stores.foreign import quote
 
 STAGES = ("first", "last", "all")
 _DIMS = re.compile(r" ?(?:\{\w+\} ?)*(?:(?:\([\w* ]+\)|\w+\*?) ?)*", re.ASCII)

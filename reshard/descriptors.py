@@ -10,9 +10,9 @@ from reshard.descriptor_entries import read_constant, read_entry
 from reshard.descriptor_values import STAGES, At, dtype_of, read_dims
 from reshard.errors import LayoutError
 from reshard.expr import Expression
+from reshard.foreign import quote
 from reshard.layout import INDEX_AXES, Descriptor, Section, Tensor, parse_version
 from reshard.stores.files import read_small, reading
-from reshard.stores.foreign import quote
 
 #: the tables that say what a format stores
 FORMAT_TABLES = ("hf", "vllm", "sglang", "megatron")

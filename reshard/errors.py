@@ -1,6 +1,6 @@
 """What can go wrong, as exceptions. Every one names the thing, both numbers, and (``hint``) what to do next."""
 
-from reshard.stores.foreign import printable, quote
+from reshard.foreign import printable, quote
 
 
 class ReshardError(ValueError):

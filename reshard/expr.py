@@ -13,7 +13,7 @@ from functools import lru_cache
 from typing import Self
 
 from reshard.errors import LayoutError
-from reshard.stores.foreign import quote
+from reshard.foreign import quote
 
 _COMPARE = {
     ast.Eq: operator.eq, ast.NotEq: operator.ne, ast.Lt: operator.lt, ast.LtE: operator.le,

@@ -15,7 +15,7 @@ from math import prod
 
 from reshard.errors import LayoutError
 from reshard.expr import Expression, evaluate, holds
-from reshard.stores.foreign import quote
+from reshard.foreign import quote
 
 #: axes that number tensors instead of lying in their dimensions: pipeline parallelism deals out the one, expert parallelism the other
 INDEX_AXES = ("layer", "expert")

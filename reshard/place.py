@@ -9,11 +9,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from math import lcm, prod
 
-from reshard.block import Block, Part, Stored, chunk, cut, restride, row_major
 from reshard.errors import LayoutError, PlanError
 from reshard.expr import evaluate, holds
+from reshard.foreign import quote
+from reshard.geometry.block import Block, Part, Stored, chunk, cut, restride, row_major
 from reshard.layout import Constant, Entry, Layout, Section, Tensor
-from reshard.stores.foreign import quote
 
 #: ranks of one mesh: more than any model was ever spread over, and few enough to be counted one by one
 MOST_RANKS = 65536

@@ -1,6 +1,6 @@
 """Numbers and tables for people. Names in them come from files: nothing here lets one command the terminal."""
 
-from reshard.stores.foreign import printable
+from reshard.foreign import printable
 
 
 def human(size: float) -> str:

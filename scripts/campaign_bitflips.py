@@ -21,8 +21,8 @@ from campaigns import LLAMA, MIXTRAL
 
 import reshard
 from reshard.demo import make_model
-from reshard.fetch import runs
-from reshard.stores import DTYPE_SIZE
+from reshard.dtypes import DTYPE_SIZE
+from reshard.planner.batches import runs
 from reshard.text import table
 
 TARGETS = (

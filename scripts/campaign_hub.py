@@ -119,10 +119,10 @@ def run(case: Case, world: World, folder: Path) -> str:
             assert files_of(world.model) == world.bytes and hub.repos["org/name"].refs["main"] == source, "the source changed"
             new = expected(case, world, hub, held) if held is not None and held != old else None
             assert held is None or held == old or new, f"the destination is neither old nor new: {sorted(held)}"
-            if first is None:
-                first = "done" if process.returncode == 0 else "absent" if held is None else "old" if held == old else "new"
+            outcome = "done" if process.returncode == 0 else "absent" if held is None else "old" if held == old else "new"
+            first = first or outcome
         done = subprocess.run(args, cwd=folder, env=env, capture_output=True, text=True, check=False)
-        if done.returncode and local and first in ("done", "new") and not case.old:  # it was finished: not empty, and rightly refused
+        if done.returncode and local and outcome in ("done", "new") and not case.old:  # it was finished: not empty, and rightly refused
             assert "not empty" in done.stderr, done.stderr
         else:
             assert done.returncode == 0, done.stderr

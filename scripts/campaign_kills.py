@@ -23,7 +23,7 @@ from pathlib import Path
 from campaigns import PAIRS, Child, Pair, fresh, same, sources, stamps, state_of
 
 import reshard
-from reshard import destination
+from reshard.conversion import destination
 from reshard.demo import make_model
 from reshard.text import table
 

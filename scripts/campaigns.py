@@ -17,8 +17,8 @@ from pathlib import Path
 
 import reshard
 import reshard.compare
-import reshard.rearrange
-import reshard.transaction
+import reshard.conversion.transaction
+import reshard.executor.rearrange
 from reshard.demo import CONFIG, make_model
 
 LLAMA = {**CONFIG, "hidden_size": 256, "intermediate_size": 704, "vocab_size": 2048, "num_hidden_layers": 6, "num_attention_heads": 8,

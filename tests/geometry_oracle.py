@@ -11,12 +11,12 @@ from types import SimpleNamespace
 
 import numpy as np
 
-from reshard.block import Block, cut
-from reshard.planner.join import Slot
-from reshard.planner.pieces import disjoint, pieces, union_volume
-from reshard.planner.plan import move_between
+from reshard.geometry.block import Block, cut
+from reshard.geometry.pieces import disjoint, pieces, union_volume
 from reshard.layout import Entry, Tensor
 from reshard.place import fuse, slice_dim
+from reshard.planner.join import Slot
+from reshard.planner.plan import move_between
 
 LAYOUT = SimpleNamespace(name="drawn")
 Boxes = dict[str, tuple[tuple[int, int], int]]  # per axis: the range in the padded tensor, and the true size

@@ -283,7 +283,7 @@ class _Handler(BaseHTTPRequestHandler):
             parts = urlsplit(self.path)
             (self._cdn if self.host == "cdn" else self._api)(unquote(parts.path), parts.path, parse_qs(parts.query, keep_blank_values=True))
             raise _Answer(404, {"error": "no such route"})
-        except _Answer as answer:
+        except _Answer:
             if self.fault and self.fault.lose and self.fault.status:
                 answer = _Answer(self.fault.status, {"error": "fault"}, self.fault.headers)
             elif self.fault and self.fault.lose:

@@ -27,7 +27,7 @@ def loaded(path, side, process: int, **options) -> dict[str, torch.Tensor]:
 
 def blank(side, process: int) -> dict[str, torch.Tensor]:
     """The engine's tensors before a sync: of the side's shapes and dtypes, full of a value that no weight has."""
-    from reshard.api import torch_dtypes
+    from reshard.dtypes import torch_dtypes
 
     kinds = torch_dtypes()
     held = side.held_by(process)

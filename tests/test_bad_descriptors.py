@@ -54,7 +54,6 @@ def loaded(tmp_path, text):
         ('a = "l.{layer}.a"', 'a = { name = 3 }', "[hf] a", "expected a name"),
         ('a = "l.{layer}.a"', 'a = { name = "l.{layer}.a", pad = { hidden = "64" } }', "[hf] a", "padded inside"),
         ('a = "l.{layer}.a"', 'a = { name = "l.a", pad = { kv = "64" } }', "[hf] a", "padded inside"),
-        ('a = "l.{layer}.a"', 'a = { name = "l.{layer}.a", view = [[0], [1]] }', "[hf] a", "entries that stack"),
         ('e = "l.{layer}.e.{expert}"', 'e = { name = "l.{layer}.e", view = [[0], [0]] }', "[hf] e", "each once"),
         ('a = "l.{layer}.a"', 'a = { name = "l.{layer}.a", split = ["vocab"] }', "[hf] a", "a has no axis 'vocab'"),
         ('a = "l.{layer}.a"', 'a = { name = "l.{layer}.a", when = 5 }', "[hf] a when", "expression in quotes"),

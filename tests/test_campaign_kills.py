@@ -10,7 +10,8 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
 import campaign_kills
 import campaigns
 
-from reshard import execute, transaction
+from reshard.conversion import transaction
+from reshard.executor import run as execute
 
 
 def room() -> str | None:

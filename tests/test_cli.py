@@ -189,7 +189,8 @@ def test_verbose_shows_where(model, run):
     assert "Traceback" in run("convert nowhere out --to hf -v")[2]
 
 
-def test_layouts(run):
+def test_layouts(run, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
     code, out, err = run("layouts")
     names = [line.split()[0] for line in out.splitlines()]
     assert code == 0 and err == ""

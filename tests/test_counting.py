@@ -8,13 +8,14 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 import reshard
-from reshard import block, checkpoint, compare, place
-from reshard.block import Block, Part
+from reshard import checkpoint, compare, place
 from reshard.cli import main
-from reshard.coverage import axes, faults_of, meet, nested
 from reshard.demo import make_model
+from reshard.geometry import block
+from reshard.geometry.block import Block, Part
+from reshard.geometry.coverage import axes, faults_of, meet, nested
+from reshard.geometry.pieces import pieces
 from reshard.planner import join, tiles
-from reshard.planner.pieces import pieces
 
 # fmt: off
 MODEL = {"architectures": ["LlamaForCausalLM"], "hidden_size": 8, "intermediate_size": 16, "num_attention_heads": 8, "num_key_value_heads": 2,

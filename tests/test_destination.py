@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import reshard
-from reshard import destination
+from reshard.conversion import destination
 from reshard.demo import make_model
 
 OPTIONS = {"format": "vllm", "tp": 3}

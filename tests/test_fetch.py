@@ -9,11 +9,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import reshard
+from reshard.conversion.journal import replay
 from reshard.demo import make_model
-from reshard.fetch import Range, batches, merged, of_plan, runs
+from reshard.dtypes import DTYPE_SIZE
 from reshard.hub.checksum import Checksum
-from reshard.journal import replay
-from reshard.stores import DTYPE_SIZE
+from reshard.planner.batches import Range, batches, merged, of_plan, runs
 
 
 @st.composite

@@ -5,7 +5,7 @@ from geometry_oracle import check, positions
 from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
 
-from reshard.block import Block, cut
+from reshard.geometry.block import Block, cut
 
 
 @seed(20261121)

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 import reshard
-from reshard import devices, loading
 from reshard.demo import make_model
+from reshard.executor.run import devices, loading
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: torch sees none here")]
 

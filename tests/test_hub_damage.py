@@ -7,7 +7,7 @@ from hubcases import command, files_of, hub, large, weights  # noqa: F401  fixtu
 from hubserver import Fault
 
 import reshard
-from reshard.transaction import convert
+from reshard.conversion.transaction import convert
 
 
 def flip_in(hub, path, size: int = 1):

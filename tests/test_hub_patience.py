@@ -98,6 +98,6 @@ def test_server_that_was_slow_for_a_while(hub, large, tmp_path, monkeypatch):
     hub.add_folder("org/name", large)
     job = reshard.plan("hf://org/name", format="tp", tp=2)
     hub.fault(Fault(drip=0.02, times=2))
-    from reshard.transaction import convert
+    from reshard.conversion.transaction import convert
 
     assert convert(job, tmp_path / "out").checked_files == 2 and reshard.diff(large, tmp_path / "out")

@@ -18,8 +18,8 @@ from safetensors.torch import load_file, save_file
 
 import reshard
 from reshard import cli
+from reshard.conversion.transaction import convert
 from reshard.demo import make_model
-from reshard.transaction import convert
 
 SLOW = 30_000_000  # bytes per second, so that a process can be killed on its way
 

@@ -15,8 +15,8 @@ from hubserver import Fault
 from huggingface_hub import HfApi
 
 import reshard
-from reshard.hub.card import card
 from reshard.place import Mesh
+from reshard.publish.card import card
 
 
 @pytest.fixture(params=["lfs", "xet"])

@@ -9,12 +9,11 @@ import torch
 from hubcases import hub  # noqa: F401  a fixture
 
 import reshard
-from reshard import devices, loading
 from reshard.api import load
 from reshard.checkpoint import open_checkpoint
+from reshard.conversion.job import one_rank, place
 from reshard.demo import make_model
-from reshard.execute import Source
-from reshard.job import one_rank, place
+from reshard.executor.run import Source, devices, loading
 from reshard.place import Mesh
 
 CONFIG = {

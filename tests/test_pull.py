@@ -156,7 +156,7 @@ def test_overwrite_replaces_a_checkpoint_at_once(hub, model, other, tmp_path, mo
     hub.add_folder("org/a", model)
     shutil.copytree(other, tmp_path / "dst")
     if not swap:
-        monkeypatch.setattr("reshard.destination.exchange", lambda a, b: False)
+        monkeypatch.setattr("reshard.conversion.destination.exchange", lambda a, b: False)
     reshard.pull("hf://org/a", tmp_path / "dst", overwrite=True)
     assert files_of(tmp_path / "dst") == files_of(model) and not list(tmp_path.glob(".dst*"))
 
@@ -187,8 +187,8 @@ def test_death_at_a_step_of_publishing_is_healed_by_the_same_command(hub, model,
     shutil.copytree(other, tmp_path / "dst")
     code = f"""
 import os, shutil, sys
-import reshard.destination as destination
-import reshard.hub.pull
+import reshard.conversion.destination as destination
+import reshard.publish.pull
 from reshard.cli import main
 count = 0
 def dying(call):

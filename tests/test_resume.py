@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 
 import reshard
-from reshard import journal, output, transaction
+from reshard.conversion import journal, output, transaction
+from reshard.conversion.journal import notes_in, read_notes, replay
 from reshard.demo import CONFIG, make_model
-from reshard.journal import notes_in, read_notes, replay
 
 BIG = {
     **CONFIG,
@@ -131,7 +131,7 @@ reshard.convert({str(model)!r}, {str(tmp_path / "out")!r}, layout={str(layout)!r
 
 
 def test_layout_of_equal_sizes_has_another_fingerprint(model, tmp_path):
-    from reshard.fingerprint import fingerprint
+    from reshard.conversion.fingerprint import fingerprint
 
     text = (Path(reshard.__file__).parents[1] / "layouts" / "llama.toml").read_text()
     (tmp_path / "a.toml").write_text(text)

@@ -164,7 +164,7 @@ def test_dtype_cast_rounds_as_torch_does(tmp_path):
 
 def test_load_reads_one_ranks_bytes_only(tmp_path, monkeypatch):
     """1/8 of what is split, and all of what is replicated, counted where the files are read."""
-    from reshard import execute
+    from reshard.executor import run as execute
 
     config = {**LLAMA, "num_key_value_heads": 8, "num_attention_heads": 16, "head_dim": 4, "hidden_size": 64, "intermediate_size": 64,
               "vocab_size": 512, "num_hidden_layers": 2}  # fmt: skip

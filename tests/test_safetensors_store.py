@@ -13,8 +13,9 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from reshard.dtypes import DTYPE_SIZE
 from reshard.errors import FormatError
-from reshard.stores import DTYPE_SIZE, TensorInfo
+from reshard.stores import TensorInfo
 from reshard.stores.safetensors import compose, read
 
 SAMPLES = Path(__file__).parents[2] / "shared" / "samples"

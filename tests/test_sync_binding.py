@@ -8,6 +8,7 @@ from sync_world import LLAMA, World, blank, loaded
 
 from reshard import sync
 from reshard.demo import make_model
+from reshard.geometry.block import singles
 from reshard.sync.tensors import identity
 
 OBLONG = {**LLAMA, "num_attention_heads": 10, "num_key_value_heads": 10, "intermediate_size": 160}  # no shard of TP2 is square
@@ -118,7 +119,7 @@ def test_plans_that_differ_in_a_later_block_have_other_fingerprints():
                         (key_a, block_a), (key_b, block_b) = blocks[a], blocks[b]
                         blocks[a] = key_a, replace(block_a, offset=block_b.offset)
                         blocks[b] = key_b, replace(block_b, offset=block_a.offset)
-                    s = replace(s, blocks=tuple(blocks))
+                    s = replace(s, parts=singles(blocks))
                 own.append(s)
             members.append(tuple(own))
         return replace(side, members=tuple(members))

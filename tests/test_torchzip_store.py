@@ -18,8 +18,9 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from reshard.dtypes import DTYPE_SIZE
 from reshard.errors import FormatError, ReshardError
-from reshard.stores import DTYPE_SIZE, FileImage, TensorInfo
+from reshard.stores import FileImage, TensorInfo
 from reshard.stores.torch_names import row_major_strides
 from reshard.stores.torchzip import DTYPE_NAME, DType, Opaque, TensorSpec, compose, read
 from reshard.stores.ziprecords import Layout

@@ -167,7 +167,7 @@ def test_bytes_counted_equal_bytes_planned(model, tmp_path):
 
 def test_write_back_begins_early_and_changes_nothing(model, tmp_path, monkeypatch):
     """Large files are handed to the disk while they are written; here small ones count as large."""
-    from reshard import output
+    from reshard.conversion import output
 
     asked = []
     monkeypatch.setattr(output, "_FLUSH", 1 << 12)

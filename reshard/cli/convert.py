@@ -6,7 +6,7 @@ import click
 
 from reshard.cli.options import Place, Size, json_option, push_options, rank_option, run_options, source_options, target_options
 from reshard.cli.progress import progress_bar
-from reshard.stores.foreign import quote
+from reshard.foreign import quote
 from reshard.text import count, human, some
 
 
@@ -43,12 +43,12 @@ def convert(src, dst, from_, layout, config, cache, public, create_pr, include_c
 
 def run_conversion(source, dst, push=None, *, to, tp, pp, ep, etp, dtype, engine_version, rank, dry_run, jobs, buffer, no_fsync, overwrite, allow_overflow, as_json, quiet, verbose):
     """What is left of ``convert`` and ``pull`` once the source is open; `push` are options for a destination on the Hub."""
-    from reshard.transaction import convert as run
-    from reshard.transaction import resumed
+    from reshard.conversion.transaction import convert as run
+    from reshard.conversion.transaction import resumed
 
     job = planned(source, to, tp, pp, ep, etp, dtype, engine_version, rank=rank, jobs=jobs, buffer=buffer, allow_overflow=allow_overflow)
     if push is not None and not dry_run:
-        from reshard.hub.push import convert_and_push
+        from reshard.publish.push import convert_and_push
 
         with progress_bar(job.bytes_read, quiet or as_json) as tell:
             done = convert_and_push(job, dst, overwrite=overwrite, jobs=jobs, buffer=buffer, progress=tell, **push)

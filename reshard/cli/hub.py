@@ -32,8 +32,8 @@ def pull(src, dst, from_, layout, config, cache, **options):
     if given:
         raise click.UsageError(f"--{given[0].replace('_', '-')} needs --to: without it, files are fetched as they are")
     from reshard.hub.folder import open_folder
-    from reshard.hub.pull import left_out, wanted
-    from reshard.hub.pull import pull as run
+    from reshard.publish.pull import left_out, wanted
+    from reshard.publish.pull import pull as run
 
     folder = open_folder(src, cache)
     files = wanted(folder)
@@ -68,8 +68,8 @@ def push(folder, dst, from_, layout, config, public, create_pr, include_code, ba
 
     Weights, configuration, tokenizer, card and licence go up; nothing else that lies in DIR does."""
     from reshard.hub import is_remote
-    from reshard.hub.push import push as run
-    from reshard.hub.selection import select
+    from reshard.publish.push import push as run
+    from reshard.publish.selection import select
 
     if not is_remote(dst):
         raise click.BadParameter(f"{dst} is not on the Hub; write hf://ORG/NAME", param_hint="DST")

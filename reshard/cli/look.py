@@ -12,7 +12,7 @@ from reshard.cli.convert import opened
 from reshard.cli.options import FORMATS, Place, json_option, source_options
 from reshard.cli.progress import progress_bar
 from reshard.errors import ReshardError
-from reshard.stores.foreign import printable
+from reshard.foreign import printable
 from reshard.text import count, human, table
 
 
@@ -23,7 +23,7 @@ from reshard.text import count, human, table
 @json_option
 def inspect(path, from_, layout, config, tensors, as_json):
     """Tell what PATH holds: format, architecture, mesh, and with --tensors every tensor."""
-    from reshard.job import mesh_json
+    from reshard.conversion.job import mesh_json
 
     ckpt = opened(path, from_, layout, config)
     result = {"ok": True, "path": str(path), "format": ckpt.format, "architecture": ckpt.architecture,

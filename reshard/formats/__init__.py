@@ -8,12 +8,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from reshard.block import Stored
 from reshard.errors import FormatError, LayoutError, PlanError
+from reshard.foreign import quote
+from reshard.geometry.block import Stored
 from reshard.layout import Layout, parse_version
 from reshard.place import Mesh, Placement, Rank, Rules
 from reshard.stores import FileImage, TensorInfo
-from reshard.stores.foreign import quote
 
 
 @dataclass

@@ -12,14 +12,15 @@ from functools import partial
 from math import prod
 from pathlib import Path
 
-from reshard.block import Stored
+from reshard.dtypes import DTYPE_SIZE
 from reshard.errors import FormatError, PlanError
+from reshard.foreign import quote
 from reshard.formats import Contents, Folder, Format, OutFile, Target, parts
 from reshard.formats.manifest import mesh_of, read_manifest
+from reshard.geometry.block import Stored
 from reshard.layout import parse_version
 from reshard.place import Mesh, Rules, grid
-from reshard.stores import DTYPE_SIZE, TensorInfo, safetensors
-from reshard.stores.foreign import quote
+from reshard.stores import TensorInfo, safetensors
 
 _NUMBER = r"(0|[1-9][0-9]{0,6})"  # as the engines write them: model-rank-00-… or other digits are other files
 _FILE = re.compile(rf"model-rank-{_NUMBER}-part-{_NUMBER}\.safetensors")
@@ -106,7 +107,7 @@ def _check_release(engine: str, version: str, mesh: Mesh) -> None:
 
 def constant_bytes(value: float, dtype: str) -> bytes:
     """One element of a constant, little-endian."""
-    codes = {"F64": "<d", "F32": "<f", "F16": "<e"}
+    codes = {"F64": "<d", "F32": "<f", "F16": "<e"}  # struct's, which saves a plan numpy's import
     if dtype == "BF16":
         return struct.pack("<f", value)[2:]
     if dtype not in codes:

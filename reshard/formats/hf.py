@@ -9,14 +9,15 @@ import re
 from collections import defaultdict
 from pathlib import Path
 
-from reshard.block import Stored
+from reshard.dtypes import DTYPE_SIZE
 from reshard.errors import FormatError
+from reshard.foreign import quote
 from reshard.formats import Contents, Folder, Format, OutFile, Target, parts, safe_join
 from reshard.formats.manifest import mesh_of, read_manifest
+from reshard.geometry.block import Stored
 from reshard.place import Mesh, Rules, even_stages, grid
-from reshard.stores import DTYPE_SIZE, TensorInfo, safetensors
+from reshard.stores import TensorInfo, safetensors
 from reshard.stores.files import read_json
-from reshard.stores.foreign import quote
 
 _INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 #: bytes: small enough that a model of some size has several files, which can be written side by side and fetched so

@@ -7,11 +7,11 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
+from reshard.dtypes import DTYPE_SIZE
 from reshard.errors import FormatError
+from reshard.foreign import LIMIT, parse, quote
 from reshard.place import Mesh
-from reshard.stores import DTYPE_SIZE
 from reshard.stores.files import read_small
-from reshard.stores.foreign import LIMIT, parse, quote
 from reshard.text import some
 
 NAME = "reshard.json"

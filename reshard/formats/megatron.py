@@ -12,17 +12,17 @@ from collections.abc import Mapping
 from itertools import islice
 from pathlib import Path
 
-from reshard.block import Stored
 from reshard.errors import FormatError, PlanError
+from reshard.foreign import quote
 from reshard.formats import Contents, Folder, Format, OutFile, Target, safe_join
 from reshard.formats.hf import tensors_of, torch_tree
 from reshard.formats.manifest import mesh_of, read_manifest
 from reshard.formats.megatron_args import megatron_args, model_args
 from reshard.formats.megatron_compare import SIZES, compare_args, fields
 from reshard.formats.megatron_ranks import FOLDER, expert_cuts, folder_name, folder_names, mp_ranks
+from reshard.geometry.block import Stored
 from reshard.layout import Layout
 from reshard.place import MOST_RANKS, Mesh, Rank, Rules, even_stages
-from reshard.stores.foreign import quote
 
 TRACKER = "latest_checkpointed_iteration.txt"
 FILE = "model_optim_rng.pt"

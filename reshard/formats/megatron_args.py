@@ -7,12 +7,12 @@ there all the same, for people and other tools. Settings of training (losses, dr
 
 from collections.abc import Iterable, Mapping
 
-from reshard.block import Stored
 from reshard.errors import LayoutError
 from reshard.expr import evaluate
+from reshard.foreign import quote
 from reshard.formats import Target
+from reshard.geometry.block import Stored
 from reshard.layout import Layout, Section
-from reshard.stores.foreign import quote
 
 #: name → expression over config.json, over _scope, and over the layout's axes; a descriptor's [megatron.args] adds to it
 ARGS = {

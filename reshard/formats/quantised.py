@@ -8,9 +8,10 @@ import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+from reshard.dtypes import FLOATS, INTEGERS
 from reshard.errors import FormatError
+from reshard.foreign import quote
 from reshard.formats import Contents
-from reshard.stores.foreign import quote
 
 #: how each scheme's tensors are named; the first that fits tells
 _NAMES = (
@@ -22,8 +23,6 @@ _NAMES = (
     ("FP8 in blocks", re.compile(r".*\.weight_scale_inv")),
     ("FP8 or INT8", re.compile(r".*\.(?:weight_scale|weight_scale_2|input_scale)")),
 )
-_FLOATS = ("F64", "F32", "BF16", "F16")
-_INTEGERS = ("I8", "U8", "I16", "U16", "I32", "U32", "I64", "U64", "BOOL")
 _WAY = (
     "reshard moves weights that are not quantised: name the original in bf16, "
     "or dequantise first (transformers: from_pretrained(…).dequantize() and save_pretrained)"
@@ -34,7 +33,7 @@ def scheme(settings: Mapping[str, object], contents: Contents) -> str | None:
     """What the model is quantised as, in words; None where neither config.json nor the tensors say that it is."""
     by_name = next((word for word, name in _NAMES for rank in contents.tensors for tensor in rank if name.fullmatch(tensor)), None)
     config = quantization_config(settings)
-    codes = any(info.dtype not in _FLOATS for rank in contents.tensors for _, info in rank.values())
+    codes = any(info.dtype not in FLOATS for rank in contents.tensors for _, info in rank.values())
     if config is None:
         return by_name
     # a copy that was dequantised may have kept the entry
@@ -72,7 +71,7 @@ def codes_without_scales(folder: Path, settings: Mapping[str, object], stored: I
     """The error for a model whose every name is explained, but some of whose tensors hold codes; None where none does."""
     config = quantization_config(settings)
     for s in stored:
-        if s.dtype in _INTEGERS or (config is not None and s.dtype not in _FLOATS):
+        if s.dtype in INTEGERS or (config is not None and s.dtype not in FLOATS):
             word = f", quantised as {_described(config)} by config.json" if config is not None else ""
             return FormatError(f"{folder}: {quote(s.name)} ({s.file}) is {s.dtype}: codes{word}, and no tensor holds their scales", _WAY)
     return None

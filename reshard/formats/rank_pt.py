@@ -3,13 +3,13 @@
 import re
 from pathlib import Path
 
-from reshard.block import Stored
 from reshard.errors import FormatError
+from reshard.foreign import quote
 from reshard.formats import Contents, Folder, Format, OutFile, Target
 from reshard.formats.hf import state_dict
 from reshard.formats.manifest import mesh_of, read_manifest
+from reshard.geometry.block import Stored
 from reshard.place import Mesh, Rules, even_stages, grid
-from reshard.stores.foreign import quote
 
 _FILE = re.compile(r"rank_([0-9]{1,5})\.pt")
 

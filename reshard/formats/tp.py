@@ -13,13 +13,14 @@ from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 
-from reshard.block import Stored, row_major
+from reshard.dtypes import DTYPE_SIZE
 from reshard.errors import FormatError
+from reshard.foreign import parse
 from reshard.formats import Contents, Folder, Format, OutFile, Target, parts
 from reshard.formats.manifest import mesh_of, read_manifest
+from reshard.geometry.block import Stored, row_major
 from reshard.place import Mesh, Placement, Rules, even_stages, grid
-from reshard.stores import DTYPE_SIZE, TensorInfo, safetensors
-from reshard.stores.foreign import parse
+from reshard.stores import TensorInfo, safetensors
 
 _FILE = re.compile(r"shard-([0-9]{5})-model-([0-9]{5})-of-([0-9]{5})\.safetensors")
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from reshard.errors import FormatError
-from reshard.stores.foreign import quote
+from reshard.foreign import quote
 
 Names = set[str]
 

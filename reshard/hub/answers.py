@@ -17,10 +17,10 @@ from huggingface_hub.utils import build_hf_headers, hf_raise_for_status
 
 from reshard import __version__
 from reshard.errors import FormatError, HubError
+from reshard.foreign import parse, quote
 from reshard.hub.client import same_origin, session
 from reshard.hub.failures import asked, unexpected
 from reshard.hub.patience import steadily
-from reshard.stores.foreign import parse, quote
 
 MOST_FILES = 200_000  # of a repository
 _PAGE = 64 << 20  # bytes of an answer

@@ -12,10 +12,10 @@ from urllib.parse import urlsplit
 from huggingface_hub import constants, errors, get_token
 
 from reshard.errors import HubError, ReshardError
+from reshard.foreign import quote
 from reshard.hub.client import endpoint, watched
 from reshard.hub.location import Location
 from reshard.hub.patience import Slow, patiently
-from reshard.stores.foreign import quote
 
 T = TypeVar("T")
 _QUERY = re.compile(r"(https?://[^\s?'\"<>]+)\?[^\s'\"<>)]*")

@@ -12,13 +12,13 @@ from huggingface_hub import errors as hub_errors
 from huggingface_hub import try_to_load_from_cache
 
 from reshard.errors import BadBytes, FormatError
+from reshard.foreign import LIMIT
 from reshard.hub.answers import Entry, info, listing
 from reshard.hub.client import hub_api
 from reshard.hub.failures import asked, told
 from reshard.hub.location import Location
 from reshard.hub.patience import passing
 from reshard.hub.ranges import Ranges
-from reshard.stores.foreign import LIMIT
 
 HEAD = 100_001  # bytes fetched from the start of a weight file: nearly every header is shorter
 _SMALL = (

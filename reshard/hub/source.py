@@ -4,13 +4,13 @@ import mmap
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from reshard.block import Stored
+from reshard.dtypes import DTYPE_SIZE
 from reshard.errors import FormatError
-from reshard.execute import Source, Workspace
-from reshard.fetch import AHEAD, BATCH, Batch, Range, by_file
+from reshard.executor.run import Source, Workspace
+from reshard.geometry.block import Stored
 from reshard.hub.checksum import Checksum
 from reshard.hub.folder import HubPath
-from reshard.stores import DTYPE_SIZE
+from reshard.planner.batches import AHEAD, BATCH, Batch, Range, by_file
 
 
 class HubSource(Source):

@@ -11,8 +11,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from reshard.block import Box, Key, Part, Stored, volume
-from reshard.planner.pieces import Piece, disjoint, pieces, union_volume
+from reshard.geometry.block import Box, Key, Part, Stored, volume
+from reshard.geometry.pieces import Piece, disjoint, pieces, union_volume
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,14 +11,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
-from reshard.block import Box, Key, Stored, end, volume
-from reshard.coverage import faults_of, label
+from reshard.dtypes import DTYPE_SIZE, FLOATS
 from reshard.errors import PlanError
+from reshard.geometry.block import Box, Key, Stored, end, volume
+from reshard.geometry.coverage import faults_of, label
+from reshard.geometry.pieces import union_volume
 from reshard.planner.join import Join, Pattern, Run, Slot, join
-from reshard.planner.pieces import union_volume
-from reshard.stores import DTYPE_SIZE
-
-FLOATS = ("F64", "F32", "BF16", "F16")
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,6 +188,11 @@ class Plan:
     def fingerprint(self) -> str:
         """A digest of every stored tensor of both sides, every block in them, and what is compared: equal plans, and only they, share one."""
         return hashlib.sha256(repr((self.compare, self.every_pair, digest(self.join.sources), digest(self.join.destinations))).encode()).hexdigest()
+
+    def only(self, files: Iterable[str]) -> "Plan":
+        """What of the plan fills these output files."""
+        wanted = set(files)
+        return replace(self, join=join(self.join.sources, [s for s in self.destinations if s.file in wanted]))
 
     def located(self, places: Mapping[tuple[int, str], tuple[str, int]]) -> "Plan":
         """The plan with the file, and the byte in it, of each destination, by its ``Stored.id``."""

@@ -4,10 +4,10 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from reshard.block import Box, Key, Stored, end
-from reshard.planner.pieces import union_volume
+from reshard.dtypes import DTYPE_SIZE
+from reshard.geometry.block import Box, Key, Stored, end
+from reshard.geometry.pieces import union_volume
 from reshard.planner.plan import Copy, Plan
-from reshard.stores import DTYPE_SIZE
 
 BUFFER = 128 * 10**6  # bytes: of all buffers together, unless said otherwise
 _TILE = 16 << 20  # bytes: large enough that Python costs nothing

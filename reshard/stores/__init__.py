@@ -9,13 +9,7 @@ Both kinds (``safetensors``, ``torchzip``) offer the same two functions, and nei
 from dataclasses import dataclass
 from math import prod
 
-#: bytes per element, by safetensors' name of the dtype
-DTYPE_SIZE = {
-    "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1,
-    "U16": 2, "I16": 2, "F16": 2, "BF16": 2,
-    "U32": 4, "I32": 4, "F32": 4,
-    "U64": 8, "I64": 8, "F64": 8, "C64": 8,
-}  # fmt: skip
+from reshard.dtypes import DTYPE_SIZE
 
 
 @dataclass(frozen=True, slots=True)

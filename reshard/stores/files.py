@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from reshard.errors import FormatError, ReshardError
-from reshard.stores.foreign import LIMIT, parse, quote
+from reshard.foreign import LIMIT, parse, quote
 from reshard.stores.identity import note
 
 _KINDS = {

@@ -10,14 +10,13 @@ from collections.abc import Sequence
 from math import prod
 from pathlib import Path
 
+from reshard.dtypes import DTYPE_SIZE, FILE_ORDER
 from reshard.errors import FormatError
-from reshard.stores import DTYPE_SIZE, FileImage, TensorInfo
+from reshard.foreign import LIMIT, parse, quote
+from reshard.stores import FileImage, TensorInfo
 from reshard.stores.files import is_lfs_pointer, open_file, reading
-from reshard.stores.foreign import LIMIT, parse, quote
 
 NOT_SAFETENSORS = "this is no safetensors file, or it is damaged; copy it again"
-#: the library writes tensors by falling alignment, ties by this order of dtypes (falling), then by name
-_ORDER = ("BOOL", "U8", "I8", "F8_E5M2", "F8_E4M3", "F8_E8M0", "I16", "U16", "F16", "BF16", "I32", "U32", "F32", "C64", "F64", "I64", "U64")
 
 
 def read(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
@@ -91,7 +90,7 @@ def _entry(path: Path, name: str, entry: object, base: int) -> tuple[TensorInfo,
 
 def compose(tensors: Sequence[tuple[str, str, tuple[int, ...]]], metadata: dict[str, str] | None = None) -> FileImage:
     """A file of `tensors` (name, dtype, shape) as the safetensors library's save_file lays it out, to the byte."""
-    ordered = sorted(tensors, key=lambda t: (-_ORDER.index(t[1]), t[0]))
+    ordered = sorted(tensors, key=lambda t: (-FILE_ORDER.index(t[1]), t[0]))
     header: dict[str, object] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
     at, offsets = 0, {}
     for name, dtype, shape in ordered:

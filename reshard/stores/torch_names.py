@@ -3,18 +3,11 @@
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 
-#: torch's name of each dtype that reshard knows
-DTYPE_NAME = {
-    "BOOL": "bool", "U8": "uint8", "I8": "int8", "U16": "uint16", "I16": "int16", "U32": "uint32", "I32": "int32",
-    "U64": "uint64", "I64": "int64", "F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64", "C64": "complex64",
-    "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2", "F8_E8M0": "float8_e8m0fnu",
-}  # fmt: skip
-#: the storage class that torch pickles for a dtype; dtypes younger than 2023 have none and use UntypedStorage
-STORAGE_NAME = {
-    "BOOL": "BoolStorage", "U8": "ByteStorage", "I8": "CharStorage", "I16": "ShortStorage", "I32": "IntStorage",
-    "I64": "LongStorage", "F16": "HalfStorage", "BF16": "BFloat16Storage", "F32": "FloatStorage", "F64": "DoubleStorage",
-    "C64": "ComplexFloatStorage",
-}  # fmt: skip
+from reshard.dtypes import TABLE
+
+#: torch's name of each dtype that reshard knows, and the storage class that torch pickles for it
+DTYPE_NAME = {name: dtype.torch for name, dtype in TABLE.items()}
+STORAGE_NAME = {name: dtype.storage for name, dtype in TABLE.items() if dtype.storage}
 DTYPE_OF_NAME = {name: dtype for dtype, name in DTYPE_NAME.items()}
 DTYPE_OF_STORAGE = {name: dtype for dtype, name in STORAGE_NAME.items()}
 #: known to torch but not to reshard: fine as a value in the tree, an error as a tensor's dtype

@@ -7,8 +7,8 @@ from collections import OrderedDict
 from math import prod
 from typing import ClassVar
 
+from reshard.dtypes import DTYPE_SIZE
 from reshard.errors import ReshardError
-from reshard.stores import DTYPE_SIZE
 from reshard.stores.torch_allowlist import CALLS
 from reshard.stores.torch_names import DTYPE_NAME, STORAGE_NAME, DType, Global, Storage, TensorSpec, row_major_strides
 

@@ -11,9 +11,10 @@ from collections import OrderedDict
 from math import prod
 from typing import ClassVar, NoReturn
 
+from reshard.dtypes import DTYPE_SIZE
 from reshard.errors import FormatError
-from reshard.stores import DTYPE_SIZE, TensorInfo
-from reshard.stores.foreign import quote
+from reshard.foreign import quote
+from reshard.stores import TensorInfo
 from reshard.stores.torch_allowlist import CALLS, REFERENCES, TENSOR_TYPES, Budget, cost, flat, is_inert
 from reshard.stores.torch_names import (
     DTYPE_NAME,

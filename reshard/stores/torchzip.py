@@ -15,8 +15,9 @@ import io
 from math import prod
 from pathlib import Path
 
+from reshard.dtypes import DTYPE_SIZE
 from reshard.errors import FormatError
-from reshard.stores import DTYPE_SIZE, FileImage, TensorInfo
+from reshard.stores import FileImage, TensorInfo
 from reshard.stores.files import open_file, reading
 from reshard.stores.torch_names import DTYPE_NAME, DType, Global, Opaque, TensorSpec
 from reshard.stores.torch_pickle import Pickler

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import BinaryIO
 
 from reshard.errors import FormatError
+from reshard.foreign import quote
 from reshard.stores.files import is_lfs_pointer
-from reshard.stores.foreign import quote
 
 ALIGNMENT = 64
 RESAVE = "re-save it with a current torch: torch.save(torch.load(path, weights_only=True), path)"

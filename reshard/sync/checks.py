@@ -12,9 +12,9 @@ from functools import lru_cache
 
 import torch
 
-from reshard.block import Block, Box, Key, Stored
-from reshard.coverage import label
-from reshard.stores import DTYPE_SIZE
+from reshard.dtypes import DTYPE_SIZE
+from reshard.geometry.block import Block, Box, Key, Stored
+from reshard.geometry.coverage import label
 from reshard.sync.fp8 import quantise
 from reshard.sync.fp8_blocks import Blocks, scale_place
 from reshard.sync.messages import RankPlan

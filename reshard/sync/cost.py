@@ -8,9 +8,9 @@ it, then broadcast to all engine ranks (slime, verl, NeMo-RL by default, OpenRLH
 from collections import defaultdict
 from dataclasses import dataclass, field
 
-from reshard.block import Box, overlap, volume
-from reshard.planner.pieces import union_volume
-from reshard.stores import DTYPE_SIZE
+from reshard.dtypes import DTYPE_SIZE
+from reshard.geometry.block import Box, overlap, volume
+from reshard.geometry.pieces import union_volume
 from reshard.sync.plan import SyncPlan, wire_dtype
 from reshard.text import human, table
 

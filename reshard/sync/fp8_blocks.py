@@ -7,8 +7,8 @@ cuts through a block cannot be quantised by its sender, since the largest value 
 from dataclasses import dataclass
 from functools import lru_cache
 
-from reshard.block import Box, Stored
 from reshard.errors import PlanError
+from reshard.geometry.block import Box, Stored
 from reshard.layout import Layout
 
 

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import torch
 
-from reshard.block import row_major
 from reshard.errors import SyncError
+from reshard.geometry.block import row_major
 from reshard.sync.device import Devices
 from reshard.sync.messages import Copy
 from reshard.sync.tensors import Bound, lying

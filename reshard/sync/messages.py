@@ -11,8 +11,8 @@ from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from math import gcd, prod
 
-from reshard.block import Stored, row_major
-from reshard.stores import DTYPE_SIZE
+from reshard.dtypes import DTYPE_SIZE
+from reshard.geometry.block import Stored, row_major
 from reshard.sync.fp8_blocks import Blocks, scale_place
 from reshard.sync.plan import SyncPlan, Transfer
 

@@ -7,8 +7,8 @@ pattern; who sends a piece is chosen in ``plan.py``, tensor by tensor.
 from dataclasses import dataclass
 from functools import lru_cache
 
-from reshard.block import Box, overlap, volume
-from reshard.planner.pieces import disjoint
+from reshard.geometry.block import Box, overlap, volume
+from reshard.geometry.pieces import disjoint
 
 #: (member, box) of each stored block of one tensor, in the order of the side's members
 Pattern = tuple[tuple[int, Box], ...]

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
 
-from reshard.block import Block, Box, Key, Stored, volume
+from reshard.dtypes import DTYPE_SIZE
 from reshard.errors import PlanError
-from reshard.coverage import label
-from reshard.stores import DTYPE_SIZE
+from reshard.geometry.block import Block, Box, Key, Stored, volume
+from reshard.geometry.coverage import label
 from reshard.sync.fp8_blocks import Blocks, block_grid
 from reshard.sync.pieces import Pattern, Piece, halved, pieces
 from reshard.sync.side import Side, restricted

@@ -14,8 +14,8 @@ from math import prod
 import torch
 import torch.distributed as dist
 
+from reshard.dtypes import DTYPE_SIZE
 from reshard.errors import PeerLost, PlanError, SyncError
-from reshard.stores import DTYPE_SIZE
 from reshard.sync import agreement
 from reshard.sync.agreement import MODES, Intent
 from reshard.sync.checks import Sums, differing, replicated, sent_and_taken

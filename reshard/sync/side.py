@@ -11,11 +11,12 @@ from math import prod
 from pathlib import Path
 
 from reshard import formats
-from reshard.block import Stored, chunk, restride, row_major, singles
 from reshard.checkpoint import axes_in, find_config, model_config, read_config
+from reshard.conversion.job import split_hint
 from reshard.descriptors import find_descriptor, load_descriptor
+from reshard.dtypes import USER_WORDS
 from reshard.errors import LayoutError, PlanError
-from reshard.job import DTYPES, split_hint
+from reshard.geometry.block import Stored, chunk, restride, row_major, singles
 from reshard.layout import Layout, Section, parse_version
 from reshard.place import Mesh, Placement, Rank, slice_dim, stage_order
 from reshard.sync.fp8_blocks import Fp8, linear_tensors, scale_shape
@@ -253,12 +254,12 @@ def _spelled(section: Section, known: Section, variants: Sequence[str]) -> Secti
 
 def _dtype(layout: Layout, s: Stored, dtype: str, dtypes: Mapping[str, str]) -> str:
     for word in (dtype, *dtypes.values()):
-        if word not in DTYPES:
-            raise PlanError([f"unknown dtype {word!r}"], f"use one of {', '.join(DTYPES)}")
-    own = {DTYPES[dtypes[t]] if t in dtypes else layout.descriptor.tensors[t].dtype or DTYPES[dtype] for t in s.entry.of}
+        if word not in USER_WORDS:
+            raise PlanError([f"unknown dtype {word!r}"], f"use one of {', '.join(USER_WORDS)}")
+    own = {USER_WORDS[dtypes[t]] if t in dtypes else layout.descriptor.tensors[t].dtype or USER_WORDS[dtype] for t in s.entry.of}
     if len(own) > 1 and not s.entry.dtype:
         raise PlanError([f"{s.name} fuses tensors of different dtypes: {', '.join(sorted(own))}"])
-    given = next((DTYPES[dtypes[t]] for t in s.entry.of if t in dtypes), None)
+    given = next((USER_WORDS[dtypes[t]] for t in s.entry.of if t in dtypes), None)
     return given or s.entry.dtype or own.pop()
 
 

@@ -10,9 +10,9 @@ from itertools import pairwise, permutations, product
 
 import torch
 
-from reshard.api import torch_dtypes
-from reshard.block import Stored, end, row_major
+from reshard.dtypes import torch_dtypes
 from reshard.errors import PlanError
+from reshard.geometry.block import Stored, end, row_major
 from reshard.sync.side import Cut, Sharding, Side, intervals
 
 DTYPES = torch_dtypes()

@@ -9,7 +9,7 @@ from collections import defaultdict
 import torch
 from torch import nn
 
-from reshard.block import chunk
+from reshard.geometry.block import chunk
 from reshard.verify.model import Model
 from reshard.verify.parallel import Experts
 from reshard.verify.slices import Slices

@@ -5,11 +5,10 @@ from math import isfinite, sqrt
 
 import torch
 
-from reshard.api import torch_dtypes
-from reshard.job import DTYPES as WORDS
+from reshard.dtypes import USER_WORDS, torch_dtypes
 
 #: dtypes that verify computes in, by the command line's word
-DTYPES = {word: torch_dtypes()[name] for word, name in WORDS.items()}
+DTYPES = {word: torch_dtypes()[name] for word, name in USER_WORDS.items()}
 
 
 @dataclass(frozen=True)

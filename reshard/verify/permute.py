@@ -13,10 +13,10 @@ import torch
 
 from reshard import formats
 from reshard.api import load
-from reshard.block import Stored
 from reshard.checkpoint import Checkpoint, open_checkpoint
+from reshard.conversion.job import place
 from reshard.errors import FormatError
-from reshard.job import place
+from reshard.geometry.block import Stored
 from reshard.place import Rank
 from reshard.verify.beyond import Beyond
 from reshard.verify.devices import Device, choose, describe

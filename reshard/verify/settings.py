@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from reshard.errors import FormatError, ReshardError
-from reshard.stores.foreign import quote
+from reshard.foreign import quote
 
 #: fields of config.json that no engine computes a token by: of training, of transformers' own output, of who wrote the file
 HARMLESS = frozenset((

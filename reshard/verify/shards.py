@@ -9,11 +9,11 @@ from pathlib import Path
 import torch
 
 from reshard import formats
-from reshard.api import torch_dtypes
+from reshard.dtypes import torch_dtypes
 from reshard.errors import FormatError
+from reshard.foreign import quote
 from reshard.place import Mesh, Rank
 from reshard.stores import TensorInfo
-from reshard.stores.foreign import quote
 from reshard.verify.tables import Engine, Row, Table, engine_of
 from reshard.verify.tables import formats as known_formats
 

@@ -23,7 +23,7 @@ import reshard
 from bad.descriptors import as_toml, builtin_texts, mutant, use
 from bad.judges import as_library, as_torch
 from bad.mutations import ODD, bytes_changed, json_changed, value_changed
-from reshard import journal
+from reshard.conversion import journal
 from reshard.demo import make_model
 from reshard.formats import get
 from reshard.stores import safetensors, torchzip

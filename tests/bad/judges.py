@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from reshard.stores import DTYPE_SIZE, TensorInfo
+from reshard.dtypes import DTYPE_SIZE
+from reshard.stores import TensorInfo
 from reshard.stores.torch_names import DTYPE_NAME, row_major_strides
 
 

@@ -17,14 +17,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from reshard.destination import Place, sync_folder
+from reshard.conversion.destination import Place, sync_folder
+from reshard.conversion.journal import NAME as JOURNAL
+from reshard.conversion.journal import Done, Journal, notes_in, opened
 from reshard.errors import DestinationError, HubError
-from reshard.execute import Workspace, in_threads
+from reshard.executor.run import Workspace, in_threads
+from reshard.foreign import quote
 from reshard.hub.answers import Entry
 from reshard.hub.folder import HubPath, open_folder
-from reshard.journal import NAME as JOURNAL
-from reshard.journal import Done, Journal, notes_in, opened
-from reshard.stores.foreign import quote
 from reshard.text import some
 
 CHUNK = 4 << 20  # bytes of one request

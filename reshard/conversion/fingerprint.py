@@ -6,8 +6,8 @@ import json
 from collections.abc import Mapping
 
 from reshard import __version__
-from reshard.fetch import BATCH, GAP
-from reshard.job import Job
+from reshard.conversion.job import Job
+from reshard.planner.batches import BATCH, GAP
 from reshard.planner.plan import digest as digest_of
 from reshard.planner.tiles import MOST_PORTION, PORTION
 

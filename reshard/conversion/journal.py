@@ -24,8 +24,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from reshard.lock import locked
-from reshard.stores.foreign import LIMIT, parse
+from reshard.conversion.lock import locked
+from reshard.foreign import LIMIT, parse
 
 NAME = "journal.jsonl"
 

@@ -10,23 +10,23 @@ from typing import TYPE_CHECKING
 
 from reshard import formats
 from reshard.checkpoint import Checkpoint, read_config
+from reshard.dtypes import TABLE, USER_WORDS
 from reshard.errors import PlanError
-from reshard.fetch import GAP, JOBS, Batch, batches, workers
-from reshard.fetch import peak as peak_of_fetching
 from reshard.formats import Folder, Target
 from reshard.formats.manifest import NAME as MANIFEST
 from reshard.formats.manifest import manifest_bytes
+from reshard.place import Mesh, Placement, Rank
+from reshard.planner.batches import GAP, JOBS, Batch, batches, workers
+from reshard.planner.batches import peak as peak_of_fetching
 from reshard.planner.plan import Plan
 from reshard.planner.plan import plan as make_plan
 from reshard.planner.tiles import BUFFER, Portion, peak_buffer, portions
-from reshard.place import Mesh, Placement, Rank
 from reshard.stores.identity import Identity, identity
 from reshard.text import count, human, some, table
 
 if TYPE_CHECKING:
-    from reshard.casts import Casts
+    from reshard.executor.casts import Casts
 
-DTYPES = {"bf16": "BF16", "fp16": "F16", "fp32": "F32"}
 #: files beside the weights that every folder gets, when the source has them
 COMPANIONS = ("config.json", "generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*",
               "merges.txt", "chat_template*", "preprocessor_config.json", "processor_config.json", "LICENSE*", "*.tiktoken", "spiece.model", "*.py")  # fmt: skip
@@ -187,7 +187,7 @@ def prepare(
     if dtype:
         config = dict(read_config(source.config_path))
         key = "dtype" if "dtype" in config or "torch_dtype" not in config else "torch_dtype"
-        config[key] = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}[dtype]
+        config[key] = TABLE[USER_WORDS[dtype]].torch
         folder.small["config.json"] = (json.dumps(config, indent=2) + "\n").encode()
     companions = {name: path for name, path in companion_files(source).items() if name not in folder.small}
     fetched = batches(plan) if source.remote else None
@@ -205,7 +205,7 @@ def left_out(source: Checkpoint) -> dict:
 def counting(allow_overflow: bool) -> "Casts | None":
     if not allow_overflow:
         return None
-    from reshard.casts import Casts
+    from reshard.executor.casts import Casts
 
     return Casts(allow=True)
 
@@ -233,14 +233,14 @@ def one_rank(placement: Placement, number: int) -> Rank:
 
 def join_to(source: Checkpoint, placement: Placement, dtype: str | None, ranks=None, complete: bool = True) -> Plan:
     """The plan that fills `placement` (or some of its ranks) from `source`."""
-    if dtype is not None and dtype not in DTYPES:
-        raise PlanError([f"unknown dtype {dtype!r}"], f"use one of {', '.join(DTYPES)}")
+    if dtype is not None and dtype not in USER_WORDS:
+        raise PlanError([f"unknown dtype {dtype!r}"], f"use one of {', '.join(USER_WORDS)}")
     destinations = list(placement.stored(ranks))
     if placement.problems:
         raise PlanError(placement.problems, split_hint(placement))
     keep = [t.name for t in source.layout.descriptor.tensors.values() if t.dtype]
     sizes = {t.name: source.layout.shape(t) for t in source.layout.descriptor.tensors.values()}
-    return make_plan(source.stored, destinations, cast=DTYPES.get(dtype or ""), keep=keep, native=source.native, sizes=sizes, complete=complete, check=complete)
+    return make_plan(source.stored, destinations, cast=USER_WORDS.get(dtype or ""), keep=keep, native=source.native, sizes=sizes, complete=complete, check=complete)
 
 
 def native_dtypes(source: Checkpoint, plan: Plan) -> dict[str, str]:

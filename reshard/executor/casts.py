@@ -9,33 +9,18 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from reshard.block import Key, Stored
+from reshard.dtypes import DTYPE_SIZE, TABLE, numbers_of, words_of
 from reshard.errors import CastError
+from reshard.geometry.block import Key, Stored
 from reshard.planner.plan import Copy, where
-from reshard.stores import DTYPE_SIZE
-
-#: the largest finite value of each, and its exponent bits in a word
-LARGEST = {"F64": 1.7976931348623157e308, "F32": 3.4028234663852886e38, "BF16": 3.3895313892515355e38, "F16": 65504.0}
-_EXPONENT = {"F32": 0x7F800000, "BF16": 0x7F80, "F16": 0x7C00}
-
-
-def word(width: int) -> np.dtype:
-    """A dtype that carries `width` bytes untouched."""
-    return np.dtype(f"u{width}") if width in (1, 2, 4, 8) else np.dtype(("V", width))
 
 
 def cast(view: np.ndarray, src: str, dst: str) -> np.ndarray:
-    """`view`'s words of dtype `src` as words of dtype `dst`, rounded to nearest even as torch does."""
+    """`view`'s words of dtype `src` as words of dtype `dst`, rounded to nearest even as torch does. NaN stays NaN, with other bits perhaps."""
     if src == dst:
         return view
-    import torch
-
-    kinds = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
-    words = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-    writable = np.require(view, requirements=["C", "W"])  # torch takes no array that it may not write to
-    flat = torch.from_numpy(writable.view(f"i{view.itemsize}").reshape(-1))
-    out = flat.view(kinds[src]).to(kinds[dst]).view(words[DTYPE_SIZE[dst]]).numpy()
-    return out.view(word(DTYPE_SIZE[dst])).reshape(view.shape)
+    with np.errstate(over="ignore", invalid="ignore"):  # what no longer fits is counted, not warned of
+        return np.ascontiguousarray(view).view(numbers_of(src)).astype(numbers_of(dst)).view(words_of(DTYPE_SIZE[dst]))
 
 
 @dataclass
@@ -48,7 +33,7 @@ class Loss:
     largest: float = 0.0
 
     def words(self, at_least: str = "") -> str:
-        return f"{where(self.stored)}: {at_least}{self.values:,} values of up to {self.largest:.6g} do not fit {self.dtype}, which ends at {LARGEST[self.dtype]:.6g}"
+        return f"{where(self.stored)}: {at_least}{self.values:,} values of up to {self.largest:.6g} do not fit {self.dtype}, which ends at {TABLE[self.dtype].largest:.6g}"
 
 
 @dataclass
@@ -70,7 +55,7 @@ class Casts:
         """``cast`` of the words of `copy`. `counted` are the source boxes that were counted already, for other destinations."""
         src, dst = copy.src.dtype, copy.dst.dtype
         out = cast(view, src, dst)
-        if src != dst and LARGEST[src] > LARGEST[dst] and _not_finite(out, dst):
+        if src != dst and TABLE[src].largest > TABLE[dst].largest and _not_finite(out, dst):
             at = copy.src.id, copy.key, copy.move.box
             if at not in counted:
                 counted.add(at)
@@ -101,15 +86,11 @@ def _not_finite(words: np.ndarray, dtype: str) -> bool:
     """Whether any of a float's words is infinite or NaN: its exponent is all ones. Two passes over integers, the cheapest test."""
     if not words.size:
         return False
-    bits = _EXPONENT[dtype]
+    bits = TABLE[dtype].exponent
     sign = 1 << (8 * words.itemsize - 1)
     return int(words.view(f"i{words.itemsize}").max()) >= bits or int(words.max()) >= bits | sign
 
 
 def numbers(words: np.ndarray, dtype: str) -> np.ndarray:
     """The values of a float's words, as float64."""
-    import torch
-
-    kinds = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
-    words = np.require(words, requirements=["C", "W"])
-    return torch.from_numpy(words.view(f"i{words.itemsize}")).view(kinds[dtype]).to(torch.float64).numpy()
+    return np.ascontiguousarray(words).view(numbers_of(dtype)).astype(np.float64)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
 
-from reshard.block import Box, overlap, volume
+from reshard.geometry.block import Box, overlap, volume
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,18 +14,17 @@ from pathlib import Path
 
 from huggingface_hub import CommitOperationAdd
 
+from reshard.conversion.job import Job, default_jobs
+from reshard.conversion.output import Output
 from reshard.errors import DestinationError, HubError
-from reshard.execute import run
-from reshard.hub.card import card
+from reshard.executor.run import run
 from reshard.hub.client import endpoint, hub_api
-from reshard.hub.commit import commit, quietly
 from reshard.hub.failures import asked, told
 from reshard.hub.location import parse_target
-from reshard.hub.selection import CARD, Selection, check_links, is_side_file, select
-from reshard.hub.target import Target, prepare
-from reshard.job import Job, default_jobs
-from reshard.output import Output
-from reshard.transaction import only
+from reshard.publish.card import card
+from reshard.publish.commit import commit, quietly
+from reshard.publish.selection import CARD, Selection, check_links, is_side_file, select
+from reshard.publish.target import Target, prepare
 
 _REGULAR = 32 << 20  # bytes: the Hub keeps larger files in LFS; those that it does not wait for the commit in memory
 
@@ -131,8 +130,9 @@ def _written(job: Job, scratch: Path, jobs: int | None, buffer: int, progress: C
     for file in job.folder.files:
         with closing(job.source.source()) as source, closing(Output(scratch, [file], None)) as output:
             source.casts = job.casts
-            run(only(job.plan, [file]), source, output.write, jobs=jobs or default_jobs(job.source), buffer=buffer, progress=progress)
+            run(job.plan.only([file.path]), source, output.write, jobs=jobs or default_jobs(job.source), buffer=buffer, progress=progress)
             output.finish()
+            source.check_unchanged()
         yield file.path, scratch / file.path
         (scratch / file.path).unlink()
 

@@ -7,7 +7,7 @@ whatever the format, before a byte is written.
 from functools import lru_cache
 from math import prod
 
-from reshard.block import Key, Stored
+from reshard.geometry.block import Key, Stored
 
 Axes = tuple[tuple[int, int], ...]  # (stride, size) of a block's axes, the longest stride first
 

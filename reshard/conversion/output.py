@@ -8,11 +8,11 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
 
-from reshard.block import Stored, end
+from reshard.dtypes import DTYPE_SIZE
 from reshard.errors import DestinationError
+from reshard.executor.handles import Handles, allowed
 from reshard.formats import OutFile
-from reshard.handles import Handles, allowed
-from reshard.stores import DTYPE_SIZE
+from reshard.geometry.block import Stored, end
 
 #: bytes written at a time, ending at a multiple of it in the file: the page cache then takes whole large pages of memory.
 #: Larger ones still are often not at hand, and looking for them takes several times as long as the copying.

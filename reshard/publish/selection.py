@@ -16,8 +16,8 @@ from huggingface_hub import constants
 
 from reshard.checkpoint import Checkpoint, open_checkpoint
 from reshard.errors import DestinationError
+from reshard.foreign import quote
 from reshard.formats.manifest import NAME as MANIFEST
-from reshard.stores.foreign import quote
 
 CARD = "README.md"
 _MOST = 100_000  # entries that are counted below a folder that is left out

@@ -9,16 +9,16 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from reshard.block import Box, Stored, end
-from reshard.casts import Casts, Loss, word
-from reshard.coverage import label
+from reshard.dtypes import DTYPE_SIZE, words_of
 from reshard.errors import FormatError
-from reshard.execute import Source, Workspace, contiguous_from
-from reshard.fetch import _split as cut_until
-from reshard.fetch import runs
+from reshard.executor.casts import Casts, Loss
+from reshard.executor.run import Source, Workspace, contiguous_from
+from reshard.geometry.block import Box, Stored, end
+from reshard.geometry.coverage import label
+from reshard.planner.batches import _split as cut_until
+from reshard.planner.batches import runs
 from reshard.planner.plan import Copy, Plan, where
 from reshard.planner.tiles import Tile, between, groups, sides, spans, split
-from reshard.stores import DTYPE_SIZE
 
 _LOSS_TILE = 2 << 20  # bytes
 GAP = 16 << 10  # bytes between runs of a file that are rather read than left out
@@ -88,7 +88,7 @@ def mapped(source: Source, stored: Stored, low: int, high: int, runs: Iterable[t
     else:
         raw = np.empty((high - low) * width, np.uint8)  # pages that nothing is read into take no memory
         _read_runs(source, stored, low, runs or [(low, high)], memoryview(raw))
-    return raw.view(word(width))
+    return raw.view(words_of(width))
 
 
 def _read_runs(source: Source, stored: Stored, low: int, runs: Iterable[tuple[int, int]], into: memoryview) -> None:
@@ -121,7 +121,7 @@ def _windows(tile: Tile, source: Source, space: Workspace) -> tuple[Windows, int
         else:
             buffer = space.take((high - low) * width)
             _read_runs(source, stored, low, needed[at] or [(low, high)], buffer)
-            words = np.frombuffer(buffer, word(width))
+            words = np.frombuffer(buffer, words_of(width))
         windows.words[at] = low, words
     return windows, total
 
@@ -138,7 +138,7 @@ def _fill(copies: list[Copy], windows: Windows, write: Callable[[Stored, int, me
         for copy, view in zip(copies, views):
             _scatter(view, copy.move.dst_offset, copy.move.dst_strides, dst, write)
         return
-    buffer = np.frombuffer(space.take((high - low) * width), word(width))
+    buffer = np.frombuffer(space.take((high - low) * width), words_of(width))
     for copy, view in zip(copies, views):
         place = np.lib.stride_tricks.as_strided(buffer[copy.move.dst_offset - low :], view.shape, [s * width for s in copy.move.dst_strides])
         np.copyto(place, view)

@@ -15,13 +15,13 @@ from huggingface_hub import errors as hub_errors
 from huggingface_hub.utils import disable_progress_bars, enable_progress_bars
 
 from reshard.errors import HubError
+from reshard.foreign import quote
 from reshard.hub import patience
 from reshard.hub.answers import Entry, is_commit, listing, pull_requests
 from reshard.hub.client import endpoint, hub_api
 from reshard.hub.failures import asked, explain, safe
 from reshard.hub.patience import passing, pause, wait_for
-from reshard.hub.target import Target, check_private, info_of
-from reshard.stores.foreign import quote
+from reshard.publish.target import Target, check_private, info_of
 from reshard.text import some
 
 _MESSAGE = "Upload weights with reshard"

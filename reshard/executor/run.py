@@ -10,27 +10,27 @@ import os
 import threading
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import product
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from reshard.block import Box, Stored, volume
+from reshard.dtypes import DTYPE_SIZE
 from reshard.errors import CastError, FormatError
-from reshard.handles import Handles, allowed
-from reshard.planner.pieces import union_volume
+from reshard.executor.handles import Handles, allowed
+from reshard.geometry.block import Box, Stored, volume
+from reshard.geometry.pieces import union_volume
 from reshard.planner.plan import Copy, Plan
 from reshard.planner.tiles import BUFFER, Portion, Tile, portions, split, tile_limit
 from reshard.planner.tiles import casts as casts_in
-from reshard.stores import DTYPE_SIZE
 from reshard.stores.identity import Identity, changed, difference, identity
 
 if TYPE_CHECKING:
-    from reshard.casts import Casts
-    from reshard.fetch import Batch
+    from reshard.executor.casts import Casts
+    from reshard.planner.batches import Batch
 
 _RUN = 64 << 10  # bytes: contiguous runs of at least this much are passed on as they are
 _PIECE = 1 << 20  # bytes: of a run, at a time; they stay in a core's own cache
@@ -138,7 +138,7 @@ def run_tile(tile: Tile, source: Source, write: Callable[[Stored, int, memoryvie
     if runs is not None:
         read = _pass_on(runs, source, write, space)
     else:
-        from reshard.rearrange import rearrange  # numpy's import takes longer than a small conversion
+        from reshard.executor.rearrange import rearrange  # numpy's import takes longer than a small conversion
 
         read = rearrange(tile, source, write, space, casts)
     space.reset()
@@ -225,7 +225,7 @@ def run(
 ) -> None:
     """Run all of `plan` on `jobs` threads within `buffer` bytes of buffers. `progress` is told source bytes as they go."""
     if source.remote:
-        from reshard.fetch import batches
+        from reshard.planner.batches import batches
 
         run_batches(list(enumerate(batches(plan))), source, write, jobs=jobs, buffer=buffer, progress=progress)
         return
@@ -267,14 +267,14 @@ def casts_judged(plan: Plan, source: Source) -> Iterator[None]:
     """While it runs, the casts of `plan` are judged as `source` was told, else strictly. One that is refused, by a tile that showed it,
     is told with all that its tensor would lose."""
     if source.casts is None and casts_in(plan):
-        from reshard.casts import Casts
+        from reshard.executor.casts import Casts
 
         source.casts = Casts()
     try:
         yield
     except CastError:
-        from reshard.casts import refused
-        from reshard.rearrange import whole_loss
+        from reshard.executor.casts import refused
+        from reshard.executor.rearrange import whole_loss
 
         raise refused(whole_loss(plan, source, source.casts)) from None
 
@@ -293,7 +293,7 @@ def run_batches(
 
     No worker runs further ahead of the slowest than ``fetch.AHEAD`` allows: a checksum need not hold more than that for it.
     """
-    from reshard.fetch import AHEAD, BATCH, workers
+    from reshard.planner.batches import AHEAD, BATCH, workers
 
     jobs = workers(jobs, buffer)
     queue = deque(numbered)

@@ -5,7 +5,7 @@ import json
 import re
 
 from reshard.checkpoint import Checkpoint
-from reshard.stores.foreign import quote
+from reshard.foreign import quote
 
 MARK = "<!-- written by reshard -->"
 

@@ -17,16 +17,16 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from reshard.block import Stored
 from reshard.checkpoint import Checkpoint
-from reshard.devices import Device, free_bytes
+from reshard.conversion.job import counting, default_jobs, join_to
+from reshard.dtypes import DTYPE_SIZE
 from reshard.errors import ReshardError
-from reshard.execute import run
-from reshard.job import counting, default_jobs, join_to
+from reshard.executor.devices import Device, free_bytes
+from reshard.executor.run import run
+from reshard.geometry.block import Stored
 from reshard.place import Placement, Rank
 from reshard.planner.plan import Plan
 from reshard.planner.tiles import BUFFER
-from reshard.stores import DTYPE_SIZE
 from reshard.text import human
 
 _LARGEST = 16 << 20  # bytes of one host buffer: a copy of it takes long enough to hide what starting one costs
@@ -46,7 +46,7 @@ def load_rank(
     allow_overflow: bool = False,
 ) -> dict[str, torch.Tensor]:
     """{stored name: tensor} of one rank of `placement`, its constants among them, made on `device` (None: the CPU)."""
-    from reshard.api import torch_dtypes
+    from reshard.dtypes import torch_dtypes
 
     plan = join_to(source, placement, dtype, [rank], complete=False)
     kinds, at = torch_dtypes(), device.device if device else torch.device("cpu")

@@ -9,10 +9,10 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
-from reshard.block import Stored
+from reshard.dtypes import DTYPE_SIZE
+from reshard.geometry.block import Stored
 from reshard.planner.plan import Copy, Plan
 from reshard.planner.tiles import Tile, groups, tile_limit
-from reshard.stores import DTYPE_SIZE
 
 GAP = 256 << 10  # bytes
 BATCH = 4 << 20  # bytes

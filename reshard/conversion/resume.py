@@ -5,14 +5,14 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from reshard.destination import Place
-from reshard.errors import DestinationError, FormatError, HubError
-from reshard.fetch import Batch
-from reshard.job import Job
-from reshard.journal import NAME as JOURNAL
-from reshard.journal import Done, Journal
+from reshard.conversion.destination import Place
+from reshard.conversion.job import Job
+from reshard.conversion.journal import NAME as JOURNAL
+from reshard.conversion.journal import Done, Journal
+from reshard.dtypes import DTYPE_SIZE
+from reshard.errors import DestinationError, HubError, ReshardError
+from reshard.planner.batches import Batch
 from reshard.planner.tiles import Portion
-from reshard.stores import DTYPE_SIZE
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ def written_by(job: Job, portions: list[Batch] | list[Portion], batches: set[int
     return size
 
 
-def give_up(job: Job, work: Work, journal: Journal, place: Place, error: FormatError) -> None:
+def give_up(job: Job, work: Work, journal: Journal, place: Place, error: ReshardError) -> None:
     """Keep of a run whose source turned out to be wrong what is good: all that is not made of the one bad file of the Hub's; else nothing."""
     file = getattr(error, "source_file", None)
     if file is None and isinstance(error, HubError):  # a small file of the Hub's came wrong: nothing was made of it

@@ -15,17 +15,17 @@ from pathlib import Path
 
 from reshard import __version__
 from reshard.checkpoint import Checkpoint
-from reshard.destination import Place, modes, sync_folder
-from reshard.errors import DestinationError, FormatError
-from reshard.execute import Source, casts_judged, run_batches, run_portions
-from reshard.fingerprint import conversion, fingerprint, options, source_state
+from reshard.conversion.destination import Place, modes, sync_folder
+from reshard.conversion.fingerprint import conversion, fingerprint, options, source_state
+from reshard.conversion.job import Job, default_jobs
+from reshard.conversion.journal import Journal, notes_in, opened
+from reshard.conversion.output import Output
+from reshard.conversion.resume import Work, check_leftover, give_up, resume, written_by
+from reshard.errors import CastError, DestinationError, FormatError
+from reshard.executor.run import Source, casts_judged, run_batches, run_portions
 from reshard.formats.manifest import NAME as MANIFEST
 from reshard.formats.manifest import merged, of_conversion, read_incomplete
-from reshard.job import Job, default_jobs
-from reshard.journal import Journal, notes_in, opened
 from reshard.planner.tiles import BUFFER, tile_limit
-from reshard.output import Output
-from reshard.resume import Work, check_leftover, give_up, resume, written_by
 from reshard.stores.identity import changed
 from reshard.text import human
 
@@ -112,7 +112,7 @@ def convert(
             if fsync:
                 for folder in sorted({path.parent for path in place.partial.rglob("*")}):
                     sync_folder(folder)
-        except FormatError as error:
+        except (FormatError, CastError) as error:
             give_up(job, work, journal, place, error)
             raise
         finally:

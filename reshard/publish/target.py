@@ -7,15 +7,15 @@ from huggingface_hub import errors as hub_errors
 from huggingface_hub import get_token
 
 from reshard.errors import DestinationError, HubError
+from reshard.foreign import LIMIT
 from reshard.formats.manifest import NAME as MANIFEST
 from reshard.hub.answers import Entry, Info, info, listing
-from reshard.hub.card import MARK
 from reshard.hub.client import hub_api
 from reshard.hub.failures import asked, unexpected
 from reshard.hub.location import Location
 from reshard.hub.repository import Repository
-from reshard.hub.selection import CARD
-from reshard.stores.foreign import LIMIT
+from reshard.publish.card import MARK
+from reshard.publish.selection import CARD
 from reshard.text import some
 
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".distcp", ".safetensors.index.json", ".bin.index.json")

@@ -22,12 +22,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from reshard import formats
+from reshard.conversion.job import Job
+from reshard.conversion.journal import NAME as JOURNAL
+from reshard.conversion.journal import Journal, notes_in
+from reshard.conversion.lock import locked
 from reshard.errors import DestinationError, ReshardError
 from reshard.formats.manifest import NAME as MANIFEST
-from reshard.job import Job
-from reshard.journal import NAME as JOURNAL
-from reshard.journal import Journal, notes_in
-from reshard.lock import locked
 from reshard.text import some
 
 

@@ -1,0 +1,1 @@
+"""Hub jobs: pull a repository into a folder, push a folder in one commit."""
