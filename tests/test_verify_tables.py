@@ -32,7 +32,7 @@ BUILT_IN = ("llama", "qwen2", "qwen3", "phi3", "gpt_neox", "mixtral", "qwen3_moe
     ("olmo2", "hf", "model.layers.3.self_attn.q_norm.weight", "model.layers.3.self_attn.q_norm.weight", "whole"),
 ])  # fmt: skip
 def test_names(family, format, stored, name, cut):
-    row, layer, expert = table(family, engine_of(format).name).find(stored)
+    row, layer, expert = table(family, engine_of()[format].name).find(stored)
     assert f"{row.path}.{row.kind}".format(layer=layer, expert=expert) == name and row.cut == cut
 
 
@@ -42,7 +42,7 @@ def test_names(family, format, stored, name, cut):
     ("vllm", "model.layers.3.self_attn.attn.k_scale", None), ("hf", "model.norm.weight", None), ("megatron", "x_extra_state", None),
 ])  # fmt: skip
 def test_what_is_no_weight(format, name, kind):
-    assert engine_of(format).kind_beside(name) == kind
+    assert engine_of()[format].kind_beside(name) == kind
 
 
 @pytest.mark.parametrize("name", [
@@ -173,7 +173,7 @@ def key(row) -> tuple[str, str]:
 def test_names_that_vllm_wrote(folder):
     model_type = folder.rpartition("-tp2")[0].removesuffix("-tp2").replace("-", "_")
     model_type = model_type if model_type in families() else "llama"
-    engine = engine_of("vllm")
+    engine = engine_of()["vllm"]
     for stored in formats.get("vllm").read(SAMPLES / "vllm" / folder).tensors:
         assert [name for name in stored if not engine.kind_beside(name) and table(model_type, "vllm").find(name) is None] == []
 
@@ -181,7 +181,7 @@ def test_names_that_vllm_wrote(folder):
 @pytest.mark.samples
 @pytest.mark.parametrize("model_type", ["llama", "qwen2", "qwen3_moe", "deepseek_v3"])
 def test_names_that_megatron_reads(model_type):
-    engine = engine_of("megatron")
+    engine = engine_of()["megatron"]
     for stored in formats.get("megatron").read(SAMPLES / "megatron" / model_type / "legacy_tp2").tensors:
         assert [name for name in stored if not engine.kind_beside(name) and table(model_type, "megatron").find(name) is None] == []
 

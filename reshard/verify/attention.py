@@ -71,15 +71,7 @@ def splits(row: Row, rows: int, heads: Heads | None, group: Group) -> Split:
 
 
 def joined(row: Row, heads: Heads) -> Callable[..., torch.Tensor]:
-    """How these parts make the one tensor that transformers' module wants."""
-    return by_head(heads.size) if row.becomes == "heads" else side_by_side
-
-
-def side_by_side(*parts: torch.Tensor) -> torch.Tensor:
-    """Queries, keys, values."""
-    return torch.cat(parts, -1)
-
-
-def by_head(size: int) -> Callable[..., torch.Tensor]:
-    """Query, key and value of each head."""
-    return lambda q, k, v: torch.stack([x.unflatten(-1, (-1, size)) for x in (q, k, v)], -2).flatten(-3)
+    """How queries, keys and values make the one tensor that transformers' module wants: one after another, or head by head."""
+    if row.becomes == "sections":
+        return lambda *parts: torch.cat(parts, -1)
+    return lambda *parts: torch.stack([part.unflatten(-1, (-1, heads.size)) for part in parts], -2).flatten(-3)

@@ -24,7 +24,7 @@ from reshard.verify.reference import Original, run_reference
 from reshard.verify.report import RankMemory, Report, Result, unexercised
 from reshard.verify.request import Request
 from reshard.verify.routers import replay
-from reshard.verify.settings import NOT_TRANSFORMERS, Difference, compare_settings
+from reshard.verify.settings import Difference, compare_settings, transformers_config
 from reshard.verify.shards import Shards, open_shards
 from reshard.verify.slices import Slices
 from reshard.verify.tables import table
@@ -182,17 +182,9 @@ def check(shards: Shards, places: list[Seat], number: int, config) -> list[str]:
 
 def read_config(request: Request):
     """transformers' configuration of the checkpoint: its own config.json, or --config's, or else the reference's."""
-    from transformers import AutoConfig
-
     hush()
     own = request.config or (request.checkpoint if (request.checkpoint / "config.json").is_file() else request.reference)
-    configs = []
-    for folder in (own, request.reference):
-        try:
-            configs.append(AutoConfig.from_pretrained(folder, local_files_only=True))
-        except Exception as error:  # noqa: BLE001  whatever a wrong value makes transformers' checks say
-            text = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise FormatError(f"transformers cannot read the config.json of {folder}: {text}", NOT_TRANSFORMERS) from None
+    configs = [transformers_config(place) for place in (own, request.reference)]
     ours, theirs = (config.get_text_config().vocab_size for config in configs)
     if ours != theirs:
         raise FormatError(f"{own} has a vocabulary of {ours}, the reference {request.reference} one of {theirs}", "is --reference the same model?")

@@ -15,7 +15,6 @@ from reshard.foreign import quote
 from reshard.place import Mesh, Rank
 from reshard.stores import TensorInfo
 from reshard.verify.tables import Engine, Row, Table, engine_of
-from reshard.verify.tables import formats as known_formats
 
 _FLOATS = ("BF16", "F16", "F32", "F64")
 
@@ -90,10 +89,10 @@ class Shards:
 def open_shards(folder: Path, format: str | None = None) -> Shards:
     """Read the headers of the checkpoint in `folder`. Raises FormatError."""
     kind = formats.recognise(folder) if format is None else formats.get(format)
-    engine = engine_of(kind.name)
+    engine = engine_of().get(kind.name)
     if engine is None:
         raise FormatError(f"{folder} is of format {kind.name}, of which verify does not know how its engine computes",
-                          "try --method permute, or convert it to one of " + ", ".join(known_formats()))  # fmt: skip
+                          "try --method permute, or convert it to one of " + ", ".join(engine_of()))  # fmt: skip
     contents = kind.read(folder)
     if contents.boxes is not None:
         raise FormatError(f"{folder} holds pieces of whole tensors, not the ranks of an engine", "convert it first: reshard convert … --to tp --tp N")

@@ -9,7 +9,7 @@ its files hold beside weights; every other file is a family (it lists transforme
 import re
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import cache
 from itertools import product
 from pathlib import Path
@@ -18,19 +18,18 @@ from reshard.errors import FormatError, LayoutError
 
 TABLES = Path(__file__).parent / "tables"
 CUTS = ("column", "row", "whole", "vocabulary", "heads", "experts")
-#: what the cut dimension of a projection holds
 HOLDS = ("query", "key", "value", "latent_query", "latent_key_value", "heads", "gate", "up", "down")
-_VALUES = {"order": ("sections", "groups", "heads", "alternate"), "becomes": ("sections", "heads"), "transposed": ("always", "without ep")}
 BESIDE = ("scales", "prediction", "ignored")
-#: words that only some cuts take
-_ONLY = {
-    "holds": ("column", "row", "experts"),
-    "parts": ("column", "whole"),
-    "becomes": ("column",),
-    "order": ("column", "experts"),
-    "gathered": ("whole",),
-    "precise": ("whole",),
-    **dict.fromkeys(("local", "transposed", "flat", "copied"), ("experts",)),
+#: the words of a row beside `to` and `cut`: the cuts that take it, and its values where these are a few
+_WORDS: dict[str, tuple[tuple[str, ...], tuple[str, ...] | None]] = {
+    "holds": (("column", "row", "experts"), HOLDS),
+    "parts": (("column", "whole"), None),
+    "order": (("column", "experts"), ("sections", "groups", "heads", "alternate")),
+    "becomes": (("column",), ("sections", "heads")),
+    "gathered": (("whole",), None),
+    "transposed": (("experts",), ("always", "without ep")),
+    "precise": (("whole",), None),
+    **dict.fromkeys(("local", "flat", "copied"), (("experts",), None)),
 }
 
 
@@ -111,13 +110,10 @@ def engines(folder: Path = TABLES) -> dict[str, Engine]:
     return out
 
 
-def engine_of(format: str) -> Engine | None:
-    """The engine whose format `format` is."""
-    return next((engine for engine in engines().values() if format in engine.formats), None)
-
-
-def formats() -> tuple[str, ...]:
-    return tuple(format for engine in engines().values() for format in engine.formats)
+@cache
+def engine_of() -> dict[str, Engine]:
+    """The engine whose format each format is."""
+    return {format: engine for engine in engines().values() for format in engine.formats}
 
 
 @cache
@@ -166,42 +162,37 @@ def rows_of(family: str, engine: str, folder: Path = TABLES) -> tuple[Row, ...]:
 
 def _row(key: str, words: object, stored: str, module: str, where: str) -> list[Row]:
     """The rows that `key` spells: one for each alternative in braces."""
-    words = dict(_keys(words, {"to", "cut", *_ONLY}, where))
+    words = dict(_keys(words, {"to", "cut", *_WORDS}, where))
     to, cut = words.pop("to", None), words.get("cut")
     if cut not in CUTS:
         raise LayoutError(f"{where}: unknown cut {cut!r}", f"known are {', '.join(CUTS)}")
-    types = {field.name: field.type for field in fields(Row)}
     for word, value in words.items():
-        if cut not in _ONLY.get(word, CUTS):
+        kind = type(getattr(Row, word, ""))
+        if cut not in _WORDS.get(word, (CUTS,))[0]:
             raise LayoutError(f"{where}: {word!r} is no word for cut {cut!r}")
-        if types[word] == tuple[str, ...]:
-            words[word] = _texts(value, f"{where} {word}", HOLDS if word == "holds" else None)
-        elif not isinstance(value, types[word]):
-            raise LayoutError(f"{where}: {word} is {value!r}, and should be {'true or false' if types[word] is bool else 'a text'}")
-        elif word in _VALUES:
-            _texts([value], f"{where} {word}", _VALUES[word])
+        if kind is tuple:
+            words[word] = _texts(value, f"{where} {word}", _WORDS[word][1])
+        elif not isinstance(value, kind):
+            raise LayoutError(f"{where}: {word} is {value!r}, and should be {'true or false' if kind is bool else 'a text'}")
+        elif word in _WORDS and kind is str:
+            _texts([value], f"{where} {word}", _WORDS[word][1])
     if cut == "column" and words.get("parts") and len(words["parts"]) != len(words.get("holds", ())):
         raise LayoutError(f"{where}: {len(words['parts'])} parts, but it holds {len(words.get('holds', ()))}", "name what each part holds")
     out = []
     for spelled, kind in product(_spelled(key), ("weight", "bias") if "{kind}" in key else ("",)):
         pattern, target = (".".join(filter(None, (base, text.replace("{kind}", kind)))) for base, text in ((stored, spelled), (module, to or spelled)))
-        if _named(pattern) != _named(target) or not _named(pattern) <= {"{layer}", "{expert}"}:
+        braces, known = ([set(re.findall(r"\{[^}]*\}?|\}", text)) for text in (pattern, target)], {"{layer}", "{expert}"})
+        if braces[0] != braces[1] or not braces[0] <= known:
             raise LayoutError(f"{where}: {pattern} and {target} do not have the same braces", "{layer}, {expert}, {kind} and {one|other} are known")
         path, _, name = target.rpartition(".")
         out.append(Row(pattern, path, name, where=where, **words))
     return out
 
 
-def _named(pattern: str) -> set[str]:
-    return set(re.findall(r"\{[^}]*\}?|\}", pattern))
-
-
 def _spelled(pattern: str) -> list[str]:
     """`pattern` with each choice of ``{one|other}``."""
-    match = re.search(r"\{([^{}]*\|[^{}]*)\}", pattern)
-    if not match:
-        return [pattern]
-    return [text for choice in match[1].split("|") for text in _spelled(pattern[: match.start()] + choice + pattern[match.end() :])]
+    choices = [part.split("|") if place % 2 else [part] for place, part in enumerate(re.split(r"\{([^{}]*\|[^{}]*)\}", pattern))]
+    return ["".join(parts) for parts in product(*choices)]
 
 
 def _regex(pattern: str) -> re.Pattern:
