@@ -1,15 +1,14 @@
 """The library: open, plan, convert, load, diff. The command line calls these and prints what they return."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from math import isfinite, isnan
 from pathlib import Path
 
 from reshard.checkpoint import Checkpoint, open_checkpoint
 from reshard.conversion.job import Job, one_rank, place, prepare
+from reshard.difference import DiffReport
 from reshard.errors import PlanError
 from reshard.hub import is_remote
-from reshard.place import Mesh
+from reshard.layout import Mesh
 from reshard.planner.tiles import BUFFER
 
 open = open_checkpoint
@@ -93,57 +92,13 @@ def load(
     the host never holds the rank. Raises ReshardError.
     """
     from reshard.executor.devices import device_of
-    from reshard.executor.loading import load_rank
+    from reshard.loading import load_rank
 
     ckpt = _opened(source, options)
     if options:
         raise TypeError(f"load() got an unexpected option {next(iter(options))!r}")
     placement = place(ckpt, format, Mesh(tp, pp, ep, etp), engine_version)
     return load_rank(ckpt, placement, one_rank(placement, rank), dtype, device_of(device), jobs=jobs, buffer=buffer, allow_overflow=allow_overflow)
-
-
-@dataclass
-class Difference:
-    """One tensor that differs between two checkpoints.
-
-    `elements` counts each of its elements once, however many ranks hold it. `max_abs_diff` is the largest difference among
-    those that differ: NaN where a NaN is among them, None where nothing could be compared. In ``to_json`` NaN and infinity are
-    the texts "NaN" and "Infinity", since JSON has no such numbers. `why` says what is unlike besides values: sizes, dtypes, or
-    how many elements a side lacks.
-    """
-
-    name: str
-    elements: int = 0
-    max_abs_diff: float | None = 0.0
-    why: str = ""
-
-    def to_json(self) -> dict[str, object]:
-        gap = self.max_abs_diff
-        said = gap if gap is None or isfinite(gap) else "NaN" if isnan(gap) else "Infinity"
-        return {"name": self.name, "elements": self.elements, "max_abs_diff": said} | ({"why": self.why} if self.why else {})
-
-
-@dataclass
-class DiffReport:
-    """Whether two checkpoints hold the same parameters, bit for bit. Names are those of the Hugging Face format.
-
-    `missing_in_a` and `missing_in_b` are tensors that only the other side has, of so many bytes there; weights that a layout
-    declares to be left out are among them, under their own names.
-    """
-
-    tensors: int
-    differing: list[Difference] = field(default_factory=list)
-    missing_in_a: list[str] = field(default_factory=list)
-    missing_in_b: list[str] = field(default_factory=list)
-    bytes_missing_in_a: int = 0
-    bytes_missing_in_b: int = 0
-
-    @property
-    def equal(self) -> bool:
-        return not (self.differing or self.missing_in_a or self.missing_in_b)
-
-    def __bool__(self) -> bool:
-        return self.equal
 
 
 def diff(

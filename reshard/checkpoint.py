@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from reshard import formats
-from reshard.descriptors import architectures, builtin_descriptors, find_descriptor, load_descriptor
 from reshard.dtypes import DTYPE_SIZE
 from reshard.errors import FormatError, LayoutError, PlanError
 from reshard.foreign import quote
@@ -22,13 +21,25 @@ from reshard.formats.quantised import codes_without_scales, refuse, scheme
 from reshard.geometry.block import Block, Stored, restride, row_major, singles
 from reshard.geometry.coverage import faults_of
 from reshard.hub import is_remote
-from reshard.layout import Descriptor, Entry, Layout, Section
-from reshard.place import Mesh, Placement, slice_dim
+from reshard.layout import (
+    Descriptor,
+    Entry,
+    Layout,
+    Mesh,
+    Placement,
+    Section,
+    architectures,
+    builtin_descriptors,
+    find_descriptor,
+    load_descriptor,
+)
+from reshard.layout.check import refuse_unheld
+from reshard.layout.fusion import slice_dim
 from reshard.stores.files import read_json, reading
 from reshard.stores.identity import Identity, identity, noting
 
 if TYPE_CHECKING:
-    from reshard.executor.run import Source
+    from reshard.executor.sources import Source
     from reshard.planner.batches import Batch
 
 
@@ -91,7 +102,7 @@ class Checkpoint:
 
     def source(self, whole: Iterable["Batch"] = (), jobs: int = 8) -> "Source":
         """Its bytes, to be read; of a remote one, `whole` are the batches of a run that fetches everything."""
-        from reshard.executor.run import Source
+        from reshard.executor.sources import Source
 
         if not self.remote:
             return Source(self.path, self.identities)
@@ -249,8 +260,10 @@ def _match(checkpoint: Checkpoint, kind: formats.Format, contents: formats.Conte
     rules = kind.rules if contents.stages is None else replace(kind.rules, stages=lambda layers, stages: contents.stages)
     if contents.stages is not None and sum(map(len, contents.stages)) != layout.layers:
         raise PlanError([f"{checkpoint.path} holds {sum(map(len, contents.stages))} layers, config.json says {layout.layers}"])
-    section = _as_written(layout, layout.section(kind.section), rules, contents)
+    section = _as_written(layout, _prefixed(layout, layout.section(kind.section), rules, contents), rules, contents)
+    layout = checkpoint.layout = _as_found(checkpoint, section, rules, contents)
     placement = Placement(layout, section, rules, mesh)
+    refuse_unheld(placement, kind.section)
     placement.pads = _pads(placement, contents)
     problems: list[str] = []
     left = [dict(rank) for rank in contents.tensors]
@@ -271,8 +284,7 @@ def _match(checkpoint: Checkpoint, kind: formats.Format, contents: formats.Conte
             parts = singles((key, restride(block, s.shape, info.strides)) for key, block in s.blocks)
         stored.append(Stored(s.rank, s.name, info.dtype, s.shape, parts, s.entry, file, info.offset, s.pad))
     problems = placement.problems + problems
-    ignore, omit = ([pattern.replace("{layer}", str(layout.layers)) for pattern in own] for own in (section.drop, section.omit))
-    ignore += contents.ignore
+    ignore, omit = [*layout.filled(section.drop), *contents.ignore], layout.filled(section.omit)
     constants = {name for rank in placement.ranks for name, _ in placement.constants(rank)} if section.constants else set()
     for rank, names in enumerate(left):
         for name, (file, info) in names.items():
@@ -297,6 +309,42 @@ def _what_is_expected(checkpoint: Checkpoint) -> str:
     if own:
         return f"`reshard layouts show {own}` tells what {own} expects: is it right, and config.json ({checkpoint.config_path}) this model's?"
     return f"is config.json ({checkpoint.config_path}) this model's? `reshard layouts show {checkpoint.layout.name}` tells what is expected"
+
+
+def _prefixed(layout: Layout, section: Section, rules, contents: formats.Contents) -> Section:
+    """The section under those prefixes of its places under which the files have most names; the first where none has more."""
+    if not section.prefixes:
+        return section
+    held = set().union(*contents.tensors)
+    found = [sum(s.name in held for s in Placement(layout, each, rules, contents.mesh).stored()) for each in (section, *section.prefixes)]
+    return (section, *section.prefixes)[found.index(max(found))]
+
+
+def _as_found(checkpoint: Checkpoint, section: Section, rules, contents: formats.Contents) -> Layout:
+    """The layout with the optional places and without the optional tensors that the files have and lack. A place is there
+    with all its tensors or not at all. Raises PlanError."""
+    layout, held = checkpoint.layout, set().union(*contents.tensors)
+    there, problems = set(), []
+    for place in sorted(layout.absent):
+        entries = tuple(entry for entry in section.entries if entry.place == place and not entry.alias)
+        names = {s.name for s in Placement(layout.present([place]), Section(entries), rules, contents.mesh).stored()}
+        if names & held:
+            there.add(place)
+            problems += [f"{name} is missing, though others of place {place} are there" for name in sorted(names - held)]
+    if problems:
+        raise PlanError(problems, _what_is_expected(checkpoint))
+    layout = layout.present(there) if there else layout
+    if not any(tensor.optional for tensor in layout.descriptor.tensors.values()):
+        return layout
+    placement, lacking = Placement(layout, section, rules, contents.mesh), []
+    for entry in section.entries:
+        tensors = [layout.descriptor.tensors[name] for name in entry.of]
+        if not entry.omit and all(tensor.optional for tensor in tensors):
+            for number in placement.holding(entry):
+                probe = Placement(layout, Section((entry,)), rules, contents.mesh).stored(number=number)
+                if all(layout.holds(t.optional, t.place, number) for t in tensors) and not any(s.name in held for s in probe):
+                    lacking += [(tensor.name, number) for tensor in tensors]
+    return layout.without(tensors=lacking) if lacking else layout
 
 
 def _as_written(layout: Layout, section: Section, rules, contents: formats.Contents) -> Section:
@@ -326,7 +374,7 @@ def _pads(placement: Placement, contents: formats.Contents) -> dict[str, int]:
         if found and len(found[1].shape) == len(s.shape):
             axis = entry.pad[0][0]
             padded = found[1].shape[0] * placement.mesh.tp
-            if found[1].shape[0] != s.shape[0] and padded >= placement.layout.sizes[axis]:
+            if found[1].shape[0] != s.shape[0] and padded >= placement.layout.sizes.get(axis, padded + 1):
                 pads[axis] = padded
     return pads
 

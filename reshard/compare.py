@@ -12,22 +12,23 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from reshard.api import Difference, DiffReport
 from reshard.checkpoint import Checkpoint
+from reshard.difference import Difference, DiffReport
 from reshard.dtypes import DTYPE_SIZE, TABLE, numbers_of
 from reshard.executor.casts import cast
 from reshard.executor.rearrange import GAP, mapped, strided
-from reshard.executor.run import Source, Workspace, in_threads
+from reshard.executor.sources import Source, Workspace
+from reshard.executor.threads import in_threads
 from reshard.geometry.block import Box, Key, Stored, end, volume
 from reshard.geometry.coverage import label
 from reshard.geometry.pieces import union_volume
-from reshard.place import Mesh, Placement
+from reshard.layout import Mesh, Placement
 from reshard.planner.batches import JOBS, Batch, batches, of_pair, runs, workers
 from reshard.planner.join import Join, Pattern, join
 from reshard.planner.plan import Copy, Plan
 from reshard.planner.tiles import BUFFER, Tile, tiles
 
-Sizes = dict[str, tuple[int, ...]]
+Sizes = Callable[[Key], tuple[int, ...]]
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,8 @@ class Pair:
     @property
     def plan(self) -> Plan:
         """Every holder of a box against every other side's holder of it, of the tensors that have the same sizes on both sides."""
-        alike = tuple(run for run in self.join.runs if self.sizes[0][run.first[0]] == self.sizes[1][run.first[0]])
+        mine, theirs = self.sizes
+        alike = tuple(run for run in self.join.runs if all(mine(key) == theirs(key) for key in map(run.key, range(run.count))))
         return Plan(replace(self.join, runs=alike), every_pair=True)
 
 
@@ -62,15 +64,15 @@ def pair(a: Checkpoint, b: Checkpoint) -> Pair:
 
 def _sizes(checkpoint: Checkpoint) -> Sizes:
     """Per tensor of the model, and weight that its layout leaves out, the size along each axis."""
-    of = {tensor.name: checkpoint.layout.shape(tensor) for tensor in checkpoint.layout.descriptor.tensors.values()}
-    return of | {part.first[0]: part.block.shape for stored in checkpoint.left_out for part in stored.parts}
+    left = {part.first: part.block.shape for stored in checkpoint.left_out for part in stored.parts}
+    return lambda key: left[key] if key in left else checkpoint.layout.shape_of(key)
 
 
 def _bytes(side: Iterable[Stored], keys: Iterable[Key], sizes: Sizes) -> int:
     """Bytes of some tensors, whole, in the dtype that `side` holds them in."""
     wanted = set(keys)
     dtypes = {key: stored.dtype for stored in side for key, _ in stored.blocks if key in wanted} if wanted else {}
-    return sum(_volume(sizes[key[0]]) * DTYPE_SIZE[dtype] for key, dtype in dtypes.items())
+    return sum(_volume(sizes(key)) * DTYPE_SIZE[dtype] for key, dtype in dtypes.items())
 
 
 def compare(a: Checkpoint, b: Checkpoint, progress: Callable[[int], None] = lambda size: None) -> DiffReport:
@@ -99,7 +101,7 @@ def compare(a: Checkpoint, b: Checkpoint, progress: Callable[[int], None] = lamb
         why = _not_compared(lined_up.sizes, key, pattern, tally.compared[key])
         if why:
             difference = difference or Difference("", 0, None)
-            difference.elements += _volume(lined_up.sizes[0][key[0]]) - tally.compared[key]
+            difference.elements += _volume(lined_up.sizes[0](key)) - tally.compared[key]
             difference.why = "; ".join(text for text in (difference.why, why) if text)
         if difference:
             difference.name = name(key)
@@ -110,7 +112,7 @@ def compare(a: Checkpoint, b: Checkpoint, progress: Callable[[int], None] = lamb
 
 def _not_compared(sizes: tuple[Sizes, Sizes], key: Key, pattern: Pattern, compared: int) -> str:
     """Why not every element of a tensor that both sides have was compared; empty where every one was."""
-    first, second = (side[key[0]] for side in sizes)
+    first, second = (side(key) for side in sizes)
     if first != second:
         return f"sizes {list(first)} and {list(second)}"
     whole = _volume(first)

@@ -10,8 +10,7 @@ import numpy as np
 
 from reshard import formats
 from reshard.api import convert, diff
-from reshard.descriptors import builtin_descriptors
-from reshard.place import Mesh, Placement
+from reshard.layout import Mesh, Placement, builtin_descriptors
 from reshard.stores import safetensors
 
 CONFIG = {

@@ -7,8 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from reshard import formats
-from reshard.descriptors import builtin_descriptors
-from reshard.place import Mesh, Placement
+from reshard.layout import Mesh, Placement, builtin_descriptors
 from reshard.stores import safetensors
 
 CONFIG = {

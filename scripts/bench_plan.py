@@ -10,12 +10,12 @@ import shutil
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 from reshard import formats
-from reshard.descriptors import builtin_descriptors
 from reshard.formats import Target
-from reshard.place import Mesh, Placement
+from reshard.layout import Mesh, Placement, builtin_descriptors
 
 CONFIG = {
     "architectures": ["DeepseekV3ForCausalLM"], "num_hidden_layers": 61, "vocab_size": 129280, "hidden_size": 7168,
@@ -36,9 +36,7 @@ def make(folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps(CONFIG))
     layout = builtin_descriptors()["deepseek_v3"].bind(CONFIG)
     placement = Placement(layout, layout.section("hf"), formats.get("hf").rules, Mesh())
-    stored = list(placement.stored())
-    for tensor in stored:
-        tensor.dtype = "BF16"
+    stored = [replace(tensor, dtype="BF16") for tensor in placement.stored()]
     written = formats.get("hf").write(Target(placement, placement.ranks), stored)
     for file in written.files:
         with open(folder / file.path, "wb") as out:

@@ -354,8 +354,9 @@ def broken(root: Path, dice: random.Random) -> tuple[str, list[str], float, floa
     how, who, transport = dice.choice(HOWS), dice.randrange(4), dice.choice(["p2p", "auto"])
     world, wrong, longest, leaving = World(4), [], 0.0, 0.0
     try:
+        moment, verify = dice.uniform(0, 0.5), dice.random() < 0.5
         for pipe in world.pipes:
-            pipe.send((breaking, (root, how, who, dice.uniform(0, 0.5), transport, dice.random() < 0.5)))
+            pipe.send((breaking, (root, how, who, moment, transport, verify)))
         for r in range(4):
             if r == who and how in ("kill", "stop"):
                 continue

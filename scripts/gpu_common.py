@@ -90,8 +90,7 @@ def make_model(folder: Path, config: dict, device: torch.device) -> None:
     from safetensors.torch import save_file
 
     from reshard import formats
-    from reshard.descriptors import builtin_descriptors
-    from reshard.place import Mesh, Placement
+    from reshard.layout import Mesh, Placement, builtin_descriptors
 
     folder.mkdir(parents=True)
     layout = builtin_descriptors()["llama"].bind(config)

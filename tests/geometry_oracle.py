@@ -1,5 +1,5 @@
 """The geometry once more, the dumb way: every element has a number, arrays of them are fused with numpy's concatenate and
-cut with its slices, and what ``block``, ``place`` and ``join`` say of the same case must put each number in the same place.
+cut with its slices, and what ``block``, ``fusion`` and ``join`` say of the same case must put each number in the same place.
 
 ``check(seed)`` draws one small case from a seed and raises AssertionError where the two disagree.
 """
@@ -7,19 +7,17 @@ cut with its slices, and what ``block``, ``place`` and ``join`` say of the same 
 import random
 from functools import lru_cache
 from math import prod
-from types import SimpleNamespace
 
 import numpy as np
 
 from reshard.geometry.block import Block, cut
 from reshard.geometry.pieces import disjoint, pieces, union_volume
-from reshard.layout import Entry, Tensor
-from reshard.place import fuse, slice_dim
+from reshard.layout.fusion import Group, Item, fuse, parse, slice_dim
 from reshard.planner.join import Slot
 from reshard.planner.plan import move_between
 
-LAYOUT = SimpleNamespace(name="drawn")
 Boxes = dict[str, tuple[tuple[int, int], int]]  # per axis: the range in the padded tensor, and the true size
+Tree = tuple[int, list]
 
 
 def check(seed: int) -> str:
@@ -89,80 +87,100 @@ def check_cut(rng: random.Random) -> None:
     assert np.array_equal(got, wanted), (block, axes, low, high)
 
 
-def draw_entry(rng: random.Random) -> tuple[Entry, list[Tensor], Boxes]:
-    """Up to three tensors to be fused, any axis of which may begin late, end early or be padded."""
-    parts, rank = rng.randint(1, 3), rng.randint(1, 3)
-    fused = rng.randrange(rank)
-    names = iter("abcdefghijklmnopqrstuvwxyz")
-    shared = [[next(names) for _ in range(rng.randint(1, 2))] for _ in range(rank)]
-    outer = shared[fused] if rng.random() < 0.7 else []
-    alike = rng.random() < 0.3  # all parts of the same axes, stored in another order of dimensions than their own
-    inner = [[next(names) for _ in range(rng.randint(0 if outer else 1, 2))] for _ in range(1 if alike else parts)] * (
-        parts if alike else 1
-    )
-    dims = [tuple(tuple(outer + inner[p]) if d == fused else tuple(shared[d]) for d in range(rank)) for p in range(parts)]
-    boxes: Boxes = {}
-    for axis in {axis for own in dims for dim in own for axis in dim}:
-        size = rng.randint(1, 3)
-        start = rng.choice((0, 0, rng.randrange(size)))
-        stop = rng.choice((size, rng.randint(start + 1, size)))
-        boxes[axis] = (start, stop), size - (rng.random() < 0.15 and size > 1)
-    own = dims
-    if alike:
-        flat = [axis for dim in dims[0] for axis in dim]
-        rng.shuffle(flat)
-        own = [tuple((axis,) for axis in flat)] * parts
-    tensors = [Tensor(f"t{p}", (), own[p], ()) for p in range(parts)]
-    within = outer[-1] if outer and rng.random() < 0.6 else None
-    return Entry("e", "e", tuple(t.name for t in tensors), within, dims[0] if alike else None, fused), tensors, boxes
+def draw_fusion(rng: random.Random, outer: list[str], depth: int = 0, level: int = 0) -> Tree:
+    """A fusion of up to three levels, as (how many of the `outer` axes its items share, items); a leaf is such a number alone."""
+    deep = rng.randint(depth, len(outer)) if rng.random() < 0.6 else depth
+    nested = level < 2 and rng.random() < 0.4
+    return deep, [draw_fusion(rng, outer, deep, level + 1) if nested and rng.random() < 0.6 else deep for _ in range(rng.randint(1, 3))]
 
 
-def fused_numbers(entry: Entry, tensors: list[Tensor], boxes: Boxes) -> tuple[dict[str, np.ndarray], np.ndarray]:
-    """The numbers of each tensor's elements, and the array that holds their boxes fused as `entry` says; padding is 0."""
-    numbers, arrays, base = {}, [], 0
-    for tensor in tensors:
-        true = tuple(boxes[axis][1] for axis in tensor.axes)
-        numbers[tensor.name] = own = _numbers(true) + base
-        base += prod(true)
-        padded = np.zeros([boxes[axis][0][1] for axis in tensor.axes], int)
-        there = tuple(slice(0, min(a, b)) for a, b in zip(true, padded.shape))
-        padded[there] = own[there]
-        box = padded[tuple(slice(*boxes[axis][0]) for axis in tensor.axes)]
-        dims = entry.dims or tensor.dims
-        box = box.transpose([tensor.axes.index(axis) for dim in dims for axis in dim])
-        at = sum(map(len, dims[: entry.dim])) + (dims[entry.dim].index(entry.within) + 1 if entry.within else 0)
-        shape = box.shape
-        stop = sum(map(len, dims[: entry.dim + 1]))
-        arrays.append(box.reshape(*shape[:at], prod(shape[at:stop]), *shape[stop:]))
-    whole = np.concatenate(arrays, axis=at)
-    dims, sizes = entry.dims or tensors[0].dims, []
-    for d, axes in enumerate(dims):
-        first = sum(map(len, dims[:d]))
-        after = first + len(axes) if d < entry.dim else at + 1 if d == entry.dim else None
-        if d <= entry.dim:
-            sizes.append(prod(whole.shape[first:after]))
-        else:
-            first -= sum(map(len, dims[: entry.dim + 1])) - (at + 1)
-            sizes.append(prod(whole.shape[first : first + len(axes)]))
-    return numbers, whole.reshape(sizes)
+def draw_items(rng: random.Random) -> tuple[Group, list[Item], int, int, dict[str, int]]:
+    """Tensors to be fused, any axis of which may begin late, end early or be padded; the fused dimension, and alignments."""
+    names = (f"{letter}{number}" for number in range(9) for letter in "abcdefghijklmnopqrstuvwxyz")
+    rank = rng.randint(1, 3)
+    dim, outer = rng.randrange(rank), [next(names) for _ in range(rng.randint(0, 3))]
+    shared = [tuple(next(names) for _ in range(rng.randint(0, 2))) for _ in range(rank)]
+    held: Boxes = {}
+    items: list[Item] = []
+
+    def item(depth: int) -> str:
+        if items and rng.random() < 0.1 and items[-1].dims[dim][:depth] == tuple(outer[:depth]):
+            items.append(items[-1])  # the same tensor twice
+            return items[-1].tensor
+        rows = (*outer[:depth], *(next(names) for _ in range(rng.randint(0, 2))))
+        dims = tuple(rows if d == dim else shared[d] for d in range(rank))
+        for axis in (axis for own in dims for axis in own if axis not in held):
+            size = rng.randint(1, 3)
+            start = rng.choice((0, 0, rng.randrange(size)))
+            stop = rng.choice((size, rng.randint(start + 1, size)))
+            held[axis] = (start, stop), size - (rng.random() < 0.15 and size > 1)
+        axes = [axis for own in dims for axis in own]
+        if rng.random() < 0.3:
+            rng.shuffle(axes)  # stored in another order of axes than the tensor's own
+        items.append(Item(f"t{len(items)}", dims, tuple(axes), {axis: held[axis] for axis in axes}))
+        return items[-1].tensor
+
+    def group(tree: Tree, depth: int) -> Group:
+        deep, parts = tree
+        axis = outer[deep - 1] if deep > depth else None
+        return Group(axis, tuple(item(deep) if isinstance(part, int) else group(part, deep) for part in parts))
+
+    fusion = group(draw_fusion(rng, outer), 0)
+    aligned = {items[0].tensor: rng.randint(1, 4)} if rng.random() < 0.2 else {}
+    return fusion, items, dim, rng.choice((1, 1, 1, 2, 5)), aligned
+
+
+def fused_numbers(fusion: Group, items: list[Item], dim: int, align: int, aligned: dict[str, int]):
+    """The numbers of each tensor's elements, and the array that holds their boxes fused as `fusion` says; padding is 0."""
+    numbers: dict[str, np.ndarray] = {}
+    queue = list(items)
+
+    def fill(array: np.ndarray, axis: int, unit: int) -> np.ndarray:
+        """Zeros behind, to a multiple of `unit` along `axis`."""
+        return np.pad(array, [(0, -array.shape[axis] % unit if a == axis else 0) for a in range(array.ndim)])
+
+    def leaf(depth: int) -> np.ndarray:
+        item = queue.pop(0)
+        true = tuple(item.held[axis][1] for axis in item.axes)
+        if item.tensor not in numbers:
+            numbers[item.tensor] = _numbers(true) + sum(own.size for own in numbers.values())
+        padded = np.zeros([max(item.held[axis][0][1], item.held[axis][1]) for axis in item.axes], int)
+        padded[tuple(slice(0, size) for size in true)] = numbers[item.tensor]
+        box = padded[tuple(slice(*item.held[axis][0]) for axis in item.axes)]
+        rows, others = item.dims[dim], [own for d, own in enumerate(item.dims) if d != dim]
+        box = box.transpose([item.axes.index(axis) for own in (rows, *others) for axis in own])
+        sizes = [prod(item.extent(axis) for axis in own) for own in others]
+        return fill(box.reshape(*box.shape[:depth], prod(box.shape[depth : len(rows)]), *sizes), depth, aligned.get(item.tensor, 1))
+
+    def lay(group: Group, depth: int) -> np.ndarray:
+        first = queue[0].dims[dim]
+        deep = depth if group.axis is None else first.index(group.axis) + 1
+        parts = [lay(item, deep) if isinstance(item, Group) else leaf(deep) for item in group.items]
+        whole = np.concatenate(parts, axis=deep)
+        return whole.reshape(*whole.shape[:depth], prod(whole.shape[depth : deep + 1]), *whole.shape[deep + 1 :])
+
+    return numbers, np.moveaxis(fill(lay(fusion, 0), 0, align), 0, dim)
 
 
 def check_fuse_and_slice(rng: random.Random) -> None:
     """``fuse``, then up to two slices by ``slice_dim``, against concatenate and numpy's own slices."""
-    entry, tensors, boxes = draw_entry(rng)
-    numbers, whole = fused_numbers(entry, tensors, boxes)
-    shape, blocks = fuse(LAYOUT, entry, tensors, [{axis: boxes[axis] for axis in t.axes} for t in tensors])
-    assert shape == whole.shape, (entry, shape, whole.shape)
-    assert np.array_equal(painted(prod(shape), blocks, numbers).reshape(shape), whole), entry
+    fusion, items, dim, align, aligned = case = draw_items(rng)
+    numbers, whole = fused_numbers(*case)
+    assert parse(str(fusion)) == fusion
+    shape, blocks = fuse(fusion, items, dim, align, aligned)
+    assert shape == whole.shape, (case, shape, whole.shape)
+    assert np.array_equal(painted(prod(shape), blocks, numbers).reshape(shape), whole), case
+    if align > 1 or aligned:
+        return  # never cut again
     for _ in range(rng.randint(1, 2)):
-        dim = rng.randrange(len(shape))
-        low = rng.randint(0, shape[dim] - 1)
-        high = rng.randint(low + 1, shape[dim])
-        axes = {t.name: tuple(t.axes.index(axis) for axis in (entry.dims or t.dims)[dim]) for t in tensors}
-        shape, blocks = slice_dim(shape, blocks, dim, low, high, axes)
-        whole = np.ascontiguousarray(whole[(slice(None),) * dim + (slice(low, high),)])
+        at = rng.randrange(len(shape))
+        low = rng.randint(0, shape[at] - 1)
+        high = rng.randint(low + 1, shape[at])
+        axes = {item.tensor: tuple(item.axes.index(axis) for axis in item.dims[at]) for item in items}
+        shape, blocks = slice_dim(shape, blocks, at, low, high, axes)
+        whole = np.ascontiguousarray(whole[(slice(None),) * at + (slice(low, high),)])
         assert shape == whole.shape
-        assert np.array_equal(painted(prod(shape), blocks, numbers).reshape(shape), whole), (entry, boxes, dim, low, high)
+        assert np.array_equal(painted(prod(shape), blocks, numbers).reshape(shape), whole), (case, at, low, high)
 
 
 def check_boxes(rng: random.Random) -> None:

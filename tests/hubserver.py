@@ -283,7 +283,8 @@ class _Handler(BaseHTTPRequestHandler):
             parts = urlsplit(self.path)
             (self._cdn if self.host == "cdn" else self._api)(unquote(parts.path), parts.path, parse_qs(parts.query, keep_blank_values=True))
             raise _Answer(404, {"error": "no such route"})
-        except _Answer:
+        except _Answer as raised:
+            answer = raised
             if self.fault and self.fault.lose and self.fault.status:
                 answer = _Answer(self.fault.status, {"error": "fault"}, self.fault.headers)
             elif self.fault and self.fault.lose:

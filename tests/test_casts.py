@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 import reshard
 from reshard.cli import main
 from reshard.demo import make_model
-from reshard.executor.run import casts
+from reshard.executor import casts
 
 BIG = "model.layers.2.self_attn.k_proj.weight"
 NORM = "model.norm.weight"

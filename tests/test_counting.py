@@ -8,13 +8,14 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 import reshard
-from reshard import checkpoint, compare, place
+from reshard import checkpoint, compare
 from reshard.cli import main
 from reshard.demo import make_model
 from reshard.geometry import block
 from reshard.geometry.block import Block, Part
 from reshard.geometry.coverage import axes, faults_of, meet, nested
 from reshard.geometry.pieces import pieces
+from reshard.layout import fusion
 from reshard.planner import join, tiles
 
 # fmt: off
@@ -60,7 +61,7 @@ def folders(tmp_path_factory):
 @pytest.mark.parametrize("spoil", BROKEN)
 def test_a_broken_cutter_is_refused_before_a_byte_is_written(folders, tmp_path, monkeypatch, spoil):
     """issue, 1: by plan and convert, whichever side was cut; also where both sides were cut by the same broken rule."""
-    monkeypatch.setattr(place, "cut", lambda *at: spoil(block.cut(*at)))
+    monkeypatch.setattr(fusion, "cut", lambda *at: spoil(block.cut(*at)))
     for source, target in (("hf", ("megatron", 8)), ("tp8", ("hf", 1)), ("tp8", ("megatron", 8)), ("tp4", ("megatron", 8))):
         options = {"format": target[0], "tp": target[1]}
         with pytest.raises(reshard.PlanError):
@@ -75,7 +76,7 @@ def test_a_broken_cutter_is_refused_before_a_byte_is_written(folders, tmp_path, 
 @pytest.mark.parametrize("spoil", BROKEN)
 def test_diff_never_says_equal_under_a_broken_cutter(folders, monkeypatch, spoil):
     """issue, 1: the folder cannot even be opened."""
-    monkeypatch.setattr(place, "cut", lambda *at: spoil(block.cut(*at)))
+    monkeypatch.setattr(fusion, "cut", lambda *at: spoil(block.cut(*at)))
     for a, b in PAIRS:
         with pytest.raises(reshard.PlanError):
             reshard.diff(folders / a, folders / b)
@@ -84,7 +85,7 @@ def test_diff_never_says_equal_under_a_broken_cutter(folders, monkeypatch, spoil
 @pytest.mark.parametrize("spoil", [dropped, beside, short])
 def test_diffs_own_count_sees_what_a_broken_cutter_forgot(folders, monkeypatch, spoil):
     """issue, 1: with the check of opening taken out, so that diff's is what answers."""
-    monkeypatch.setattr(place, "cut", lambda *at: spoil(block.cut(*at)))
+    monkeypatch.setattr(fusion, "cut", lambda *at: spoil(block.cut(*at)))
     monkeypatch.setattr(checkpoint, "faults_of", lambda stored: [])
     for a, b in PAIRS:
         assert not reshard.diff(folders / a, folders / b)

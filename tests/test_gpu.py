@@ -4,8 +4,9 @@ import pytest
 import torch
 
 import reshard
+from reshard import loading
 from reshard.demo import make_model
-from reshard.executor.run import devices, loading
+from reshard.executor import devices
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: torch sees none here")]
 

@@ -12,8 +12,7 @@ from hubserver import Fault
 
 import reshard
 from reshard.hub import patience
-from reshard.hub.client import LONGEST_WAIT
-from reshard.hub.patience import Slow, steadily, wait_for
+from reshard.hub.patience import LONGEST_WAIT, Slow, steadily, wait_for
 
 
 def date(seconds: float) -> str:

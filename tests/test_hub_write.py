@@ -15,7 +15,7 @@ from hubserver import Fault
 from huggingface_hub import HfApi
 
 import reshard
-from reshard.place import Mesh
+from reshard.layout import Mesh
 from reshard.publish.card import card
 
 

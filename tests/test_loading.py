@@ -9,12 +9,14 @@ import torch
 from hubcases import hub  # noqa: F401  a fixture
 
 import reshard
+from reshard import loading
 from reshard.api import load
 from reshard.checkpoint import open_checkpoint
 from reshard.conversion.job import one_rank, place
 from reshard.demo import make_model
-from reshard.executor.run import Source, devices, loading
-from reshard.place import Mesh
+from reshard.executor import devices
+from reshard.executor.sources import Source
+from reshard.layout import Mesh
 
 CONFIG = {
     "architectures": ["LlamaForCausalLM"], "hidden_size": 64, "intermediate_size": 96,

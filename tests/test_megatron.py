@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 import reshard
 from reshard import formats
 from reshard.demo import make_model
-from reshard.place import Mesh
+from reshard.layout import Mesh
 
 SAMPLES = Path(__file__).resolve().parents[2] / "shared/samples/megatron"
 DENSE = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 6, "vocab_size": 250,

@@ -13,9 +13,9 @@ import torch
 
 import reshard
 from reshard.demo import make_model
-from reshard.descriptors import find_descriptor
 from reshard.formats.megatron_args import model_args
 from reshard.formats.megatron_compare import SIZES, compare_args
+from reshard.layout import find_descriptor
 
 SAMPLES = Path(__file__).resolve().parents[2] / "shared/samples/megatron"
 DENSE = {

@@ -10,19 +10,26 @@ import reshard
 
 LAYOUT = """
 architectures = ["MadeUpForCausalLM"]
+[place.model]
+hf = ""
+vllm = ""
+parts = ["last"]
+[place.layer]
+count = "depth"
+hf = "block.{layer}"
+vllm = "PLACE"
+parts = ["block"]
 [axes]
-layer = "depth"
 width = "width"
-wide = "wide"
-[tensors]
-gate = "{layer} wide* width"
-norm = "width"
-[hf]
-gate = "block.{layer}.gate"
-norm = "norm"
-[vllm]
-gate = "model.layers.{layer}.gate"
-norm = "norm"
+[part.last]
+tensors.norm = "width"
+hf.norm = "norm"
+vllm.norm = "norm"
+[part.block]
+axes.wide = "wide"
+tensors.gate = "wide* width"
+hf.gate = "gate"
+vllm.gate = ENTRY
 """
 CONFIG = {"architectures": ["MadeUpForCausalLM"], "depth": 2, "width": 6, "wide": 4}
 
@@ -36,53 +43,52 @@ def model(tmp_path):
     return tmp_path
 
 
-def opened(model, vllm, config=CONFIG):
-    (model / "own.toml").write_text(LAYOUT.replace('"model.layers.{layer}.gate"', vllm))
+def opened(model, entry, config=CONFIG, place="m.{layer}"):
+    (model / "own.toml").write_text(LAYOUT.replace("ENTRY", entry).replace("PLACE", place))
     (model / "a/config.json").write_text(json.dumps(config))
     return reshard.open(model / "a", layout=model / "own.toml")
 
 
 @pytest.mark.parametrize(
-    ("entry", "words"),
+    ("place", "view", "count"), [("m.{layer}", "[[0], [0, 1]]", 2), ("m.{layer}", "[[0]]", 2), ("m.{layer}", "[[0, 1], [2]]", 2), ("m", "[[0, 1]]", 3)]
+)
+def test_a_view_that_does_not_fit_is_refused_with_the_descriptor(model, place, view, count):
+    """defects.md A5, A6: the plan accepted them, and convert crashed, or wrote one tensor over another."""
+    with pytest.raises(reshard.LayoutError, match=f"must join the dimensions 0 to {count - 1}, each once"):
+        opened(model, f'{{ name = "g", view = {view} }}', place=place)
+
+
+@pytest.mark.parametrize(
+    ("place", "entry", "words"),
     [
-        ('{ name = "g.{layer}", view = [[0], [0, 1]] }', r"view = \[\[0\], \[0, 1\]\] must join the dimensions 0 to 1, each once"),
-        ('{ name = "g.{layer}", view = [[0]] }', "must join the dimensions 0 to 1, each once"),
-        ('{ name = "g.{layer}", view = [[0, 1], [2]] }', "must join the dimensions 0 to 1, each once"),
-        ('{ name = "gates", view = [[0, 1]] }', "must join the dimensions 0 to 2, each once"),
-        ('{ name = "g.{layer}", pad = { width = "8" } }', "would be padded inside the stored tensor"),
-        ('{ name = "gates", pad = { wide = "8" } }', "would be padded inside the stored tensor"),
+        ("m.{layer}", '["g", { name = "g", copy = true }]', "two entries of the layout store something under this name"),
+        ("m.{layer}", '{ name = "g", pad = { width = "8" } }', "its padding would lie between its elements"),
+        ("m", '{ name = "gates", pad = { wide = "8" } }', "its padding would lie between its elements"),
     ],
 )
-def test_what_does_not_fit_is_refused_with_the_descriptor(model, entry, words):
-    """defects.md A5, A6: the plan accepted them, and convert crashed, or wrote one tensor over another."""
-    with pytest.raises(reshard.LayoutError, match=words):
-        opened(model, entry)
-
-
-def test_one_name_for_two_tensors_is_refused_by_plan_and_load(model):
-    """defects.md A6: duplicate names."""
-    twice = LAYOUT.replace('"model.layers.{layer}.gate"', '"g.{layer}"') + 'twice = { name = "norm", of = ["norm"] }\n'
-    (model / "own.toml").write_text(twice)
-    source = reshard.open(model / "a", layout=model / "own.toml")
+def test_what_does_not_fit_is_refused_by_plan_and_load(model, place, entry, words):
+    """defects.md A6: duplicate names, padding inside a tensor."""
+    source = opened(model, entry, place=place)
     for refused in (
         lambda: reshard.plan(source, format="vllm"),
         lambda: reshard.plan(source, format="vllm", rank=0),
         lambda: reshard.load(source, format="vllm"),
         lambda: reshard.convert(source, model / "out", format="vllm"),
     ):
-        with pytest.raises(reshard.PlanError, match="two entries of the layout store something under this name"):
+        with pytest.raises(reshard.PlanError, match=words):
             refused()
     assert not (model / "out").exists()
 
 
-@pytest.mark.parametrize(("entry", "shape"), [("g.{layer}", [24]), ("gates", [2, 24])])
-def test_a_view_holds_for_plain_entries_as_for_stacked_ones(model, entry, shape):
+@pytest.mark.parametrize(("place", "shape"), [("m.{layer}", [24]), ("m", [2, 24])])
+def test_a_view_holds_for_plain_entries_as_for_stacked_ones(model, place, shape):
     """defects.md A5: plain entries ignored `view`."""
-    source = opened(model, f'{{ name = "{entry}", view = {"[[0, 1]]" if "layer" in entry else "[[0], [1, 2]]"} }}')
+    plain = "layer" in place
+    source = opened(model, f'{{ name = "g", view = {"[[0, 1]]" if plain else "[[0], [1, 2]]"} }}', place=place)
     state = reshard.load(source, format="vllm")
     whole = load_file(model / "a/model.safetensors")
-    gates = [state[f"g.{layer}"] for layer in (0, 1)] if "layer" in entry else list(state["gates"])
-    assert list(state[entry.format(layer=0)].shape) == shape
+    gates = [state[f"m.{layer}.g"] for layer in (0, 1)] if plain else list(state["m.g"])
+    assert list(state["m.0.g" if plain else "m.g"].shape) == shape
     assert all(torch.equal(gate, whole[f"block.{layer}.gate"].reshape(-1)) for layer, gate in enumerate(gates))
     reshard.convert(source, model / "m", format="vllm")
     back = reshard.open(model / "m", layout=model / "own.toml", config=model / "a")
@@ -95,5 +101,5 @@ def test_an_axis_of_no_elements_is_named(model, axis):
     shape = [0 if axis == "wide" else 4, 0 if axis == "width" else 6]
     state = {"norm": torch.ones(shape[1]).bfloat16()} | {f"block.{layer}.gate": torch.ones(shape).bfloat16() for layer in (0, 1)}
     save_file(state, model / "a/model.safetensors")
-    with pytest.raises(reshard.LayoutError, match=f"gate has no elements: axis {axis} = '{axis}' is 0"):
-        opened(model, '"g.{layer}"', {**CONFIG, axis: 0})
+    with pytest.raises(reshard.LayoutError, match=f"has no elements: axis {axis} = '{axis}' is 0"):
+        opened(model, '"g"', {**CONFIG, axis: 0})

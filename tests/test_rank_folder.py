@@ -73,8 +73,8 @@ def test_rank_of_another_source_or_layout_is_refused(model, tmp_path):
     make_model(tmp_path / "other", seed=1)
     with pytest.raises(reshard.DestinationError, match="another conversion"):
         reshard.convert(tmp_path / "other", tmp_path / "out", rank=1, **options)
-    text = (Path(reshard.__file__).parents[1] / "layouts" / "llama.toml").read_text()
-    (tmp_path / "llama.toml").write_text(text.replace('of = ["gate", "up"]', 'of = ["up", "gate"]'))
+    swapped = '[vllm]\ngate_up = { name = ".gate_up_proj.weight", of = "up gate" }\n'
+    (tmp_path / "llama.toml").write_text(f'extends = "llama"\narchitectures = ["LlamaForCausalLM"]\n{swapped}')
     with pytest.raises(reshard.DestinationError, match="another conversion"):
         reshard.convert(model, tmp_path / "out", rank=1, layout=tmp_path / "llama.toml", **options)
     with pytest.raises(reshard.DestinationError, match="not empty"):

@@ -109,13 +109,14 @@ def test_durable_portions_are_noted_after_their_fsync(big, tmp_path, monkeypatch
     assert order[first + 1 :][0].endswith((".safetensors", "journal.jsonl"))
 
 
+SWAPPED = '[vllm]\ngate_up = { name = ".gate_up_proj.weight", of = "up gate" }\n'
+
+
 def test_corrected_layout_starts_over_and_says_so(model, tmp_path):
     """defects.md A1"""
-    text = (Path(reshard.__file__).parents[1] / "layouts" / "llama.toml").read_text()
+    text = 'extends = "llama"\narchitectures = ["LlamaForCausalLM"]\n'
     layout = tmp_path / "mine.toml"
-    swapped = text.replace('of = ["gate", "up"]', 'of = ["up", "gate"]')
-    assert swapped != text
-    layout.write_text(swapped)
+    layout.write_text(text + SWAPPED)
     program = f"""
 import os, reshard
 seen = []
@@ -133,9 +134,9 @@ reshard.convert({str(model)!r}, {str(tmp_path / "out")!r}, layout={str(layout)!r
 def test_layout_of_equal_sizes_has_another_fingerprint(model, tmp_path):
     from reshard.conversion.fingerprint import fingerprint
 
-    text = (Path(reshard.__file__).parents[1] / "layouts" / "llama.toml").read_text()
+    text = 'extends = "llama"\narchitectures = ["LlamaForCausalLM"]\n'
     (tmp_path / "a.toml").write_text(text)
-    (tmp_path / "b.toml").write_text(text.replace('of = ["gate", "up"]', 'of = ["up", "gate"]'))
+    (tmp_path / "b.toml").write_text(text + SWAPPED)
     one, same, other = (
         fingerprint(reshard.plan(model, layout=tmp_path / name, format="vllm", tp=3)) for name in ("a.toml", "a.toml", "b.toml")
     )

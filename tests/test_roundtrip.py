@@ -164,13 +164,13 @@ def test_dtype_cast_rounds_as_torch_does(tmp_path):
 
 def test_load_reads_one_ranks_bytes_only(tmp_path, monkeypatch):
     """1/8 of what is split, and all of what is replicated, counted where the files are read."""
-    from reshard.executor import run as execute
+    from reshard.executor import sources as files
 
     config = {**LLAMA, "num_key_value_heads": 8, "num_attention_heads": 16, "head_dim": 4, "hidden_size": 64, "intermediate_size": 64,
               "vocab_size": 512, "num_hidden_layers": 2}  # fmt: skip
     make_model(tmp_path / "a", config)
     sources = []
-    monkeypatch.setattr(execute, "Source", lambda *args, real=execute.Source: sources.append(real(*args)) or sources[-1])
+    monkeypatch.setattr(files, "Source", lambda *args, real=files.Source: sources.append(real(*args)) or sources[-1])
     reshard.load(tmp_path / "a", format="vllm", tp=8, rank=3)
     whole = load_file(tmp_path / "a/model.safetensors")
     want = sum(t.nbytes if "norm" in name else t.nbytes // 8 for name, t in whole.items())

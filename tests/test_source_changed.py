@@ -90,12 +90,12 @@ def test_config_changed_during_the_run_publishes_nothing(model, tmp_path):
 
 PROGRAM = """
 import os, sys, reshard
-from reshard.executor import rearrange, run as execute
-real = execute.Source.{call}
+from reshard.executor import rearrange, sources
+real = sources.Source.{call}
 def cut(self, *args):
     os.truncate({file!r}, 20_000)
     return real(self, *args)
-execute.Source.{call} = cut
+sources.Source.{call} = cut
 try:
     {command}
 except reshard.FormatError as error:
@@ -132,7 +132,7 @@ def test_one_rank_of_a_wide_matrix_takes_little_memory(tmp_path):
     }
     make_model(tmp_path / "hf", config)
     program = """
-import re, sys, reshard, reshard.rearrange, reshard.conversion.transaction
+import re, sys, reshard, reshard.executor.rearrange, reshard.conversion.transaction
 most = lambda: int(re.search("VmHWM:[^0-9]*([0-9]+)", open("/proc/self/status").read())[1]) // 1024
 before = most()
 reshard.convert(sys.argv[1], sys.argv[2], format="vllm", tp=8, rank=3, fsync=False)

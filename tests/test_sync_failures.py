@@ -127,6 +127,19 @@ def test_a_version_that_is_none_is_refused_by_all(world, models, version, said):
         assert "rank 1: version" in text and said in text and seconds < 5
 
 
+def settings_case(rank, root, options):
+    session, held, into, wanted = pair(rank, root, **(options if rank == 2 else {}))
+    return failed(lambda: session.exchange(held, into, 1))
+
+
+@pytest.mark.parametrize("options", [{"verify": True}, {"transport": "auto"}])
+def test_ranks_with_other_settings_are_refused(world, models, options):
+    """One rank would wait for sums, or for memory to map, that the others do not give."""
+    (name, value), *_ = options.items()
+    for text, _, seconds in world.call(settings_case, models, options):
+        assert f"different settings of {name}" in text and f"{value} on ranks [2]" in text and seconds < 5
+
+
 def buckets_case(rank, root, how):
     layout = sync.layout(QWEN3_MOE)
     src = sync.Side.placed(layout, "megatron", ep=2, etp=1, ranks=range(2))

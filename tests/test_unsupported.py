@@ -248,7 +248,7 @@ def test_each_file_counts_for_its_own_rank(hf):
 def test_hints_name_the_users_own_layout(hf, tmp_path, capsys):
     """defects.md B12: the hint named a layout that no command knows, and config.json alone was to blame."""
     own = tmp_path / "olmo9.toml"
-    own.write_text('extends = "llama"\narchitectures = ["Olmo9ForCausalLM"]\n[hf]\nattn_norm = "model.layers.{layer}.other.weight"\n')
+    own.write_text('extends = "llama"\narchitectures = ["Olmo9ForCausalLM"]\n[hf]\nattn_norm = "other.weight"\n')
     with pytest.raises(PlanError) as caught:
         reshard.open(hf, layout=own)
     assert f"`reshard layouts show {own}`" in caught.value.hint and "is it right" in caught.value.hint

@@ -1,36 +1,47 @@
 """A descriptor of the user's own, and what happens to a model that none describes."""
 
 import json
+import re
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 import reshard
+from reshard.layout import load_descriptor
 
 LAYOUT = """
 description = "made up: query and key fused head by head, a wide gate, one tensor transposed"
 architectures = ["MadeUpForCausalLM"]
+[place.model]
+hf = ""
+parts = ["ends"]
+[place.layer]
+count = "depth"
+hf = "block.{layer}"
+parts = ["block"]
 [axes]
-layer = "depth"
-vocab = "words"
 width = "width"
+[part.ends]
+axes.vocab = "words"
+tensors.words = { dims = "vocab* width", stage = "first" }
+tensors.norm = "width"
+hf.words = "words"
+hf.norm = "norm"
+[part.block.axes]
 heads = "heads"
 head = "width / heads"
 wide = "4 * width"
-[tensors]
-words = { dims = "vocab* width", stage = "first" }
-q = "{layer} (heads* head) width"
-k = "{layer} (heads* head) width"
-gate = "{layer} wide* width"
-out = "{layer} width wide*"
-norm = "width"
-[hf]
-words = "words"
-qk = { name = "block.{layer}.qk", of = ["q", "k"], within = "heads" }
-gate = "block.{layer}.gate"
-out = { name = "block.{layer}.out", dims = "wide width" }
-norm = "norm"
+[part.block.tensors]
+q = "(heads* head) width"
+k = "(heads* head) width"
+gate = "wide* width"
+out = "width wide*"
+[part.block.hf]
+qk = { name = "qk", of = "heads: q k" }
+gate = "gate"
+out = { name = "out", dims = "wide width" }
 """
 CONFIG = {"architectures": ["MadeUpForCausalLM"], "depth": 2, "words": 50, "width": 12, "heads": 4}
 
@@ -99,3 +110,13 @@ def test_another_models_config(tmp_path):
         reshard.open(tmp_path / "tp")
 
 
+
+
+@pytest.mark.parametrize("number", range(3))
+def test_descriptors_of_the_guide_load(tmp_path, number):
+    guide = Path(__file__).parents[1] / "docs/guides/descriptor.md"
+    texts = re.findall(r"```toml\n(.*?)```", guide.read_text(), flags=re.S)
+    assert len(texts) == 3
+    (tmp_path / "guide.toml").write_text(texts[number])
+    descriptor = load_descriptor(tmp_path / "guide.toml")
+    assert "hf" in descriptor.formats and descriptor.architectures

@@ -4,7 +4,6 @@ It judges the descriptors' cuts with nothing of ours but the merge: transformers
 """
 
 import json
-import re
 from pathlib import Path
 
 import pytest
@@ -54,20 +53,20 @@ def test_engines_own_files(name, family):
 
 @pytest.mark.models
 @pytest.mark.parametrize(
-    "family, right, wrong",
+    ("family", "wrong"),
     [
-        ("phi3", 'of = ["q", "k", "v"]', 'of = ["q", "k", "v"], cut = "whole"'),  # a plain chunk of queries, keys, values
-        ("phi3", 'of = ["gate", "up"]', 'of = ["gate", "up"], cut = "whole"'),
-        ("gpt_oss", ', within = "ffn", dims = "hidden ffn" }', ', dims = "hidden ffn", dim = 1 }'),  # halves, not alternate rows
-        ("gpt_neox", ', within = "heads"', ""),
+        ("phi3", 'qkv = { name = ".qkv_proj.weight", of = "q k v", cut = "whole" }'),  # a plain chunk of queries, keys, values
+        ("phi3", 'gate_up = { name = ".gate_up_proj.weight", of = "gate up", cut = "whole" }'),
+        # halves, not alternate rows
+        ("gpt_oss", 'expert_gate_up = { name = ".experts.gate_up_proj", of = "expert_gate expert_up", dims = "hidden moe_ffn" }'),
+        ("gpt_neox", 'qkv = { name = ".query_key_value.weight", of = "q k v" }'),
     ],
 )
-def test_a_wrong_rule_is_found(family, right, wrong, tmp_path):
+def test_a_wrong_rule_is_found(family, wrong, tmp_path):
     """Wrong in both directions: the way there and back is the identity, and diff sees nothing; the permuted model is another."""
-    text = (Path(__file__).parents[1] / "layouts" / f"{family}.toml").read_text()
-    assert right in text
     layout, source = tmp_path / "wrong.toml", SAMPLES / "hf" / family
-    layout.write_text(text.replace(right, wrong))
+    architecture = json.loads((source / "config.json").read_text())["architectures"][0]
+    layout.write_text(f'extends = "{family}"\narchitectures = ["{architecture}"]\n[hf]\n{wrong}\n')
     reshard.convert(source, tmp_path / "out", format="tp", tp=2, layout=layout, fsync=False)
     assert reshard.diff(source, tmp_path / "out", layout=layout)
     assert not verify(tmp_path / "out", source, layout=layout).shards.figures.passed
@@ -99,11 +98,9 @@ def test_without_a_planted_defect_nothing_is_proved(tmp_path, monkeypatch):
 @pytest.mark.models
 def test_a_layer_without_a_tensor_cut_by_input_still_gets_its_defect(tmp_path):
     """The middle layer's row-parallel tensors held whole by a descriptor: another cut tensor is left in order."""
-    text = (Path(__file__).parents[1] / "layouts/llama.toml").read_text()
     layout = tmp_path / "whole.toml"
-    whole = [line.replace("*", "") if re.match("(o|down) = ", line) else line for line in text.splitlines()]
-    assert "\n".join(whole) != text.rstrip()
-    layout.write_text("\n".join(whole))
+    whole = 'o = "hidden (kv group half pair)"\ndown = "hidden ffn"\n'
+    layout.write_text(f'extends = "llama"\narchitectures = ["LlamaForCausalLM"]\n[tensors]\n{whole}')
     reshard.convert(SAMPLES / "hf/llama", tmp_path / "out", format="tp", tp=2, layout=layout, fsync=False)
     report = verify(tmp_path / "out", SAMPLES / "hf/llama", layout=layout)
     assert len(report.controls) == 1 and "left in order" in report.controls[0].name

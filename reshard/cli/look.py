@@ -53,7 +53,7 @@ def split_dim(descriptor, entry, tp: int) -> int | None:
     split = tensor.split if entry.split is None else entry.split
     if tp == 1 or not split:
         return None
-    lead = sum(1 for axis in tensor.index if f"{{{axis}}}" not in entry.name)
+    lead = sum(1 for axis in tensor.index if axis not in entry.numbered)
     return lead + next(d for d, axes in enumerate(entry.dims or tensor.dims) if split[0] in axes)
 
 
@@ -102,7 +102,7 @@ def layouts(ctx, as_json):
     """List the architectures that reshard knows; `layouts show NAME` explains one."""
     if ctx.invoked_subcommand:
         return
-    from reshard.descriptors import builtin_descriptors
+    from reshard.layout import builtin_descriptors
 
     known = builtin_descriptors()
     if as_json:
@@ -127,7 +127,7 @@ def layouts(ctx, as_json):
 def show(name, tp, format_, config):
     """Tell for each tensor of layout NAME its dims, what it is fused with, and which dim tensor parallelism splits."""
     from reshard import formats
-    from reshard.descriptors import builtin_descriptors, load_descriptor
+    from reshard.layout import builtin_descriptors, load_descriptor
 
     known = builtin_descriptors()
     if not name.endswith(".toml") and name not in known:
@@ -135,11 +135,11 @@ def show(name, tp, format_, config):
     descriptor = load_descriptor(Path(name)) if name.endswith(".toml") else known[name]
     kind = formats.get(format_)
     if config is None:
-        rows = [_entry_row(descriptor, entry, tp) for entry in descriptor.section(kind.section).entries]
+        rows = [_entry_row(descriptor, entry, tp) for entry in descriptor.section(kind.section).entries if not entry.omit]
         click.echo(table(rows, ("name", "holds", "interleaved within", "split dim", f"dims per rank of tp{tp}", "when")))
         return
     from reshard.checkpoint import find_config, model_config, read_config
-    from reshard.place import Mesh, Placement
+    from reshard.layout import Mesh, Placement
 
     layout = descriptor.bind(model_config(read_config(find_config(Path(config), config))))
     placement = Placement(layout, layout.section(kind.section), kind.rules, Mesh(tp))
@@ -156,12 +156,12 @@ def _entry_row(descriptor, entry, tp: int) -> tuple:
     def size(axis: str) -> str:
         return f"{axis}/{tp}" if tp > 1 and split[:1] == (axis,) else axis
 
-    lead = [f"[{name}]" for name in tensor.index if f"{{{name}}}" not in entry.name]
+    lead = [f"[{name}]" for name in tensor.index if name not in entry.numbered]
     dims = [" ".join(map(size, axes)) for axes in entry.dims or tensor.dims]
     text = " ".join(lead + [f"({d})" if " " in d else d for d in dims])
     cut = split_dim(descriptor, entry, max(tp, 2))
     when = tensor.when if entry.when == "true" else entry.when
-    return entry.name, " + ".join(entry.of), entry.within or "-", "-" if cut is None else cut, text, "" if when == "true" else when
+    return entry.name, " + ".join(entry.of), " ".join(g.axis for g in entry.fusion.groups() if g.axis) or "-", "-" if cut is None else cut, text, "" if when == "true" else when
 
 
 @click.command()

@@ -4,18 +4,21 @@
 """
 
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from reshard import formats
 from reshard.checkpoint import Checkpoint, read_config
-from reshard.dtypes import TABLE, USER_WORDS
+from reshard.dtypes import DTYPE_SIZE, TABLE, USER_WORDS
 from reshard.errors import PlanError
 from reshard.formats import Folder, Target
 from reshard.formats.manifest import NAME as MANIFEST
 from reshard.formats.manifest import manifest_bytes
-from reshard.place import Mesh, Placement, Rank
+from reshard.geometry.block import Stored
+from reshard.layout import Mesh, Placement, Rank
+from reshard.layout.check import omitted, refuse_unheld
 from reshard.planner.batches import GAP, JOBS, Batch, batches, workers
 from reshard.planner.batches import peak as peak_of_fetching
 from reshard.planner.plan import Plan
@@ -59,6 +62,7 @@ class Job:
         """The whole work in pieces that a journal notes by number."""
         return portions(self.plan) if self.batches is None else self.batches
     casts: "Casts | None" = None  # counts values that become infinite, where that is allowed; None: they are refused
+    not_held: tuple[Stored, ...] = ()  # tensors of the source that this format is declared to do without
 
     @property
     def bytes_read(self) -> int:
@@ -79,14 +83,16 @@ class Job:
     @property
     def left_out(self) -> list[str]:
         """Names of weights in the source that no conversion carries."""
-        return left_out(self.source)["tensors"]
+        return left_out(self.source, self.not_held)["tensors"]
 
     def what_is_left_out(self) -> str | None:
         """The weights that the result will lack, in words; None where it lacks none."""
         names = self.left_out
         if not names:
             return None
-        return f"left out: {count(len(names), 'tensor')}, {human(self.source.left_out_bytes)}, which layout {self.source.layout.name} does not carry: {some(names)}"
+        size = left_out(self.source, self.not_held)["bytes"]
+        who = f"format {self.format} does not hold" if self.not_held else f"layout {self.source.layout.name} does not carry"
+        return f"left out: {count(len(names), 'tensor')}, {human(size)}, which {who}: {some(names)}"
 
     def ranks(self) -> list[dict[str, int]]:
         """Per destination rank: bytes it needs read, bytes of its files, bytes of its tensors."""
@@ -175,6 +181,7 @@ def prepare(
     placement = place(source, format, mesh, engine_version)
     ranks = placement.ranks if rank is None else [one_rank(placement, rank)]
     plan = join_to(source, placement, dtype, ranks, complete=rank is None)
+    without = not_held(source, placement)
     engine_version = engine_version or kind.newest
     target = Target(placement, ranks, engine_version, max_file)
     folder = kind.write(target, plan.destinations)
@@ -183,7 +190,7 @@ def prepare(
     native = native_dtypes(source, plan)
     alone = rank is not None and len(placement.ranks) > 1
     folder.small[MANIFEST] = manifest_bytes(format, placement.mesh, source.layout.name, engine_version, sizes, native, source.origin,
-                                            (rank, len(placement.ranks)) if alone else None, left_out(source))  # fmt: skip
+                                            (rank, len(placement.ranks)) if alone else None, left_out(source, without))  # fmt: skip
     if dtype:
         config = dict(read_config(source.config_path))
         key = "dtype" if "dtype" in config or "torch_dtype" not in config else "torch_dtype"
@@ -194,12 +201,21 @@ def prepare(
     peak = peak_buffer(plan, jobs, buffer) if fetched is None else peak_of_fetching(workers(jobs, buffer))
     seen = {str(path): identity(path.stat()) for path in companions.values() if isinstance(path, Path)}
     return Job(source, format, placement.mesh, plan, folder, companions, engine_version, dtype, peak, fetched, rank if alone else None, max_file, seen,
-               counting(allow_overflow))  # fmt: skip
+               counting(allow_overflow), without)  # fmt: skip
 
 
-def left_out(source: Checkpoint) -> dict:
-    """Weights in the files of `source` that no conversion carries: their names, and their bytes."""
-    return {"tensors": sorted({stored.name for stored in source.left_out}), "bytes": source.left_out_bytes}
+def left_out(source: Checkpoint, not_held: Iterable[Stored] = ()) -> dict:
+    """Weights in the files of `source` that no conversion carries, or (`not_held`) this one: their names, and their bytes."""
+    every = [*source.left_out, *not_held]
+    return {"tensors": sorted({stored.name for stored in every}), "bytes": sum(stored.size * DTYPE_SIZE[stored.dtype] for stored in every)}
+
+
+def not_held(source: Checkpoint, placement: Placement) -> tuple[Stored, ...]:
+    """Tensors of `source` that the destination's format is declared to do without."""
+    gone = omitted(placement)
+    if not gone.places and not gone.tensors:
+        return ()
+    return tuple(s for s in source.stored if s.parts and all(key in gone for key, _ in s.blocks))
 
 
 def counting(allow_overflow: bool) -> "Casts | None":
@@ -222,7 +238,9 @@ def place(source: Checkpoint, format: str, mesh: Mesh, engine_version: str | Non
     if mesh.ep > 1 and not source.layout.sizes.get("expert"):
         raise PlanError([f"ep={mesh.ep}, but {source.layout.name} is a model without experts"], "leave out --ep")
     version = kind.release(engine_version) if engine_version is not None else None
-    return Placement(source.layout, section.for_version(version), kind.rules, mesh, engine=version)
+    placement = Placement(source.layout, section.for_version(version), kind.rules, mesh, engine=version)
+    refuse_unheld(placement, kind.section)
+    return placement
 
 
 def one_rank(placement: Placement, number: int) -> Rank:
@@ -239,8 +257,7 @@ def join_to(source: Checkpoint, placement: Placement, dtype: str | None, ranks=N
     if placement.problems:
         raise PlanError(placement.problems, split_hint(placement))
     keep = [t.name for t in source.layout.descriptor.tensors.values() if t.dtype]
-    sizes = {t.name: source.layout.shape(t) for t in source.layout.descriptor.tensors.values()}
-    return make_plan(source.stored, destinations, cast=USER_WORDS.get(dtype or ""), keep=keep, native=source.native, sizes=sizes, complete=complete, check=complete)
+    return make_plan(source.stored, destinations, cast=USER_WORDS.get(dtype or ""), keep=keep, native=source.native, sizes=source.layout.shape_of, omitted=omitted(placement), complete=complete, check=complete)
 
 
 def native_dtypes(source: Checkpoint, plan: Plan) -> dict[str, str]:

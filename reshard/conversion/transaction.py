@@ -22,7 +22,8 @@ from reshard.conversion.journal import Journal, notes_in, opened
 from reshard.conversion.output import Output
 from reshard.conversion.resume import Work, check_leftover, give_up, resume, written_by
 from reshard.errors import CastError, DestinationError, FormatError
-from reshard.executor.run import Source, casts_judged, run_batches, run_portions
+from reshard.executor.run import casts_judged, run_batches, run_portions
+from reshard.executor.sources import Source
 from reshard.formats.manifest import NAME as MANIFEST
 from reshard.formats.manifest import merged, of_conversion, read_incomplete
 from reshard.planner.tiles import BUFFER, tile_limit

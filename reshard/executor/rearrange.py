@@ -12,8 +12,8 @@ import numpy as np
 from reshard.dtypes import DTYPE_SIZE, words_of
 from reshard.errors import FormatError
 from reshard.executor.casts import Casts, Loss
-from reshard.executor.run import Source, Workspace, contiguous_from
-from reshard.geometry.block import Box, Stored, end
+from reshard.executor.sources import Source, Workspace
+from reshard.geometry.block import Box, Stored, contiguous_from, end
 from reshard.geometry.coverage import label
 from reshard.planner.batches import _split as cut_until
 from reshard.planner.batches import runs

@@ -11,8 +11,7 @@ from pathlib import Path
 from reshard.errors import FormatError, LayoutError, PlanError
 from reshard.foreign import quote
 from reshard.geometry.block import Stored
-from reshard.layout import Layout, parse_version
-from reshard.place import Mesh, Placement, Rank, Rules
+from reshard.layout import Layout, Mesh, Placement, Rank, Rules, parse_version
 from reshard.stores import FileImage, TensorInfo
 
 

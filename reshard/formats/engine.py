@@ -18,8 +18,8 @@ from reshard.foreign import quote
 from reshard.formats import Contents, Folder, Format, OutFile, Target, parts
 from reshard.formats.manifest import mesh_of, read_manifest
 from reshard.geometry.block import Stored
-from reshard.layout import parse_version
-from reshard.place import Mesh, Rules, grid
+from reshard.layout import Mesh, Rules, parse_version
+from reshard.layout.mesh import grid
 from reshard.stores import TensorInfo, safetensors
 
 _NUMBER = r"(0|[1-9][0-9]{0,6})"  # as the engines write them: model-rank-00-… or other digits are other files

@@ -15,7 +15,8 @@ from reshard.foreign import quote
 from reshard.formats import Contents, Folder, Format, OutFile, Target, parts, safe_join
 from reshard.formats.manifest import mesh_of, read_manifest
 from reshard.geometry.block import Stored
-from reshard.place import Mesh, Rules, even_stages, grid
+from reshard.layout import Mesh, Rules
+from reshard.layout.mesh import even_stages, grid
 from reshard.stores import TensorInfo, safetensors
 from reshard.stores.files import read_json
 

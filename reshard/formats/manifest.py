@@ -10,7 +10,7 @@ from pathlib import Path
 from reshard.dtypes import DTYPE_SIZE
 from reshard.errors import FormatError
 from reshard.foreign import LIMIT, parse, quote
-from reshard.place import Mesh
+from reshard.layout import Mesh
 from reshard.stores.files import read_small
 from reshard.text import some
 

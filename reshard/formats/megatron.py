@@ -21,8 +21,8 @@ from reshard.formats.megatron_args import megatron_args, model_args
 from reshard.formats.megatron_compare import SIZES, compare_args, fields
 from reshard.formats.megatron_ranks import FOLDER, expert_cuts, folder_name, folder_names, mp_ranks
 from reshard.geometry.block import Stored
-from reshard.layout import Layout
-from reshard.place import MOST_RANKS, Mesh, Rank, Rules, even_stages
+from reshard.layout import Layout, Mesh, Rank, Rules
+from reshard.layout.mesh import MOST_RANKS, even_stages
 
 TRACKER = "latest_checkpointed_iteration.txt"
 FILE = "model_optim_rng.pt"

@@ -8,11 +8,11 @@ there all the same, for people and other tools. Settings of training (losses, dr
 from collections.abc import Iterable, Mapping
 
 from reshard.errors import LayoutError
-from reshard.expr import evaluate
 from reshard.foreign import quote
 from reshard.formats import Target
 from reshard.geometry.block import Stored
 from reshard.layout import Layout, Section
+from reshard.layout.expressions import evaluate
 
 #: name → expression over config.json, over _scope, and over the layout's axes; a descriptor's [megatron.args] adds to it
 ARGS = {

@@ -10,7 +10,8 @@ import re
 from math import lcm
 
 from reshard.errors import PlanError
-from reshard.place import MOST_RANKS, Mesh, Rank, stage_order
+from reshard.layout import Mesh, Rank
+from reshard.layout.mesh import MOST_RANKS, stage_order
 
 FOLDER = re.compile(r"mp_rank_([0-9]{2,})(?:_([0-9]{3,}))?(?:_([0-9]{3,}))?")
 

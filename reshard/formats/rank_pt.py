@@ -9,7 +9,8 @@ from reshard.formats import Contents, Folder, Format, OutFile, Target
 from reshard.formats.hf import state_dict
 from reshard.formats.manifest import mesh_of, read_manifest
 from reshard.geometry.block import Stored
-from reshard.place import Mesh, Rules, even_stages, grid
+from reshard.layout import Mesh, Rules
+from reshard.layout.mesh import even_stages, grid
 
 _FILE = re.compile(r"rank_([0-9]{1,5})\.pt")
 

@@ -19,7 +19,8 @@ from reshard.foreign import parse
 from reshard.formats import Contents, Folder, Format, OutFile, Target, parts
 from reshard.formats.manifest import mesh_of, read_manifest
 from reshard.geometry.block import Stored, row_major
-from reshard.place import Mesh, Placement, Rules, even_stages, grid
+from reshard.layout import Mesh, Placement, Rules
+from reshard.layout.mesh import even_stages, grid
 from reshard.stores import TensorInfo, safetensors
 
 _FILE = re.compile(r"shard-([0-9]{5})-model-([0-9]{5})-of-([0-9]{5})\.safetensors")

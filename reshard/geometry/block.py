@@ -10,11 +10,12 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from math import prod
+from typing import Any, Protocol
 
 #: half-open range per axis, in the tensor's own axes
 Box = tuple[tuple[int, int], ...]
 #: a tensor of the model: its name in the descriptor, then its layer and expert numbers where it has them
-Key = tuple
+Key = tuple[Any, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,8 +46,25 @@ class Block:
             meet.append((lower, upper))
         return Block(tuple(meet), offset, self.strides)
 
+    def part(self, box: Box) -> "Block":
+        """The part of this block in `box`, which lies in it."""
+        found = self.clip(box)
+        if found is None:
+            raise ValueError(f"{box} does not meet {self.box}")
+        return found
+
     def moved(self, elements: int) -> "Block":
         return Block(self.box, self.offset + elements, self.strides)
+
+
+class Placed(Protocol):
+    """What placed a stored tensor (a layout's Entry), as far as plans ask: the tensors in it, and the dtype its engine wants, if any."""
+
+    @property
+    def of(self) -> tuple[str, ...]: ...
+
+    @property
+    def dtype(self) -> str | None: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +101,7 @@ class Stored:
     dtype: str
     shape: tuple[int, ...]
     parts: tuple[Part, ...]
-    entry: "object" = None  # the layout's Entry that it was placed by
+    entry: "Placed | None" = None  # the layout's Entry that it was placed by
     file: str = ""  # path within the checkpoint's folder, and the byte at which the first element lies in it
     start: int = 0
     pad: int = 0  # elements that the layout declares to be padding
@@ -101,6 +119,13 @@ class Stored:
     def blocks(self) -> tuple[tuple[Key, Block], ...]:
         """Each tensor of the model that lies in it, with the block where it lies."""
         return tuple([pair for part in self.parts for pair in part.each()])
+
+    @property
+    def interleaved(self) -> bool:
+        """Whether its parts take turns along their leading axis, as Megatron's queries, keys and values do."""
+        blocks = [part.block for part in self.parts if part.block.strides]
+        periods, offsets = {block.strides[0] for block in blocks}, [block.offset for block in blocks]
+        return len(blocks) > 1 and len(periods) == 1 and max(offsets) - min(offsets) < periods.pop()
 
     @property
     def padding(self) -> int:
@@ -149,7 +174,7 @@ def cut(block: Block, axes: tuple[int, ...], low: int, high: int) -> list[Block]
         if base >= high or base + span <= low:
             return
         if low <= base and base + span <= high:
-            out.append(block.clip(box))
+            out.append(block.part(box))
             return
         if depth == len(axes):
             raise ValueError("a cut must fall between elements")
@@ -166,7 +191,7 @@ def cut(block: Block, axes: tuple[int, ...], low: int, high: int) -> list[Block]
         for i in range(touched[0], whole[0]):
             visit(_with(box, axis, (start + i, start + i + 1)), depth + 1, base + i * stride)
         if whole[0] < whole[1]:
-            out.append(block.clip(_with(box, axis, (start + whole[0], start + whole[1]))))
+            out.append(block.part(_with(box, axis, (start + whole[0], start + whole[1]))))
         for i in range(whole[1], touched[1]):
             visit(_with(box, axis, (start + i, start + i + 1)), depth + 1, base + i * stride)
 
@@ -205,3 +230,12 @@ def volume(box: Box) -> int:
     for start, stop in box:  # a plain loop: this is called for each of a million boxes
         total *= stop - start
     return total
+
+
+def contiguous_from(shape: tuple[int, ...], strides: tuple[int, ...]) -> int:
+    """The first dimension from which on elements lie in one piece."""
+    depth, step = len(shape), 1
+    while depth and (shape[depth - 1] == 1 or strides[depth - 1] == step):
+        depth -= 1
+        step *= shape[depth]
+    return depth

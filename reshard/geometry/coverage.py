@@ -6,6 +6,7 @@ whatever the format, before a byte is written.
 
 from functools import lru_cache
 from math import prod
+from typing import Any
 
 from reshard.geometry.block import Key, Stored
 
@@ -22,10 +23,10 @@ def faults_of(stored: Stored) -> list[str]:
 
 
 @lru_cache(maxsize=65536)
-def _faults(size: int, pad: int, shapes: tuple[tuple, ...]) -> list[tuple[str, tuple[int, ...]]]:
+def _faults(size: int, pad: int, shapes: tuple[tuple[Any, ...], ...]) -> list[tuple[str, tuple[int, ...]]]:
     """(text, parts named in it) of each fault. Layers and experts that lie alike are looked at once."""
     spread = [(offset, axes((*strides, step), (*(stop - start for start, stop in box), count))) for box, offset, strides, count, step in shapes]
-    faults = []
+    faults: list[tuple[str, tuple[int, ...]]] = []
     for i, (offset, own) in enumerate(spread):
         stop = offset + span(own)
         if offset < 0 or stop > size:

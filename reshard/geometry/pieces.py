@@ -1,6 +1,6 @@
 """Pieces: what the boxes of one tensor on one side share with its boxes on the other, with all holders and all takers. Pure."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
@@ -55,7 +55,7 @@ def halved(box: Box, limit: int) -> list[Box]:
     return [small for part in parts for small in halved(part, limit)]
 
 
-def union_volume(boxes: Sequence[Box]) -> int:
+def union_volume(boxes: Iterable[Box]) -> int:
     """Elements covered by any of `boxes`."""
     distinct = frozenset(boxes)
     return volume(next(iter(distinct))) if len(distinct) == 1 else _union_volume(distinct)

@@ -14,7 +14,6 @@ from huggingface_hub import HfApi, constants, get_session
 from reshard import __version__
 from reshard.errors import HubError
 
-LONGEST_WAIT = 310  # seconds: the Hub counts requests in windows of five minutes
 _SILENCE = 600  # seconds without a byte, for requests of the client's that set no time-out: a large commit takes minutes
 _watched: ContextVar[bool] = ContextVar("reshard_watched", default=False)
 

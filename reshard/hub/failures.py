@@ -12,21 +12,12 @@ from urllib.parse import urlsplit
 from huggingface_hub import constants, errors, get_token
 
 from reshard.errors import HubError, ReshardError
-from reshard.foreign import quote
 from reshard.hub.client import endpoint, watched
 from reshard.hub.location import Location
 from reshard.hub.patience import Slow, patiently
+from reshard.hub.wording import safe
 
 T = TypeVar("T")
-_QUERY = re.compile(r"(https?://[^\s?'\"<>]+)\?[^\s'\"<>)]*")
-_TOKEN = re.compile(r"\bhf_[A-Za-z0-9_]{3,}|(?i:bearer) +\S+")
-
-
-def safe(text: object) -> str:
-    """`text` on one line, without tokens and the queries of URLs."""
-    return quote(_TOKEN.sub("hf_…", _QUERY.sub(r"\1", " ".join(str(text).split()))), 400)
-
-
 def asked(what: str, call: Callable[[], T], sleep: Callable[[float], object] | None = None) -> T:
     """`call()`, a request that the client makes and whose answer it reads, with patience.
 

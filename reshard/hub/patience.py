@@ -10,11 +10,12 @@ from typing import TypeVar
 
 from huggingface_hub import errors
 
-from reshard.hub.client import LONGEST_WAIT
+from reshard.hub.wording import safe
 
 T = TypeVar("T")
 log = logging.getLogger("reshard.hub")
 
+LONGEST_WAIT = 310  # seconds: the Hub counts requests in windows of five minutes
 PASSING = (408, 429, 500, 502, 503, 504)
 TRIES = 5
 WINDOW = 30.0  # seconds in which at least SLOWEST bytes must come, else the connection is given up and the range asked for again
@@ -61,8 +62,6 @@ def passing(error: BaseException) -> bool:
 
 def patiently(call: Callable[[], T], sleep: Callable[[float], object] | None = None) -> T:
     """`call()`, again after a failure that may pass, at most five times; the last failure is raised as it is."""
-    from reshard.hub.failures import safe
-
     for tries in range(1, TRIES + 1):
         try:
             return call()

@@ -15,9 +15,10 @@ from reshard.errors import HubError
 from reshard.hub import patience
 from reshard.hub.answers import Entry, headers_for, raise_for, served
 from reshard.hub.client import same_origin, session
-from reshard.hub.failures import asked, safe, told
+from reshard.hub.failures import asked, told
 from reshard.hub.location import Location
 from reshard.hub.patience import Slow, passing, pause, steadily, wait_for
+from reshard.hub.wording import safe
 
 _WORTH = 64 << 10  # bytes: a try that brings fewer has failed, however politely it ended
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from reshard.dtypes import DTYPE_SIZE
 from reshard.errors import FormatError
-from reshard.executor.run import Source, Workspace
+from reshard.executor.sources import Source, Workspace
 from reshard.geometry.block import Stored
 from reshard.hub.checksum import Checksum
 from reshard.hub.folder import HubPath

@@ -29,6 +29,10 @@ class Slot:
         return volume(self.box)
 
 
+#: what tells slots apart: rank, dtype, box, strides
+SlotShape = tuple[int, str, Box, tuple[int, ...]]
+
+
 @dataclass(frozen=True)
 class Pattern:
     """Slots on both sides, and the pieces that they share."""
@@ -120,7 +124,7 @@ class Join:
 def join(sources: Iterable[Stored], destinations: Iterable[Stored]) -> Join:
     """Line up the tensors of `sources` with those of `destinations`."""
     sources, destinations = tuple(sources), tuple(destinations)
-    slots: dict[tuple, int] = {}
+    slots: dict[SlotShape, int] = {}
     held, wanted = _Side(sources, slots), _Side(destinations, slots)
     table = [Slot(*shape) for shape in slots]
     numbers: dict[tuple[tuple[int, ...], tuple[int, ...]], int] = {}
@@ -129,11 +133,10 @@ def join(sources: Iterable[Stored], destinations: Iterable[Stored]) -> Join:
     for family in wanted.families | held.families:
         for first, count, here, there in _lined_up(held.stretches(family), wanted.stretches(family)):
             if here is None or there is None:
-                only[here is None].extend((*family, first + i) if first is not None else family for i in range(count))
+                only[here is None].extend(_key(family, first + i) for i in range(count))
                 continue
             number = numbers.setdefault((here.slots, there.slots), len(numbers))
-            key = (*family, first) if first is not None else family
-            runs.append(Run(key, count, number, here.columns, there.columns))
+            runs.append(Run(_key(family, first), count, number, here.columns, there.columns))
     patterns = tuple(Pattern(tuple(table[i] for i in a), tuple(table[i] for i in b)) for a, b in numbers)
     return Join(sources, destinations, patterns, tuple(runs), tuple(only[0]), tuple(only[1]))
 
@@ -142,16 +145,20 @@ def join(sources: Iterable[Stored], destinations: Iterable[Stored]) -> Join:
 class _Stretch:
     """Consecutive tensors of a family that fill the same slots."""
 
-    first: int | None
+    first: int  # -1 of a tensor that has no number
     count: int
     slots: tuple[int, ...]
     columns: tuple[Column, ...]
 
 
+def _key(family: Key, number: int) -> Key:
+    return family if number < 0 else (*family, number)
+
+
 class _Side:
     """One side's stored tensors by family: all of a key but its last number."""
 
-    def __init__(self, stored: Sequence[Stored], slots: dict[tuple, int]):
+    def __init__(self, stored: Sequence[Stored], slots: dict[SlotShape, int]):
         self.families: dict[Key, list[tuple[Part, int, int]]] = {}  # part, its slot, its stored tensor
         for number, s in enumerate(stored):
             for part in s.parts:
@@ -171,7 +178,7 @@ class _Side:
         if not parts:
             return []
         if len(family) == 1 and len(parts[0][0].first) == 1:
-            return [_Stretch(None, 1, tuple(slot for _, slot, _ in parts), tuple(Column((n,), p.block.offset) for p, _, n in parts))]
+            return [_Stretch(-1, 1, tuple(slot for _, slot, _ in parts), tuple(Column((n,), p.block.offset) for p, _, n in parts))]
         ranges = {(p.first[-1], p.count) for p, _, _ in parts}
         if len(ranges) == 1:  # all parts run over the same tensors
             (first, count), = ranges
@@ -192,7 +199,7 @@ def _merged(parts: list[tuple[Part, int, int]]) -> list[_Stretch]:
             covering[i].append(item)
     out: list[_Stretch] = []
     pending: list[tuple[int, ...]] = []  # stored tensors of the stretch that is being put together, instance by instance
-    start = (0, (), ())  # its first number, slots and offsets
+    start: tuple[int, tuple[int, ...], tuple[int, ...]] = (0, (), ())  # its first number, slots and offsets
 
     def close() -> None:
         if pending:
@@ -220,12 +227,13 @@ def _merged(parts: list[tuple[Part, int, int]]) -> list[_Stretch]:
     return out
 
 
-def _lined_up(held: list[_Stretch], wanted: list[_Stretch]) -> Iterator[tuple[int | None, int, _Stretch | None, _Stretch | None]]:
+def _lined_up(held: list[_Stretch], wanted: list[_Stretch]) -> Iterator[tuple[int, int, _Stretch | None, _Stretch | None]]:
     """The stretches of both sides cut where either begins or ends: (first number, count, held, wanted), None where one has nothing."""
     if len(held) <= 1 and len(wanted) <= 1:
-        a, b = (held or [None])[0], (wanted or [None])[0]
-        if a is None or b is None or (a.first, a.count) == (b.first, b.count):
-            yield (a or b).first, (a or b).count, a, b
+        one, other = held[0] if held else None, wanted[0] if wanted else None
+        either = one or other
+        if either and (not one or not other or (one.first, one.count) == (other.first, other.count)):
+            yield either.first, either.count, one, other
             return
     marks = sorted({edge for s in (*held, *wanted) for edge in (s.first, s.first + s.count)})
     for low, high in zip(marks, marks[1:]):

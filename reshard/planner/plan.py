@@ -7,7 +7,7 @@ group of tensors at a time.
 
 import hashlib
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -161,7 +161,7 @@ class Plan:
         """Bytes that any way of filling `destinations` must read: each source element that some rank needs, once."""
         return self._sum(lambda pattern, work: work.read(pattern, checks=False))
 
-    def _sum(self, figure) -> int:
+    def _sum(self, figure: Callable[[Pattern, Work], int]) -> int:
         return sum(figure(p, w) * n for p, w, n in zip(self.join.patterns, self.work, self.join.counts))
 
     @cached_property
@@ -221,23 +221,25 @@ def plan(
     cast: str | None = None,
     keep: Iterable[str] = (),
     native: Mapping[str, str] = {},
-    sizes: Mapping[str, tuple[int, ...]] = {},
+    sizes: Callable[[Key], tuple[int, ...]] | None = None,
+    omitted: Container[Key] = frozenset(),
     complete: bool = True,
     check: bool = True,
 ) -> Plan:
     """The plan that fills `destinations` from `sources`; gives the destinations their dtypes.
 
     `cast`: store floats as this dtype, but narrow none of the tensors named in `keep`. `native`: the model's own dtype
-    of tensors that the source's engine wanted in another. `sizes`: per tensor of the model, its size along each axis.
-    `complete`: every element of every source must have a place (off when only some ranks are asked for; needs `sizes`).
+    of tensors that the source's engine wanted in another. `sizes`: of a tensor of the model, its size along each axis.
+    `complete`: every element of every source must have a place (off when only some ranks are asked for; needs `sizes`),
+    but for those tensors that the destination is declared to do without, `omitted`.
     `check`: compare replicas. Raises PlanError with all problems.
     """
     sources = tuple(sources)
     destinations, problems = typed(sources, tuple(destinations), cast, set(keep), native)
     joined = join(sources, destinations)
     problems += faults(joined.destinations)
-    problems += _unmatched(joined, complete)
-    problems += _counted(joined, sizes if complete else {}, check)
+    problems += _unmatched(joined, complete, omitted)
+    problems += _counted(joined, sizes if complete else None, check)
     if problems:
         raise PlanError(list(dict.fromkeys(problems)))
     return Plan(joined, check)
@@ -305,13 +307,14 @@ def faults(destinations: Iterable[Stored]) -> list[str]:
     return problems
 
 
-def _unmatched(joined: Join, complete: bool) -> list[str]:
+def _unmatched(joined: Join, complete: bool, omitted: Container[Key]) -> list[str]:
     """Tensors that one side alone has."""
     holders = _first_holders(joined.destinations, set(joined.only_destination))
     problems = [f"{where(holders[key])} needs {label(key)}, which the source does not have" for key in joined.only_destination]
     if complete:
-        holders = _first_holders(joined.sources, set(joined.only_source))
-        problems += [f"{label(key)} ({where(holders[key])}) has no place in the destination" for key in joined.only_source]
+        lost = [key for key in joined.only_source if key not in omitted]
+        holders = _first_holders(joined.sources, set(lost))
+        problems += [f"{label(key)} ({where(holders[key])}) has no place in the destination" for key in lost]
     return problems
 
 
@@ -319,7 +322,7 @@ def _first_holders(side: Sequence[Stored], keys: set[Key]) -> dict[Key, Stored]:
     return {key: s for s in reversed(side) for key, _ in s.blocks if key in keys} if keys else {}
 
 
-def _counted(joined: Join, sizes: Mapping[str, tuple[int, ...]], check: bool) -> list[str]:
+def _counted(joined: Join, sizes: Callable[[Key], tuple[int, ...]] | None, check: bool) -> list[str]:
     """Elements that no source holds, or that the destination has no place for: counted pattern by pattern."""
     problems: list[str] = []
     told = set()
@@ -335,8 +338,8 @@ def _counted(joined: Join, sizes: Mapping[str, tuple[int, ...]], check: bool) ->
         if pattern.overlapping:
             problems.append(f"{label(run.first)}: {where(sources[0])} and other ranks hold overlapping parts of it")
         problems += _unlike_dtypes(run, pattern, sources, check)
-        if name in sizes:
-            problems += _uncovered(run, pattern, sizes[name])
+        for shape in {sizes(run.key(i)) for i in range(run.count)} if sizes else ():
+            problems += _uncovered(run, pattern, shape)
         if len(problems) == before:
             told.add((run.pattern, name))  # sound for all of them; faults are told for each tensor
     return problems

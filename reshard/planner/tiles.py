@@ -78,7 +78,7 @@ def groups(plan: Plan, sides: tuple[str, ...] = ("src", "dst")) -> list[Group]:
         held = [sources[column.at(0)[0]] for column in run.sources] if "src" in sides else []
         held += [destinations[column.at(0)[0]] for column in run.destinations] if "dst" in sides else []
         for stored in held:
-            if getattr(stored.entry, "within", None) and len(stored.parts) > 1 and len({part.block.strides[0] for part in stored.parts}) == 1:
+            if stored.interleaved:
                 for part in stored.parts:
                     mate = first.get((part.first[0], *run.first[1:]))
                     if mate is not None and runs[mate].count == run.count:
@@ -178,17 +178,22 @@ def sides(tile: Tile) -> list[tuple[Stored, Copy, int, tuple[int, ...]]]:
     return read + [(c.dst, c, c.move.dst_offset, c.move.dst_strides) for c in tile.checks]
 
 
-def spans(tile: Tile) -> dict[tuple[int, str], list]:
-    """Per source that a tile takes from: the stored tensor, the elements from and to which it is needed, and how many of them are."""
-    found: dict[tuple[int, str], list] = {}
-    boxes: dict[tuple, set[Box]] = defaultdict(set)
+#: a stored tensor, the elements from and to which it is needed, and how many of them are
+Span = tuple[Stored, int, int, int]
+
+
+def spans(tile: Tile) -> dict[tuple[int, str], Span]:
+    """Per source that a tile takes from, by its ``Stored.id``, what of it is needed."""
+    found: dict[tuple[int, str], Span] = {}
+    boxes: dict[tuple[tuple[int, str], Key], set[Box]] = defaultdict(set)
     for stored, copy, offset, strides in sides(tile):
         stop = end(offset, copy.move.shape, strides)
-        span = found.setdefault(stored.id, [stored, offset, stop, 0])
-        span[1], span[2] = min(span[1], offset), max(span[2], stop)
+        _, low, high, _ = found.get(stored.id, (stored, offset, stop, 0))
+        found[stored.id] = stored, min(low, offset), max(high, stop), 0
         boxes[stored.id, copy.key].add(copy.move.box)
     for (at, _), held in boxes.items():
-        found[at][3] += union_volume(held)
+        stored, low, high, used = found[at]
+        found[at] = stored, low, high, used + union_volume(held)
     return found
 
 

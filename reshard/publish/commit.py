@@ -19,8 +19,9 @@ from reshard.foreign import quote
 from reshard.hub import patience
 from reshard.hub.answers import Entry, is_commit, listing, pull_requests
 from reshard.hub.client import endpoint, hub_api
-from reshard.hub.failures import asked, explain, safe
+from reshard.hub.failures import asked, explain
 from reshard.hub.patience import passing, pause, wait_for
+from reshard.hub.wording import safe
 from reshard.publish.target import Target, check_private, info_of
 from reshard.text import some
 

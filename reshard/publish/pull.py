@@ -21,7 +21,8 @@ from reshard.conversion.destination import Place, sync_folder
 from reshard.conversion.journal import NAME as JOURNAL
 from reshard.conversion.journal import Done, Journal, notes_in, opened
 from reshard.errors import DestinationError, HubError
-from reshard.executor.run import Workspace, in_threads
+from reshard.executor.sources import Workspace
+from reshard.executor.threads import in_threads
 from reshard.foreign import quote
 from reshard.hub.answers import Entry
 from reshard.hub.folder import HubPath, open_folder

@@ -11,6 +11,7 @@ from reshard.errors import ReshardError, SyncError
 
 _TEXT = 480  # bytes of a refusal that all ranks get to read
 MODES = ("tensors", "buckets")
+TRANSPORTS = ("auto", "p2p", "mapped")
 _LARGEST = 1 << 62
 
 
@@ -21,6 +22,8 @@ class Intent:
     fingerprint: int = 0
     version: int = 0
     held: int = -1  # version that it holds; -1: none
+    transport: int = 0  # number of TRANSPORTS
+    verify: int = 0
     mode: int = 0  # 0: takes nothing, else 1 + the number of MODES
     source_place: int = -1
     into_place: int = -1
@@ -72,6 +75,11 @@ def check(table: torch.Tensor) -> None:
         raise SyncError(
             f"ranks made different plans: {text}", "make the plan from the same layout, meshes, dtypes and bucket_bytes everywhere"
         )
+    for name, said in (("transport", TRANSPORTS), ("verify", (False, True))):
+        own = Intent.column(table, name)
+        if len(set(own)) > 1:
+            text = ", ".join(f"{said[n]} on ranks {[r for r, other in enumerate(own) if other == n]}" for n in dict.fromkeys(own))
+            raise SyncError(f"ranks have different settings of {name}: {text}", "make every Sync of a group with the same")
     if len(set(versions)) > 1:
         at = ", ".join(f"rank {r} at {v}" for r, v in enumerate(versions))
         raise SyncError(f"ranks are at different versions: {at}", "call send and recv with the step's number")

@@ -5,13 +5,14 @@ from the plan's transfers. Two ways for comparison: each parameter gathered whol
 it, then broadcast to all engine ranks (slime, verl, NeMo-RL by default, OpenRLHF); and everything to everyone.
 """
 
-from collections import defaultdict
+from collections import Counter, defaultdict
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from reshard.dtypes import DTYPE_SIZE
-from reshard.geometry.block import Box, overlap, volume
+from reshard.geometry.block import Box, Key, overlap
 from reshard.geometry.pieces import union_volume
-from reshard.sync.plan import SyncPlan, wire_dtype
+from reshard.sync.plan import Batch, SyncPlan
 from reshard.text import human, table
 
 
@@ -92,89 +93,74 @@ def cost(plan: SyncPlan, bandwidth: float) -> Cost:
     out = Cost(title, 0, bandwidth, {p: Load() for p in plan.processes})
     out.first_holder = defaultdict(int)
     engines = sorted({p for side in plan.destinations for p in side.processes})
-    counted, groups = set(), defaultdict(int)
-    for place, pair in plan._match.items():
-        side, key = place
-        width, scaled = DTYPE_SIZE[wire_dtype(*plan._width[place])], plan._scaled(place)
-        groups[id(pair), width, scaled, side] += 1
-        if groups[id(pair), width, scaled, side] == 1:
-            groups[id(pair), width, scaled, side, "first"] = place
-        if key not in counted:
-            counted.add(key)
-            out.model += _whole(plan, place)
-    for at, places in [(at, n) for at, n in groups.items() if len(at) == 4]:
-        place = groups[(*at, "first")]
-        pair = plan._match[place]
-        sizes = [plan._bytes(place, piece) for piece in pair.pieces]
-        for number, (size, holders) in enumerate(zip(sizes, pair.holders)):
-            for process, _ in pair.takers[number]:
+    first: dict[Key, int] = {}  # of each tensor, the batch of the first side that wants it
+    bounds: dict[tuple, dict[int, tuple[int, int]]] = {}
+    for number, batch in enumerate(plan.batches):
+        count = batch.run.count
+        for i in range(count):
+            first.setdefault(batch.run.key(i), number)
+        for size, holders, takers in zip(batch.pair.sizes, batch.pair.holders, batch.pair.takers):
+            for process, _ in takers:
                 if process not in holders:
-                    out.ranks[process].received += size * places
-                    out.first_holder[holders[0]] += size * places
-        for process, (wants, has) in _bounds(plan, place, pair).items():
+                    out.ranks[process].received += size * count
+                    out.first_holder[holders[0]] += size * count
+        at = batch.side, batch.run.pattern, batch.scaled
+        if at not in bounds:
+            bounds[at] = _bounds(plan, batch)
+        for process, (wants, has) in bounds[at].items():
             load = out.ranks[process]
-            load.wants += wants * places
-            load.has += has * places
-            load.bound += (wants - has) * places
+            load.wants += wants * count
+            load.has += has * count
+            load.bound += (wants - has) * count
     for process, sent in plan.loads.items():
         out.ranks[process].sent = sent
-    _gathered(plan, out, engines)
+    _gathered(plan, out, engines, Counter(first.values()))
     return out
 
 
-def _whole(plan: SyncPlan, place) -> int:
-    """Bytes of one tensor of the model, whole, on the wire."""
-    return _spread_bytes(plan, place, frozenset(block.box for _, _, block in plan._held[place[1]]))
-
-
-def _spread_bytes(plan: SyncPlan, place, boxes: frozenset[Box]) -> int:
-    size = union_volume(boxes) * DTYPE_SIZE[wire_dtype(*plan._width[place])]
-    if plan._scaled(place):
-        size += sum(4 * plan._blocks(place, box).count for box in boxes)
+def _spread_bytes(plan: SyncPlan, batch: Batch, boxes: frozenset[Box]) -> int:
+    """Bytes on the wire of all that lies in any of `boxes` of one tensor."""
+    size = union_volume(boxes) * DTYPE_SIZE[batch.wire]
+    if batch.scaled:
+        size += sum(4 * plan.blocks(batch, box).count for box in boxes)
     return size
 
 
-def _bounds(plan: SyncPlan, place, pair) -> dict[int, tuple[int, int]]:
+def _bounds(plan: SyncPlan, batch: Batch) -> dict[int, tuple[int, int]]:
     """Per process, bytes of one tensor that it wants on this side, and has of those; unions of boxes, not sums of pieces."""
-    side, key = place
     wanted: dict[int, set[Box]] = defaultdict(set)
     held: dict[int, set[Box]] = defaultdict(set)
-    for member, _, block in plan._wanted[side][key]:
-        for process in plan.destinations[side].ranks[member]:
-            wanted[process].add(block.box)
-    for member, _, block in plan._held[key]:
-        for process in plan.source.ranks[member]:
+    for slot in batch.pattern.destinations:
+        for process in plan.destinations[batch.side].at(slot.rank):
+            wanted[process].add(slot.box)
+    for slot in batch.pattern.sources:
+        for process in plan.source.at(slot.rank):
             if process in wanted:
-                held[process].add(block.box)
+                held[process].add(slot.box)
     out = {}
     for process, boxes in wanted.items():
         common = frozenset(meet for box in boxes for other in held.get(process, ()) for meet in [overlap(box, other)] if meet)
-        out[process] = _spread_bytes(plan, place, frozenset(boxes)), _spread_bytes(plan, place, common) if common else 0
+        out[process] = _spread_bytes(plan, batch, frozenset(boxes)), _spread_bytes(plan, batch, common) if common else 0
     return out
 
 
-def _gathered(plan: SyncPlan, out: Cost, engines: list[int]) -> None:
+def _gathered(plan: SyncPlan, out: Cost, engines: list[int], tensors: Mapping[int, int]) -> None:
     """Each tensor gathered whole on all ranks that hold a part of it, then broadcast from one of them to the engines."""
-    width: dict = {}
-    for place in plan._match:
-        width.setdefault(place[1], place)
-    groups: dict[tuple, int] = defaultdict(int)
-    for key, place in width.items():
-        pattern = tuple((member, block.box) for member, _, block in plan._held[key])
-        groups[pattern, DTYPE_SIZE[wire_dtype(*plan._width[place])]] += 1
-    for (pattern, size), times in groups.items():
-        whole = union_volume(frozenset(box for _, box in pattern)) * size * times
+    for number, times in tensors.items():
+        batch = plan.batches[number]
+        slots = batch.pattern.sources
+        out.model += _spread_bytes(plan, batch, frozenset(slot.box for slot in slots)) * times
+        size = DTYPE_SIZE[batch.wire] * times
+        whole = union_volume([slot.box for slot in slots]) * size
         shares: dict[int, int] = defaultdict(int)
-        for member, box in pattern:
-            for process in plan.source.ranks[member]:
-                shares[process] += volume(box) * size * times
+        for slot in slots:
+            for process in plan.source.at(slot.rank):
+                shares[process] += slot.size * size
         root = min(shares)
         for process, share in shares.items():
             out.ranks[process].gathered += whole - share
-            out.ranks[process].spread += whole * (len(set(shares)) - 1) // len(set(shares)) if share < whole else 0
+            out.ranks[process].spread += whole * (len(shares) - 1) // len(shares) if share < whole else 0
         out.ranks[root].spread += whole
         for process in engines:
             if process not in shares:
                 out.ranks[process].gathered += whole
-
-

@@ -79,7 +79,7 @@ def block_grid(layout: Layout, name: str, box: Box, fp8: Fp8) -> Blocks:
     tensor = layout.descriptor.tensors[name]
     at, ends = 0, []
     for axes in tensor.dims:
-        sizes = tuple(layout.sizes[axis] for axis in axes)
+        sizes = tuple(layout.size(axis) for axis in axes)
         span = _flat(box[at : at + len(axes)], sizes)
         at += len(axes)
         total = 1

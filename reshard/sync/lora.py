@@ -10,6 +10,7 @@ from types import MappingProxyType
 
 from reshard.errors import PlanError
 from reshard.layout import Entry, Layout, Section, Tensor
+from reshard.layout.fusion import Group
 
 
 def adapter(layout: Layout, r: int, targets: Iterable[str] = ("q", "k", "v", "o", "gate", "up", "down"), *, name: str | None = None) -> Layout:
@@ -28,9 +29,10 @@ def adapter(layout: Layout, r: int, targets: Iterable[str] = ("q", "k", "v", "o"
         stem = f"base_model.model.{entry.name.removesuffix('.weight')}"
         for kind, dims in (("A", (("lora",), base.dims[1])), ("B", (base.dims[0], ("lora",)))):
             axes = {axis for dim in dims for axis in dim}
-            tensor = Tensor(f"{target}_lora_{kind}", base.index, dims, tuple(a for a in base.split if a in axes), base.when, base.stage)
+            tensor = Tensor(f"{target}_lora_{kind}", base.index, dims, tuple(a for a in base.split if a in axes), base.when, base.stage, place=base.place)
             tensors[tensor.name] = tensor
-            entries.append(Entry(tensor.name, f"{stem}.lora_{kind}.{name + '.' if name else ''}weight", (tensor.name,)))
+            full = f"{stem}.lora_{kind}.{name + '.' if name else ''}weight"
+            entries.append(Entry(tensor.name, full, Group(None, (tensor.name,)), place=base.place))
     descriptor = replace(layout.descriptor, name=f"{layout.name}+lora", tensors=MappingProxyType(tensors),
                          axes={**layout.descriptor.axes, "lora": str(r)}, formats={"hf": Section(tuple(entries))})  # fmt: skip
-    return Layout(descriptor, layout.config, layout.scope, {**layout.sizes, "lora": r})
+    return descriptor.bind(layout.config)

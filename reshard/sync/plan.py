@@ -7,7 +7,7 @@ of holders that is larger than a bucket is cut, so that senders end up within on
 
 import hashlib
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -16,15 +16,14 @@ from reshard.dtypes import DTYPE_SIZE
 from reshard.errors import PlanError
 from reshard.geometry.block import Block, Box, Key, Stored, volume
 from reshard.geometry.coverage import label
+from reshard.geometry.pieces import Piece, halved
+from reshard.planner.join import Pattern, Run, Slot, join
+from reshard.planner.plan import digest
 from reshard.sync.fp8_blocks import Blocks, block_grid
-from reshard.sync.pieces import Pattern, Piece, halved, pieces
 from reshard.sync.side import Side, restricted
 
 if TYPE_CHECKING:
     from reshard.sync.cost import Cost
-
-#: a tensor of the model on one engine side: (number of the side, the tensor)
-Place = tuple[int, Key]
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,158 +57,182 @@ def wire_dtype(source: str, destination: str) -> str:
 
 
 @dataclass(frozen=True)
+class Choice:
+    """Pieces of one size that the same processes hold and others want: who of them sends which is to be chosen."""
+
+    holders: tuple[int, ...]
+    size: int  # bytes of one on the wire
+    wants: tuple[tuple[int, int, int], ...]  # (piece, taker, destination slot)
+
+    @cached_property
+    def takers(self) -> frozenset[int]:
+        return frozenset(taker for _, taker, _ in self.wants)
+
+
+@dataclass(frozen=True)
 class Pair:
-    """Pattern of one tensor: its pieces, and for each the processes that hold it and those that want it."""
+    """A pattern of the join, for processes: its pieces, who holds each and who wants it, and the bytes of one on the wire."""
 
     pieces: tuple[Piece, ...]
+    sizes: tuple[int, ...]
     holders: tuple[tuple[int, ...], ...]
-    takers: tuple[tuple[tuple[int, int], ...], ...]  # (process, position of the destination block)
-    sent: dict  # process → pieces that it alone holds, and others want
-    taken: dict  # process → (piece, position of the destination block)
+    takers: tuple[tuple[tuple[int, int], ...], ...]  # (process, destination slot)
+    own: dict[int, list[tuple[int, int, int]]]  # process → what it holds itself, or one alone holds: (piece, sender, destination slot)
+    sent: dict[int, list[tuple[int, int, int]]]  # process → pieces that it alone holds, and others want: (piece, taker, destination slot)
+    choices: tuple[Choice, ...]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A run of the join towards one side: tensors that lie alike, and what they come to."""
+
+    side: int
+    run: Run
+    pattern: Pattern
+    pair: Pair
+    wire: str  # dtype on the wire
+    scaled: str  # the tensor's name where it is quantised on the way, else nothing
 
 
 class SyncPlan:
-    """Who sends which box to whom. Made by ``plan``; ``rank`` gives one process's part, ``cost`` the sums."""
+    """Who sends which box to whom. Made by ``plan``; ``transfers`` gives one process's part, ``cost`` the sums."""
 
     def __init__(self, source: Side, destinations: tuple[Side, ...], bucket_bytes: int):
         self.source, self.destinations, self.bucket_bytes = source, destinations, bucket_bytes
-        self.problems: list[str] = []
-        self._pairs: dict[tuple, Pair] = {}
-        self._held = _blocks_of(source)
-        self._wanted = [_blocks_of(side) for side in destinations]
-        self._match: dict[Place, Pair] = {}
-        self._width: dict[Place, tuple[str, str]] = {}
-        self._join()
-        if self.problems:
-            raise PlanError(list(dict.fromkeys(self.problems)))
-        self.loads: dict[int, int] = {}
-        self._sender: dict[tuple[Place, int, int], int] = {}
+        held = tuple(s for member in source.members for s in member)
+        self.joins = tuple(join(held, (s for member in side.members for s in member)) for side in destinations)
+        problems: list[str] = []
+        self.batches = [batch for number in range(len(destinations)) for batch in self._batches(number, problems)]
+        if problems:
+            raise PlanError(list(dict.fromkeys(problems)))
+        self.loads = {process: 0 for process in source.processes}  # bytes that each sends
+        #: of each choice (batch, number in its pair): who sends how many of its pieces, in order of `wants` and, of each, instances
+        self.shares: dict[tuple[int, int], list[tuple[int, int]]] = {}
         self._choose()
 
     # ------------------------------------------------------------------------------------------------------- the join
 
-    def _join(self) -> None:
-        source_pattern = {key: tuple((member, block.box) for member, _, block in held) for key, held in self._held.items()}
-        for number, (side, wanted) in enumerate(zip(self.destinations, self._wanted)):
-            for key, takers in wanted.items():
-                if key not in self._held:
-                    self.problems.append(f"{side.title} wants {label(key)}, which the source does not have")
-                    continue
-                pattern = tuple((member, block.box) for member, _, block in takers)
-                kinds = {s.dtype for _, s, _ in self._held[key]} | set(), {s.dtype for _, s, _ in takers}
-                if any(len(kind) > 1 for kind in kinds):
-                    self.problems.append(f"{label(key)} is held in several dtypes: {', '.join(sorted(kinds[0] | kinds[1]))}")
-                    continue
-                src, dst = kinds[0].pop(), kinds[1].pop()
-                self._width[number, key] = src, dst
-                if {src, dst} & {"F8_E4M3"} and src != dst and side.fp8 is None:
-                    self.problems.append(f"{label(key)}: {src} cannot become {dst} without block scales")
-                    continue
-                choice = max(1, self.bucket_bytes // DTYPE_SIZE[wire_dtype(src, dst)])
-                at = (number, source_pattern[key], pattern, choice, key[0] if dst == "F8_E4M3" else "")
-                if at not in self._pairs:
-                    self._pairs[at] = self._pair(side, key, source_pattern[key], pattern, choice, quantised=dst == "F8_E4M3" != src)
-                self._match[number, key] = self._pairs[at]
+    def _batches(self, number: int, problems: list[str]) -> Iterator[Batch]:
+        """The runs of one side's join, checked."""
+        side, joined = self.destinations[number], self.joins[number]
+        problems += [f"{side.title} wants {label(key)}, which the source does not have" for key in joined.only_destination]
+        pairs: dict[tuple, Pair] = {}
+        for run in joined.runs:
+            pattern, name = joined.patterns[run.pattern], label(run.first)
+            kinds = {slot.dtype for slot in pattern.sources}, {slot.dtype for slot in pattern.destinations}
+            if any(len(kind) > 1 for kind in kinds):
+                problems.append(f"{name} is held in several dtypes: {', '.join(sorted(kinds[0] | kinds[1]))}")
+                continue
+            src, dst = kinds[0].pop(), kinds[1].pop()
+            if {src, dst} & {"F8_E4M3"} and src != dst and side.fp8 is None:
+                problems.append(f"{name}: {src} cannot become {dst} without block scales")
+                continue
+            where = f"({self.source.title} → {side.title})"
+            if pattern.overlapping:
+                problems.append(f"{name}: ranks of the source hold overlapping parts of it, and not the same ones {where}")
+                continue
+            for slot, count in pattern.missing:
+                size = pattern.destinations[slot].size
+                problems.append(f"{name}: {count} of {size} elements that the destination wants are on no source rank {where}")
+            scaled = run.first[0] if dst == "F8_E4M3" != src else ""
+            at = run.pattern, scaled
+            if at not in pairs:
+                pairs[at] = self._pair(side, pattern, wire_dtype(src, dst), scaled)
+            yield Batch(number, run, pattern, pairs[at], wire_dtype(src, dst), scaled)
 
-    def _pair(self, side: Side, key: Key, source: Pattern, destination: Pattern, limit: int, quantised: bool) -> Pair:
-        found, problem = pieces(source, destination)
-        if problem:
-            self.problems.append(f"{label(key)}: {problem} ({self.source.title} → {side.title})")
-        out, holders, takers = [], [], []
+    def _pair(self, side: Side, pattern: Pattern, wire: str, scaled: str) -> Pair:
+        """`scaled`: the tensor's name where it is quantised on the way. A piece that several processes hold is cut into buckets."""
+        out, sizes, holders, takers = [], [], [], []
+        own: dict[int, list] = defaultdict(list)
         sent: dict[int, list] = defaultdict(list)
-        taken: dict[int, list] = defaultdict(list)
-        for piece in found:
-            own = tuple(sorted({process for i in piece.sources for process in self.source.ranks[source[i][0]]}))
-            want = tuple((process, i) for i in piece.takers for process in side.ranks[destination[i][0]])
-            parts = [piece.box] if len(own) == 1 or quantised else halved(piece.box, limit)
-            for box in parts:
+        wants: dict[tuple[tuple[int, ...], int], list] = defaultdict(list)
+        limit = max(1, self.bucket_bytes // DTYPE_SIZE[wire])
+        for piece in pattern.pieces:
+            held = tuple(sorted({process for i in piece.sources for process in self.source.at(pattern.sources[i].rank)}))
+            want = tuple((process, i) for i in piece.destinations for process in side.at(pattern.destinations[i].rank))
+            for box in [piece.box] if len(held) == 1 or scaled else halved(piece.box, limit):
                 number = len(out)
-                out.append(Piece(box, volume(box), piece.sources, piece.takers))
-                holders.append(own)
+                grid = block_grid(self.source.layout, scaled, box, side.fp8) if scaled else None
+                out.append(Piece(box, volume(box), piece.sources, piece.destinations))
+                sizes.append(out[-1].size * DTYPE_SIZE[wire] + (4 * grid.count if grid else 0))
+                holders.append(held)
                 takers.append(want)
                 for process, i in want:
-                    taken[process].append((number, i))
-                    if len(own) == 1 and process != own[0]:
-                        sent[own[0]].append((number, process, i))
-        return Pair(tuple(out), tuple(holders), tuple(takers), dict(sent), dict(taken))
+                    if process in held or len(held) == 1:
+                        own[process].append((number, process if process in held else held[0], i))
+                    else:
+                        wants[held, sizes[-1]].append((number, process, i))
+                    if len(held) == 1 and process != held[0]:
+                        sent[held[0]].append((number, process, i))
+        choices = tuple(Choice(held, size, tuple(found)) for (held, size), found in wants.items())
+        return Pair(tuple(out), tuple(sizes), tuple(holders), tuple(takers), dict(own), dict(sent), choices)
 
     # ----------------------------------------------------------------------------------------------------- the choice
 
     def _choose(self) -> None:
-        """Fill in who sends each piece that several processes hold."""
-        loads: dict[int, int] = {process: 0 for process in self.source.processes}
-        open_choices: list[tuple[int, int, Place, int, int]] = []
-        sizes: dict[tuple, list[int]] = {}
-        for place, pair in self._match.items():
-            at = id(pair), self._width[place], self._scaled(place)
-            if at not in sizes:
-                sizes[at] = [self._bytes(place, piece) for piece in pair.pieces]
-            for number, size in enumerate(sizes[at]):
-                holders = pair.holders[number]
-                for process, _ in pair.takers[number]:
-                    if process in holders:
-                        continue
-                    if len(holders) == 1:
-                        loads[holders[0]] += size
-                    else:
-                        open_choices.append((len(holders), -size, place, number, process))
-        order = {place: i for i, place in enumerate(self._match)}
-        open_choices.sort(key=lambda c: (c[0], c[1], order[c[2]], c[3], c[4]))
-        for _, size, place, number, process in open_choices:
-            sender = min(self._match[place].holders[number], key=loads.__getitem__)
-            loads[sender] -= size
-            self._sender[place, number, process] = sender
-        self.loads = loads
+        """Fill in who sends what several processes hold: the pieces with the fewest holders first, then the largest."""
+        choices = []
+        for at, batch in enumerate(self.batches):
+            for process, sent in batch.pair.sent.items():
+                self.loads[process] += sum(batch.pair.sizes[number] for number, _, _ in sent) * batch.run.count
+            choices += [(len(choice.holders), -choice.size, at, i) for i, choice in enumerate(batch.pair.choices)]
+        for _, _, at, i in sorted(choices):
+            batch, choice = self.batches[at], self.batches[at].pair.choices[i]
+            shares = share_out(batch.run.count * len(choice.wants), choice.size, choice.holders, self.loads)
+            for sender, count in shares:
+                self.loads[sender] += choice.size * count
+            self.shares[at, i] = shares
 
-    def _bytes(self, place: Place, piece: Piece) -> int:
-        wire = wire_dtype(*self._width[place])
-        blocks = self._blocks(place, piece.box)
-        return piece.size * DTYPE_SIZE[wire] + (4 * blocks.count if blocks else 0)
+    def _chosen(self, at: int, i: int) -> Iterator[tuple[int, int, int, int, int, int]]:
+        """Who sends what of a choice: (sender, piece, taker, destination slot, first instance, past the last)."""
+        wants, count, start = self.batches[at].pair.choices[i].wants, self.batches[at].run.count, 0
+        for sender, pieces in self.shares[at, i]:
+            stop = start + pieces
+            for which in range(start // count, -(-stop // count)):
+                yield sender, *wants[which], max(start - which * count, 0), min(stop - which * count, count)
+            start = stop
 
-    def _scaled(self, place: Place) -> str:
-        src, dst = self._width[place]
-        return place[1][0] if dst == "F8_E4M3" != src else ""
-
-    def _blocks(self, place: Place, box: Box) -> Blocks | None:
-        return block_grid(self.source.layout, place[1][0], box, self.destinations[place[0]].fp8) if self._scaled(place) else None
+    def blocks(self, batch: Batch, box: Box) -> Blocks | None:
+        """The grid of quantised blocks on `box`; None where nothing is quantised."""
+        return block_grid(self.source.layout, batch.scaled, box, self.destinations[batch.side].fp8) if batch.scaled else None
 
     # -------------------------------------------------------------------------------------------------- what comes out
 
     def transfers(self, process: int) -> Iterator[Transfer]:
         """All that `process` sends, takes, or copies to itself."""
-        for place, pair in self._match.items():
-            for number, i in pair.taken.get(process, ()):
-                yield self._transfer(place, pair, number, self._from(place, pair, number, process), process, i)
-            for number, taker, i in pair.sent.get(process, ()):
-                yield self._transfer(place, pair, number, process, taker, i)
-        for (place, number, taker), sender in self._sender.items():
-            if sender == process:
-                pair = self._match[place]
-                for other, i in pair.takers[number]:
-                    if other == taker:
-                        yield self._transfer(place, pair, number, process, taker, i)
+        for at, batch in enumerate(self.batches):
+            count = batch.run.count
+            for number, sender, slot in batch.pair.own.get(process, ()):
+                yield from self._transfers(batch, number, slot, sender, process, 0, count)
+            for number, taker, slot in batch.pair.sent.get(process, ()):
+                yield from self._transfers(batch, number, slot, process, taker, 0, count)
+            for i, choice in enumerate(batch.pair.choices):
+                if process in choice.holders or process in choice.takers:
+                    for sender, number, taker, slot, start, stop in self._chosen(at, i):
+                        if process in (sender, taker):
+                            yield from self._transfers(batch, number, slot, sender, taker, start, stop)
 
-    def _from(self, place: Place, pair: Pair, number: int, process: int) -> int:
-        holders = pair.holders[number]
-        return process if process in holders else holders[0] if len(holders) == 1 else self._sender[place, number, process]
-
-    def _transfer(self, place: Place, pair: Pair, number: int, sender: int, taker: int, position: int) -> Transfer:
-        side, key = place
-        piece = pair.pieces[number]
-        held = self._held[key]
-        _, src, src_block = next(held[i] for i in piece.sources if sender in self.source.ranks[held[i][0]])
-        _, dst, dst_block = self._wanted[side][key][position]
-        return Transfer(sender, taker, key, piece.box, piece.size, src, src_block, dst, dst_block, self._blocks(place, piece.box))
+    def _transfers(self, batch: Batch, number: int, slot: int, sender: int, taker: int, start: int, stop: int) -> Iterator[Transfer]:
+        piece, blocks = batch.pair.pieces[number], self.blocks(batch, batch.pair.pieces[number].box)
+        source = next(i for i in piece.sources if sender in self.source.at(batch.pattern.sources[i].rank))
+        joined = self.joins[batch.side]
+        for i in range(start, stop):
+            src, src_block = _held(joined.sources, batch.pattern.sources[source], batch.run.sources[source].at(i))
+            dst, dst_block = _held(joined.destinations, batch.pattern.destinations[slot], batch.run.destinations[slot].at(i))
+            yield Transfer(sender, taker, batch.run.key(i), piece.box, piece.size, src, src_block, dst, dst_block, blocks)
 
     def shared(self, process: int) -> dict[tuple[Key, Box], tuple[tuple[int, ...], Stored, Block]]:
         """The boxes of the source that `process` and others hold: all their holders, and where each lies at `process`."""
         found = {}
-        for place, pair in self._match.items():
-            for piece, holders in zip(pair.pieces, pair.holders):
-                if len(holders) > 1 and process in holders and (place[1], piece.box) not in found:
-                    held = self._held[place[1]]
-                    _, stored, block = next(held[i] for i in piece.sources if process in self.source.ranks[held[i][0]])
-                    found[place[1], piece.box] = holders, stored, block
+        for batch in self.batches:
+            for piece, holders in zip(batch.pair.pieces, batch.pair.holders):
+                if len(holders) > 1 and process in holders:
+                    source = next(i for i in piece.sources if process in self.source.at(batch.pattern.sources[i].rank))
+                    for i in range(batch.run.count):
+                        at = batch.run.key(i), piece.box
+                        if at not in found:
+                            place = batch.run.sources[source].at(i)
+                            found[at] = holders, *_held(self.joins[batch.side].sources, batch.pattern.sources[source], place)
         return found
 
     @cached_property
@@ -220,41 +243,19 @@ class SyncPlan:
     def peers(self) -> dict[int, set[int]]:
         """Per process, those it sends to or takes from: how many share its staging buffer."""
         peers: dict[int, set[int]] = defaultdict(set)
-        for (_, _, taker), sender in self._sender.items():
+        chosen = {(sender, taker) for at, i in self.shares for sender, _, taker, _, _, _ in self._chosen(at, i)}
+        pairs = {(batch.side, batch.run.pattern, batch.scaled): batch.pair for batch in self.batches}
+        alone = {(sender, taker) for pair in pairs.values() for sender, sent in pair.sent.items() for _, taker, _ in sent}
+        for sender, taker in chosen | alone:
             peers[sender].add(taker), peers[taker].add(sender)
-        for pair in {id(p): p for p in self._match.values()}.values():
-            for sender, sent in pair.sent.items():
-                for _, taker, _ in sent:
-                    if taker != sender:
-                        peers[sender].add(taker), peers[taker].add(sender)
         return peers
 
     @cached_property
     def fingerprint(self) -> str:
-        """sha256 over the layouts as resolved, names, shapes, dtypes, every block of every tensor, ranks and senders: equal
-        where, and only where, plans are equal."""
-        digest = hashlib.sha256(repr(("sync 2", self.bucket_bytes, self.source.ranks, [d.ranks for d in self.destinations])).encode())
-        texts: dict[int, str] = {}  # blocks are shared among the tensors of a pattern: each is written out once
-        for side in (self.source, *self.destinations):
-            digest.update(resolved(side).encode())
-            for member in side.members:
-                digest.update(b"member")
-                for s in member:
-                    blocks = []
-                    for key, block in s.blocks:
-                        if id(block) not in texts:
-                            texts[id(block)] = repr((block.box, block.offset, block.strides))
-                        blocks.append(f"{key}{texts[id(block)]}")
-                    digest.update(repr((s.rank, s.name, s.dtype, s.shape, blocks)).encode())
-        boxes: dict[int, str] = {}
-        for (side, key), pair in self._match.items():
-            if id(pair) not in boxes:
-                boxes[id(pair)] = repr((pair.pieces, pair.holders, pair.takers))
-                digest.update(boxes[id(pair)].encode())
-            digest.update(repr((side, key, hash_of(boxes[id(pair)]))).encode())
-        for choice in self._sender.items():
-            digest.update(repr(choice).encode())
-        return digest.hexdigest()
+        """sha256 over the layouts as resolved, every block of every stored tensor, ranks and senders: equal where, and only
+        where, plans are equal."""
+        sides = [(resolved(side), side.ranks, [digest(member) for member in side.members]) for side in (self.source, *self.destinations)]
+        return hashlib.sha256(repr(("sync 3", self.bucket_bytes, sides, sorted(self.shares.items()))).encode()).hexdigest()
 
     def cost(self, bandwidth: float = 50e9) -> "Cost":
         """Bytes per rank beside their bounds, and seconds at `bandwidth` bytes/s each way per rank."""
@@ -271,18 +272,24 @@ def resolved(side: Side) -> str:
     return repr((side.format, layout.layers, sorted(layout.sizes.items()), tensors, fp8, sorted(side.partly)))
 
 
-def hash_of(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+def share_out(count: int, size: int, holders: Sequence[int], loads: Mapping[int, int]) -> list[tuple[int, int]]:
+    """`count` equal pieces of `size` bytes, dealt out one by one to whoever of `holders` has the least to send by then: how many each
+    of them sends, for those that send any."""
+    order = sorted(holders, key=lambda holder: (loads[holder], holder))
+    for low in range(len(order), 0, -1):  # as many of the lowest as fill up to one level
+        total = sum(loads[holder] for holder in order[:low]) + count * size
+        if total >= low * loads[order[low - 1]]:
+            break
+    given = {holder: (total // low - loads[holder]) // size for holder in order[:low]}
+    for _ in range(count - sum(given.values())):
+        given[min(given, key=lambda holder: (loads[holder] + given[holder] * size, holder))] += 1
+    return [(holder, number) for holder, number in given.items() if number]
 
 
-def _blocks_of(side: Side) -> dict[Key, list[tuple[int, Stored, Block]]]:
-    """For each tensor of the model, (member, stored tensor, block) of all that holds a part of it on `side`."""
-    found: dict[Key, list[tuple[int, Stored, Block]]] = defaultdict(list)
-    for member, stored in enumerate(side.members):
-        for s in stored:
-            for key, block in s.blocks:
-                found[key].append((member, s, block))
-    return dict(found)
+def _held(side: Sequence[Stored], slot: Slot, place: tuple[int, int]) -> tuple[Stored, Block]:
+    """The stored tensor of a slot's place, and the block that lies there."""
+    number, start = place
+    return side[number], Block(slot.box, start, slot.strides)
 
 
 def plan(

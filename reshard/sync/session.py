@@ -8,25 +8,37 @@ an engine's weights are ``mixed``, and they stay so when a step fails.
 
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
-from math import prod
+from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
 
-from reshard.dtypes import DTYPE_SIZE
 from reshard.errors import PeerLost, PlanError, SyncError
 from reshard.sync import agreement
 from reshard.sync.agreement import MODES, Intent
-from reshard.sync.checks import Sums, differing, replicated, sent_and_taken
 from reshard.sync.device import Devices
 from reshard.sync.mapping import place
 from reshard.sync.messages import RankPlan, rank_plan, windows
+from reshard.sync.moving import Bucket, Ready, compare, make, room
 from reshard.sync.plan import SyncPlan
 from reshard.sync.sharing import Sharing
-from reshard.sync.staging import Copies, Staging, source_view, straight
-from reshard.sync.tensors import DTYPES, Bound, bind, identity, named
+from reshard.sync.staging import Copies, Staging
+from reshard.sync.tensors import Bound, bind, identity, named, unchanged
 from reshard.sync.transport import Wire, attempt
+
+
+@dataclass
+class Binding:
+    """Tensors that were given, what they were then, and what they are on a side; `devices` where they lie."""
+
+    given: dict[str, torch.Tensor] = field(default_factory=dict)
+    keys: list[tuple] = field(default_factory=list)
+    bound: dict[int, Bound] = field(default_factory=dict)
+    devices: frozenset[torch.device] = frozenset()
+
+
+#: what is new since the last step, added up: the source's tensors, the destination's, all (a plan, or what a failed step left)
+_SOURCE, _INTO, _ALL = 1, 2, 4
 
 
 @dataclass(frozen=True)
@@ -50,29 +62,6 @@ class Stats:
         return self.taken + self.mapped
 
 
-@dataclass(frozen=True)
-class Bucket:
-    """Some of the weights, whole, under Hugging Face names: views of one flat buffer that nothing writes to again.
-
-    `flat` is uint8; `layout` lists (name, shape, dtype, first byte, past the last), offsets aligned to the dtype.
-    """
-
-    tensors: list[tuple[str, torch.Tensor]]
-    flat: torch.Tensor
-    layout: list[tuple[str, tuple[int, ...], torch.dtype, int, int]]
-
-
-@dataclass
-class Ready:
-    """One part of the plan, bound to tensors: its messages, copies out of peers' memory, copies within the process, sums."""
-
-    part: RankPlan
-    staging: Staging
-    mapped: Copies
-    own: Copies
-    sums: tuple[Sums, Sums, Sums] | None  # sent, taken, held by replicas
-
-
 class Sync:
     """Runs a plan between torch tensors.
 
@@ -94,7 +83,7 @@ class Sync:
         verify: bool = False,
         devices: Devices | None = None,
     ):
-        if transport not in ("auto", "p2p", "mapped"):
+        if transport not in agreement.TRANSPORTS:
             raise PlanError([f"unknown transport {transport!r}"], "use auto, p2p or mapped")
         self._devices = devices or Devices()
         self._wire = Wire(group, timeout, self._devices)
@@ -114,13 +103,14 @@ class Sync:
         if len(self._sides) > 1:
             raise PlanError([f"rank {me} is in {len(self._sides)} destinations"], "sync them one after another")
         self._is_source = me in plan.source.processes
-        self._bound: dict[str, tuple[list, dict[int, Bound]]] = {}
+        self._bound: dict[str, Binding] = {}
         self._parts: dict[str, list[RankPlan]] = {}
         self._mode = ""  # of the last step
         self._ready: Ready | None = None  # made once, until a tensor moves
         self._staged: frozenset[int] = frozenset()
         self._sharing = Sharing(self._wire, self._transport, self._devices)
-        self._fresh = True
+        self._fresh = _ALL
+        self._places: tuple[list[int], list[int]] = [], []
 
     # ------------------------------------------------------------------------------------------------------ the steps
 
@@ -169,6 +159,9 @@ class Sync:
             self._over = f"the process group is broken: {error}"
             self._wire.abort(str(error))  # those that have not noticed yet
             raise
+        except (KeyboardInterrupt, SystemExit) as error:
+            self.abort(agreement.words(error))  # others may wait for messages that will not come
+            raise
 
     def _moved(self, source: dict[int, Bound], into: dict[int, Bound], mode: str, version: int, began: float) -> Iterator[Bucket]:
         taking = bool(self._sides)
@@ -183,15 +176,18 @@ class Sync:
                 bucket, ready = None, self._ready
                 if whole:
                     bucket, into, ready = self._next_bucket(part, source, into)
-                self._move(ready, into)
-                self._count(moved, ready)
+                self._move(ready)
+                moved["mapped"] += ready.bytes_mapped
+                moved["local"] += ready.bytes_local
+                moved["checks"] += 8 * sum(sums.size for sums in ready.sums or ())
+                moved["staging"] = max(moved["staging"], ready.staging.bytes)
                 if bucket and bucket.tensors:
                     yield bucket
         except PeerLost:
             raise  # no use in telling: the group is broken, and each rank finds out by itself
         except _Told as told:
             raise self._failed(version, told.failures, told.own) from told.own
-        except BaseException as error:  # noqa: BLE001  all ranks must hear of it; GeneratorExit too
+        except (Exception, GeneratorExit) as error:  # noqa: BLE001  all ranks must hear of it
             failure = error
         self._end(failure, version)
         used = time.perf_counter() - began
@@ -204,31 +200,31 @@ class Sync:
     def _begin(self, source, into, version, mode: str) -> tuple[dict[int, Bound], dict[int, Bound], str, int]:
         """Bind the tensors, and go on only if every rank can, for the same plan and version."""
         failure: Exception | None = None
-        source_bound: dict[int, Bound] = {}
-        into_bound: dict[int, Bound] = {}
+        own, fill = Binding(), Binding()
         intent = Intent(int(self.plan.fingerprint[:15], 16), held=-1 if self.version is None else self.version)
+        intent.transport, intent.verify = agreement.TRANSPORTS.index(self._transport), int(self._verify)
         try:
             intent.mode = 0 if not self._sides else 1 + MODES.index(mode)
             self._check_roles(source, into, mode)
             if source is not None:
-                source_bound = self._bind("source", source, self.plan.source)
+                own = self._bind("source", source, self.plan.source)
             if into is not None:
-                into_bound = self._bind("destination", into, self._sides[0])
-            found = {b.tensor.device for b in (*source_bound.values(), *into_bound.values())}
+                fill = self._bind("destination", into, self._sides[0])
+            found = own.devices | fill.devices
             self._devices.synchronize(found)  # the weights are written, and the engine's old ones read, before anyone goes on
             intent.version = agreement.number((self.version or 0) + 1 if version is None else version)
-            intent.source_place = place((b.tensor.device for b in source_bound.values()), self._transport, self._devices)
-            taking = [b.tensor.device for b in into_bound.values()] or ([self._wire.device] if intent.mode else [])
+            intent.source_place = place(own.devices, self._transport, self._devices)
+            taking = fill.devices or ({self._wire.device} if intent.mode else set())
             intent.into_place = place(taking, self._transport, self._devices)
-            intent.fresh, intent.lies = int(self._fresh), self._lies(found)
+            intent.fresh, intent.lies = self._fresh, self._lies(found)
         except Exception as error:  # noqa: BLE001  whatever a framework passed, all ranks must hear of it
             failure = error
         table = self._wire.gather(agreement.row(agreement.words(failure) if failure else "", intent), "agreeing on a step")
         self._refuse(failure, table, first=True)
         mode = MODES[(set(Intent.column(table, "mode")) - {0}).pop() - 1]
         if any(Intent.column(table, "fresh")) or mode != self._mode:
-            self._prepare(table, mode, source_bound, into_bound, found)
-        return source_bound, into_bound, mode, intent.version
+            self._prepare(table, mode, own.bound, fill.bound, found)
+        return own.bound, fill.bound, mode, intent.version
 
     def _check_roles(self, source, into, mode: str) -> None:
         me = self._wire.rank
@@ -244,12 +240,13 @@ class Sync:
 
     def _prepare(self, table: torch.Tensor, mode: str, source: dict[int, Bound], into: dict[int, Bound], found: set[torch.device]) -> None:
         """Lay out messages, map memory, make buffers: what lasts until some rank's tensors move. All ranks come here together."""
-        self._fresh = True  # until all have come through
-        lies = Intent.column(table, "lies")
+        fresh, lies = Intent.column(table, "fresh"), Intent.column(table, "lies")
+        before = self._wire.device, self._staged, self._sharing.peers, mode
         self._wire.choose({2} >= set(lies) - {0}, next(iter(found)) if len(found) == 1 else None)
         staged = frozenset(r for r, own in enumerate(lies) if own not in (0, 1 if self._wire.gloo else 2))
         if staged != self._staged:
             self._parts, self._staged = {}, staged
+        own_fresh, self._fresh = self._fresh, _ALL  # until all have come through
         failure: Exception | None = None
         parts: list[RankPlan] = []
         try:
@@ -259,19 +256,26 @@ class Sync:
             parts = self._parts[mode]
         except Exception as error:  # noqa: BLE001  told at the next agreement
             failure = error
-        self._ready, self._mode = None, mode
         places = Intent.column(table, "source_place"), Intent.column(table, "into_place")
-        refused = self._sharing.renew({pair for part in parts for pair in part.pairs}, *places, source, failure)
-        if refused:
-            raise SyncError("the sync was refused before its first byte: " + "; ".join(refused)) from failure
+        if any(new & (_SOURCE | _ALL) for new in fresh) or places != self._places or mode != self._mode:
+            refused = self._sharing.renew({pair for part in parts for pair in part.pairs}, *places, source, failure)
+            if refused:
+                raise SyncError("the sync was refused before its first byte: " + "; ".join(refused)) from failure
+            if self._sharing.memory:
+                self._ready = None
+            for known in self._bound.values() if self._sharing.peers.to else ():
+                known.keys = identity(known.given)  # storages may have moved to shared memory
+        if own_fresh or before != (self._wire.device, self._staged, self._sharing.peers, self._mode):
+            self._ready = None
+        self._mode, self._places = mode, places
         try:
-            if mode == "tensors":
+            if failure is None and mode == "tensors" and self._ready is None:
                 self._ready = self._make(parts[0], source, into)
         except Exception as error:  # noqa: BLE001  no memory for a buffer, say
             failure = error
         told = self._wire.gather(agreement.row(agreement.words(failure) if failure else ""), "making buffers")
         self._refuse(failure, told)
-        self._fresh = False
+        self._fresh = 0
 
     def _refuse(self, failure: Exception | None, table: torch.Tensor, first: bool = False) -> None:
         try:
@@ -280,14 +284,13 @@ class Sync:
             elif refused := agreement.failures(table):
                 raise SyncError("the sync was refused before its first byte: " + "; ".join(refused))
         except SyncError as error:
-            self._fresh = True
+            self._fresh |= _ALL
             raise error from failure
 
     def _end(self, failure: BaseException | None, version: int) -> None:
         """Every rank says whether all went well; raise what any rank failed at, at the failing one from its own error."""
         try:
-            bound = [b for _, own in self._bound.values() for b in own.values()]
-            self._devices.synchronize({self._wire.device} | {b.tensor.device for b in bound})
+            self._devices.synchronize({self._wire.device}.union(*(own.devices for own in self._bound.values())))
         except Exception as error:  # noqa: BLE001  what a kernel did wrong shows here
             failure = failure or error
         try:
@@ -306,21 +309,22 @@ class Sync:
             self.state = "clean"
 
     def _failed(self, version: int, found: list[str], own: BaseException | None) -> SyncError:
-        self._fresh = True
+        self._fresh = _ALL
         hold = "; the engines' weights are mixed: sync again before they are used"
         return SyncError(f"sync of version {version} failed: " + "; ".join(found) + hold)
 
     # -------------------------------------------------------------------------------------------------- tensors, peers
 
-    def _bind(self, role: str, tensors, side) -> dict[int, Bound]:
+    def _bind(self, role: str, tensors, side) -> Binding:
         """As ``bind``; tensors that are what they were are not looked at twice."""
         given = named(tensors)
-        now = identity(given)
-        if role not in self._bound or self._bound[role][0] != now:
-            self._bound.pop(role, None)
-            self._bound[role] = now, bind(given, side, self._wire.rank, role)
-            self._fresh = True
-        return self._bound[role][1]
+        known = self._bound.pop(role, None)
+        if known is None or not unchanged(given, known.keys):
+            bound = bind(given, side, self._wire.rank, role)
+            known = Binding(given, identity(given), bound, frozenset(b.tensor.device for b in bound.values()))
+            self._fresh |= _SOURCE if role == "source" else _INTO
+        self._bound[role] = known
+        return known
 
     def _lies(self, found: set[torch.device]) -> int:
         if not found:
@@ -329,17 +333,8 @@ class Sync:
         return 1 if not any(fast) else 2 if len(found) == 1 else 3
 
     def _make(self, part: RankPlan, source: dict[int, Bound], into: dict[int, Bound]) -> Ready:
-        staging = Staging(part, source, into, self._wire.device, self._sharing.peers, self._devices)
-        mapped = Copies()
-        for (sender, taker), copies in part.pairs.items():
-            if taker == part.process and sender in self._sharing.peers.out_of:
-                mapped.extend(straight(copies, self._sharing.memory[sender].view, into))
-        sums = None
-        if self._verify:
-            sent, taken = sent_and_taken(part)
-            held = replicated(self.plan, part.process) if source and part is self._parts[self._mode][0] else {}
-            sums = Sums(sent, source), Sums(taken, into), Sums(held, source)
-        return Ready(part, staging, mapped, straight(part.local, lambda copy: source_view(copy, source), into), sums)
+        first = part is self._parts[self._mode][0]
+        return make(part, source, into, self._wire, self._sharing, self._devices, self.plan if self._verify else None, first)
 
     def _next_bucket(
         self, part: RankPlan, source: dict[int, Bound], into: dict[int, Bound]
@@ -348,7 +343,7 @@ class Sync:
         failure, bucket, ready = None, None, None
         try:
             if self._sides:
-                bucket, into = self._bucket(part)
+                bucket, into = room(part, self._wire.device)
             ready = self._make(part, source, into)
         except Exception as error:  # noqa: BLE001  all ranks must hear of it
             failure = error
@@ -357,38 +352,21 @@ class Sync:
             raise _Told(found, failure)
         return bucket, into, ready
 
-    def _bucket(self, part: RankPlan) -> tuple[Bucket, dict[int, Bound]]:
-        wanted = {id(t.dst): t.dst for t in part.transfers if t.taker == part.process}
-        at, layout = 0, []
-        for s in wanted.values():
-            kind = DTYPES[s.dtype]
-            at = -(-at // 16) * 16
-            layout.append((s.name, s.shape, kind, at, at + s.size * kind.itemsize))
-            at = layout[-1][-1]
-        flat = torch.empty(at, dtype=torch.uint8, device=self._wire.device)
-        tensors = [(name, flat[low:high].view(kind).view(shape)) for name, shape, kind, low, high in layout]
-        return Bucket(tensors, flat, layout), {id(s): Bound(s, t) for s, (_, t) in zip(wanted.values(), tensors)}
-
     # ---------------------------------------------------------------------------------------------------- moving, checking
 
-    def _move(self, ready: Ready, into: dict[int, Bound]) -> None:
+    def _move(self, ready: Ready) -> None:
         """Move one part's bytes and compare them. An error is raised when this rank has sent all that others wait for."""
-        failed: list[Exception] = []
+        failed: Exception | None = None
         try:
             self._run(ready.staging, ready.mapped, ready.own)
         except PeerLost:
             raise
         except Exception as error:  # noqa: BLE001
-            failed.append(error)
+            failed = error
         if ready.sums:
-            try:
-                self._compare(ready.sums, ready.staging.devices, failed)
-            except PeerLost:
-                raise
-            except Exception as error:  # noqa: BLE001
-                failed.append(error)
-        if failed:
-            raise failed[0]
+            compare(ready.sums, self._wire, self._devices, ready, failed is not None)
+        if failed is not None:
+            raise failed
 
     def _run(self, staging: Staging, mapped: Copies, own: Copies) -> None:
         failed: list[Exception] = []
@@ -402,50 +380,9 @@ class Sync:
         if failed:
             raise failed[0]
         if self._sides:
-            for bound in self._bound.get("destination", ((), {}))[1].values():
+            for bound in self._bound["destination"].bound.values() if "destination" in self._bound else ():
                 if bound.padded:
                     bound.zero_padding()
-
-    def _count(self, moved: dict[str, int], ready: Ready) -> None:
-        """Bytes read out of peers' memory (a cast reads the wider source), those copied within the process, buffers, sums."""
-        part = ready.part
-        mine = [pair for pair in part.pairs if pair[1] == part.process and pair[0] in self._sharing.peers.out_of]
-        moved["mapped"] += sum(prod(c.shape) * DTYPE_SIZE[c.src.dtype] for pair in mine for c in part.pairs[pair])
-        moved["local"] += sum(c.bytes for c in part.local)
-        moved["staging"] = max(moved["staging"], ready.staging.bytes)
-        moved["checks"] += 8 * sum(sums.size for sums in ready.sums or ())
-
-    def _compare(self, all_sums: tuple[Sums, Sums, Sums], devices: set[torch.device], failed: list[Exception]) -> None:
-        """Exchange the sums of every tensor and compare. Raises SyncError naming what differs; ranks that failed before send
-        sums of nothing, since others wait for them."""
-        wire = self._wire
-        values: list[dict] = []
-        try:
-            self._devices.synchronize(devices)
-            values = [sums.run() for sums in all_sums] if not failed else []
-        except Exception as error:  # noqa: BLE001  raised when the sums have gone
-            failed.append(error)
-        if failed:
-            values = [{pair: torch.zeros(len(own), dtype=torch.int64) for pair, own in sums.labels.items()} for sums in all_sums]
-        (sent, taken, held), me = values, wire.rank
-        wrong, doing = [], "comparing sums"
-        arrived = {pair: torch.empty(len(own), dtype=torch.int64, device=wire.control) for pair, own in taken.items()}
-        wire.exchange([(t, v.to(wire.control)) for (_, t), v in sent.items()], [(s, arrived[s, t]) for s, t in arrived], doing)
-        for pair, own in taken.items():
-            wrong += [f"{label} from rank {pair[0]}" for label in differing(all_sums[1].labels[pair], own, arrived[pair].cpu())]
-        gone = [(first, v.to(wire.control)) for (other, first), v in held.items() if other == me]
-        copies = {other: torch.empty(len(v), dtype=torch.int64, device=wire.control) for (other, first), v in held.items() if first == me}
-        wire.exchange(gone, list(copies.items()), doing)
-        unlike = []
-        for other, own in copies.items():
-            found = differing(all_sums[2].labels[other, me], held[other, me], own.cpu())
-            unlike += [f"{label} on rank {other}" for label in found]
-        if failed:
-            return
-        if unlike:
-            raise SyncError(f"replicas of the trainer hold other weights than rank {me}: {_listed(unlike)}")
-        if wrong:
-            raise SyncError(f"{len(wrong)} tensors arrived with other values than were sent: {_listed(wrong)}")
 
 
 class _Told(Exception):
@@ -454,10 +391,6 @@ class _Told(Exception):
     def __init__(self, failures: list[str], own: Exception | None):
         super().__init__()
         self.failures, self.own = failures, own
-
-
-def _listed(found: list[str]) -> str:
-    return ", ".join(found[:8]) + (" …" if len(found) > 8 else "")
 
 
 def _ended(error: BaseException) -> str:

@@ -6,6 +6,7 @@ framework's order of ranks. ``Side.sharded`` is HF tensors cut as DTensors are: 
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from itertools import product
 from math import prod
 from pathlib import Path
@@ -13,12 +14,12 @@ from pathlib import Path
 from reshard import formats
 from reshard.checkpoint import axes_in, find_config, model_config, read_config
 from reshard.conversion.job import split_hint
-from reshard.descriptors import find_descriptor, load_descriptor
 from reshard.dtypes import USER_WORDS
 from reshard.errors import LayoutError, PlanError
 from reshard.geometry.block import Stored, chunk, restride, row_major, singles
-from reshard.layout import Layout, Section, parse_version
-from reshard.place import Mesh, Placement, Rank, slice_dim, stage_order
+from reshard.layout import Layout, Mesh, Placement, Rank, Section, find_descriptor, load_descriptor, parse_version
+from reshard.layout.fusion import slice_dim
+from reshard.layout.mesh import stage_order
 from reshard.sync.fp8_blocks import Fp8, linear_tensors, scale_shape
 
 #: how one dimension of a device mesh cuts a tensor: None replicates, a number is Shard(dim), a pair is _StridedShard(dim, split_factor)
@@ -82,6 +83,14 @@ class Side:
     @property
     def processes(self) -> list[int]:
         return sorted({rank for ranks in self.ranks for rank in ranks})
+
+    @cached_property
+    def _at(self) -> dict[int, tuple[int, ...]]:
+        return {member[0].rank: ranks for member, ranks in zip(self.members, self.ranks) if member}
+
+    def at(self, rank: int) -> tuple[int, ...]:
+        """The processes that hold what stored tensors of `rank` (``Stored.rank``) hold."""
+        return self._at[rank]
 
     def held_by(self, process: int) -> list[Stored]:
         """All that `process` holds on this side."""
@@ -278,8 +287,8 @@ def _is_alias(name: str, others: Mapping[tuple[str, ...], tuple[str, ...]]) -> b
 
 def _ignored(layout: Layout, section: Section) -> tuple[str, ...]:
     """Buffers that are no weights: rotary caches, TransformerEngine's extra state, and what the layout drops."""
-    return ("*.inv_freq", "*.original_inv_freq", "*.cos_sin_cache", "*.cos_cached", "*.sin_cached", "*._extra_state", *(
-        pattern.format_map({"layer": layout.layers, **layout.scope}) for pattern in (*section.drop, *section.omit)))  # fmt: skip
+    ours = layout.filled((*section.drop, *section.omit))
+    return ("*.inv_freq", "*.original_inv_freq", "*.cos_sin_cache", "*.cos_cached", "*.sin_cached", "*._extra_state", *ours)
 
 
 def intervals(size: int, cuts: Sequence[tuple[int, int, int]]) -> list[tuple[int, int]]:

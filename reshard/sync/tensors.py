@@ -87,14 +87,24 @@ def named(tensors: "Mapping[str, torch.Tensor] | Iterable[tuple[str, torch.Tenso
     return dict(tensors.items() if isinstance(tensors, Mapping) else tensors)
 
 
-def identity(given: Mapping[str, torch.Tensor]) -> list:
+def identity(given: Mapping[str, torch.Tensor]) -> list[tuple]:
     """What the tensors are to their views: as long as this is equal, views made of them are good. A parameter made anew may
     lie at the address of the one before, in other strides or dtype."""
-    out = []
-    for name, tensor in given.items():
-        local = tensor._local_tensor if hasattr(tensor, "_local_tensor") else tensor
-        out.append((name, local.data_ptr(), local.storage_offset(), local.shape, local.stride(), local.dtype, local.device))
-    return out
+    return [_identity(name, tensor) for name, tensor in given.items()]
+
+
+def unchanged(given: Mapping[str, torch.Tensor], known: list[tuple]) -> bool:
+    """Whether ``identity(given)`` is `known`; one at a time, since a list of all would set off the garbage collector."""
+    return len(given) == len(known) and all(_identity(name, tensor) == was for (name, tensor), was in zip(given.items(), known))
+
+
+def _identity(name: str, tensor: torch.Tensor) -> tuple:
+    if type(tensor) not in _PLAIN and hasattr(tensor, "_local_tensor"):
+        tensor = tensor._local_tensor
+    return name, tensor.data_ptr(), tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype, tensor.device
+
+
+_PLAIN = torch.Tensor, torch.nn.Parameter
 
 
 def bind(given, side: Side, process: int, role: str) -> dict[int, Bound]:

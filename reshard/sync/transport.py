@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d as c10d
 
-from reshard.errors import PeerLost
+from reshard.errors import PeerLost, SyncError
 from reshard.sync.device import Devices
 from reshard.sync.staging import FLIGHTS, Copies, Parcel, Round, Staging
 
@@ -31,6 +31,8 @@ class Wire:
     """
 
     def __init__(self, group: dist.ProcessGroup | None, timeout: float, devices: Devices | None = None):
+        if group is None and not dist.is_initialized():
+            raise SyncError("there is no process group", "call torch.distributed.init_process_group first, or pass group=")
         self.group = group if group is not None else dist.group.WORLD
         self.timeout, self.devices = timeout, devices or Devices()
         self.rank, self.size = self.group.rank(), self.group.size()  # also right for a group that joins two worlds

@@ -11,7 +11,8 @@ import torch
 import torch.distributed as dist
 
 from reshard.errors import PlanError, ReshardError
-from reshard.place import Mesh, Rank, expert_cut, stage_order
+from reshard.layout import Mesh, Rank
+from reshard.layout.mesh import expert_cut, stage_order
 
 #: ranks that are silent for so long are given up: the reference may take its time, and a rank that dies ends the run at once
 SILENCE = timedelta(hours=6)

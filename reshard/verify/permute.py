@@ -17,7 +17,7 @@ from reshard.checkpoint import Checkpoint, open_checkpoint
 from reshard.conversion.job import place
 from reshard.errors import FormatError
 from reshard.geometry.block import Stored
-from reshard.place import Rank
+from reshard.layout import Rank
 from reshard.verify.beyond import Beyond
 from reshard.verify.devices import Device, choose, describe
 from reshard.verify.exact import exact, refuse_override
@@ -42,7 +42,7 @@ def permuted(checkpoint: Checkpoint, left_out: str | None = None) -> Checkpoint:
     defect. Raises FormatError where ranks hold unlike pieces."""
     placement = place(checkpoint, checkpoint.format, checkpoint.mesh)
     layout = checkpoint.layout
-    heads = [layout.sizes[axis] for axis in layout.descriptor.replicate]
+    heads = [layout.sizes[axis] for axis in layout.descriptor.replicate if axis in layout.sizes]
     order = permuted_order(checkpoint.mesh.tp, min(heads, default=checkpoint.mesh.tp))
     at = {(rank.tp, rank.pp, rank.ep): rank for rank in placement.ranks}
     other = {rank.number: at.get((order[rank.tp], rank.pp, rank.ep)) for rank in placement.ranks}

@@ -12,7 +12,7 @@ from reshard import formats
 from reshard.dtypes import torch_dtypes
 from reshard.errors import FormatError
 from reshard.foreign import quote
-from reshard.place import Mesh, Rank
+from reshard.layout import Mesh, Rank
 from reshard.stores import TensorInfo
 from reshard.verify.tables import Engine, Row, Table, engine_of
 

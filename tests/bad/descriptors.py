@@ -2,42 +2,23 @@
 
 import copy
 import random
+import re
 import tomllib
 from collections.abc import Callable
 from pathlib import Path
 
-from reshard.descriptors import layout_dir, load_descriptor
 from reshard.formats import get
-from reshard.place import Mesh, Placement
+from reshard.layout import Mesh, Placement, load_descriptor
+from reshard.layout.files import layout_dir
 
 #: a config.json that all families can be bound to
 CONFIG = {
-    "hidden_size": 16,
-    "intermediate_size": 24,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 4,
-    "vocab_size": 60,
-    "num_hidden_layers": 2,
-    "rms_norm_eps": 1e-5,
-    "tie_word_embeddings": False,
-    "num_experts": 4,
-    "num_local_experts": 4,
-    "n_routed_experts": 4,
-    "n_shared_experts": 1,
-    "moe_intermediate_size": 8,
-    "num_experts_per_tok": 2,
-    "q_lora_rank": 6,
-    "kv_lora_rank": 5,
-    "qk_nope_head_dim": 4,
-    "qk_rope_head_dim": 2,
-    "v_head_dim": 4,
-    "first_k_dense_replace": 1,
-    "moe_layer_freq": 1,
-    "topk_method": "noaux_tc",
-    "mlp_only_layers": [],
+    "hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 4, "vocab_size": 60,
+    "num_hidden_layers": 2, "rms_norm_eps": 1e-5, "tie_word_embeddings": False, "num_experts": 4, "num_local_experts": 4, "n_routed_experts": 4,
+    "n_shared_experts": 1, "moe_intermediate_size": 8, "num_experts_per_tok": 2, "q_lora_rank": 6, "kv_lora_rank": 5, "qk_nope_head_dim": 4,
+    "qk_rope_head_dim": 2, "v_head_dim": 4, "first_k_dense_replace": 1, "moe_layer_freq": 1, "topk_method": "noaux_tc", "mlp_only_layers": [],
     "decoder_sparse_step": 1,
-}
+}  # fmt: skip
 _PLACES = [
     ("hf", Mesh()),
     ("tp", Mesh(2)),
@@ -46,102 +27,13 @@ _PLACES = [
     ("megatron", Mesh(2, 2)),
     ("megatron", Mesh(2, 1, 2, 1)),
 ]
-_TOKENS = [
-    "{",
-    "}",
-    "{layer}",
-    "{expert}",
-    "(",
-    ")",
-    "*",
-    '"',
-    "[",
-    "]",
-    "=",
-    "false",
-    "true",
-    "0",
-    "-1",
-    "9" * 25,
-    "ceil_to(vocab, 0)",
-    "len(vocab)",
-    "layer",
-    "hidden",
-    "kv",
-    "ffn",
-    "null",
-    " / 0",
-    "{layer:>9}",
-    "[[0], [0]]",
-    "\0",
-    "\x1b[2J",
-    "²",
-    "extends",
-    "drop",
-    "of",
-    "pad",
-    "view",
-]
-_VALUES = [
-    None,
-    True,
-    False,
-    0,
-    -1,
-    1 << 70,
-    1.5,
-    float("nan"),
-    "",
-    "1",
-    "{",
-    "{layer}",
-    "vocab",
-    "hidden * " * 30 + "hidden",
-    "x" * 600,
-    [],
-    [[]],
-    [["q"]],
-    ["q", "q"],
-    ["k", "v"],
-    {},
-    {"name": "x"},
-    {"name": 3},
-    {"name": "l.{layer}", "of": ["q"]},
-    {"vocab": "0 - 1"},
-    {"hidden": "ceil_to(hidden, 0)"},
-]
-_KEYS = [
-    "name",
-    "of",
-    "within",
-    "dims",
-    "dim",
-    "cut",
-    "split",
-    "pad",
-    "when",
-    "stage",
-    "alias",
-    "only_rank0",
-    "view",
-    "dtype",
-    "value",
-    "shape",
-    "drop",
-    "variants",
-    "until",
-    "args",
-    "constants",
-    "like",
-    "extends",
-    "axes",
-    "conditions",
-    "defaults",
-    "replicate",
-    "architectures",
-    "layer",
-    "odd",
-]
+_TOKENS = ["{", "}", "{layer}", "{expert}", "(", ")", "*", '"', "[", "]", "=", "false", "true", "0", "-1", "9" * 25, "ceil_to(vocab, 0)", "len(vocab)",
+           "layer", "hidden", "kv", "ffn", "null", " / 0", "{layer:>9}", "[[0], [0]]", "\0", "\x1b[2J", "²", "extends", "drop", "of", "pad", "view"]  # fmt: skip
+_VALUES = [None, True, False, 0, -1, 1 << 70, 1.5, float("nan"), "", "1", "{", "{layer}", "vocab", "hidden * " * 30 + "hidden", "x" * 600, [], [[]], [["q"]], ["q", "q"],
+           ["k", "v"], {}, {"name": "x"}, {"name": 3}, {"name": "l.{layer}", "of": "q k"}, {"vocab": "0 - 1"}, {"hidden": "ceil_to(hidden, 0)"}]  # fmt: skip
+_KEYS = ["name", "of", "dims", "cut", "split", "pad", "align", "when", "stage", "copy", "omit", "only_rank0", "view", "dtype", "constant", "shape", "drop",
+         "until", "form", "args", "like", "extends", "axes", "conditions", "defaults", "replicate", "architectures", "layer", "odd", "place", "part", "parts", "at",
+         "count", "optional", "transform", "within", "hf", "vllm"]  # fmt: skip
 
 
 def mutant(random: random.Random, texts: list[str]) -> str | dict:
@@ -211,7 +103,13 @@ def as_toml(mutant: str | dict) -> bytes:
 
 
 def builtin_texts() -> list[str]:
-    return [path.read_text() for path in sorted(layout_dir().glob("*.toml"))]
+    """The descriptors that come with reshard, and each of their parts inside one."""
+    own = [path.read_text() for path in sorted(layout_dir().glob("*.toml"))]
+    for path in sorted(layout_dir().glob("parts/*.toml")):
+        inline = "".join(re.sub(r"^\[", f"[part.{path.stem}.", line) for line in path.read_text().splitlines(keepends=True))
+        family = "deepseek_v3" if path.stem in ("mla", "shared_experts") else "qwen3_moe"
+        own.append(f'extends = "{family}"\narchitectures = ["X"]\n[part.{path.stem}]\n{inline}')
+    return own
 
 
 def use(path: Path) -> None:

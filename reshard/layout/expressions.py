@@ -1,9 +1,8 @@
 """Expressions over config.json, as descriptors write them: parsed by Python's own grammar, evaluated by us, never by ``eval``.
 
-Allowed: integers, true/false, names, strings (to compare with), lists, ``+ - * / // %``, comparisons, ``in``, ``and or not``,
-``x if c else y``, and the functions ``ceil_to(n, multiple)`` and ``len(list)``. ``/`` must divide exactly. A name is looked up
-in the scope; a dotted name goes into nested tables of config.json. A name may itself stand for an expression (the
-descriptor's [conditions]): that is evaluated when it is asked for, in the scope of the asker.
+Allowed: integers, true/false/null, names, texts, lists, ``+ - * / // %``, comparisons, ``in``, ``and or not``,
+``x if c else y``, subscripts of lists, texts and tables, and the functions ``ceil_to(n, multiple)`` and ``len(list)``. ``/`` must
+divide exactly, and no number may reach 2⁶³. A name is looked up in the scope; a dotted name goes into nested tables.
 """
 
 import ast
@@ -16,8 +15,7 @@ from reshard.errors import LayoutError
 from reshard.foreign import quote
 
 _COMPARE = {
-    ast.Eq: operator.eq, ast.NotEq: operator.ne, ast.Lt: operator.lt, ast.LtE: operator.le,
-    ast.Gt: operator.gt, ast.GtE: operator.ge,
+    ast.Eq: operator.eq, ast.NotEq: operator.ne, ast.Lt: operator.lt, ast.LtE: operator.le, ast.Gt: operator.gt, ast.GtE: operator.ge,
     ast.In: lambda a, b: a in b, ast.NotIn: lambda a, b: a not in b,
 }  # fmt: skip
 _ARITHMETIC = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul,
@@ -26,8 +24,8 @@ _CONSTANTS = {"true": True, "false": False, "null": None}
 _FUNCTIONS = {"ceil_to": 2, "len": 1}
 #: sizes and counts are below this: a tower of squares would otherwise compute for hours
 _LARGEST = 1 << 63
-#: of operators inside one another, and of names that stand for expressions
-_DEEPEST, _MOST_NAMES = 40, 8
+#: of operators inside one another
+_DEEPEST = 40
 
 
 class Expression(str):
@@ -55,7 +53,31 @@ def check(text: str) -> None:
 
 def evaluate(text: str, scope: Mapping[str, object]) -> object:
     """The value of `text` in `scope`. Raises LayoutError that quotes the expression, and says where it stands."""
-    return _evaluate(text, scope, ())
+    try:
+        return _evaluate(text, scope)
+    except LayoutError as error:
+        where = getattr(text, "where", "")
+        raise LayoutError(_located(text, str(error)), error.hint) if where and where not in str(error) else error from None
+
+
+def names_in(text: str) -> frozenset[str]:
+    """The names that expression `text` looks up."""
+    return _names(str(text))
+
+
+@lru_cache(maxsize=4096)
+def _names(text: str) -> frozenset[str]:
+    nodes = list(ast.walk(_parse(text)))
+    called = {id(node.func) for node in nodes if isinstance(node, ast.Call)}
+    return frozenset(node.id for node in nodes if isinstance(node, ast.Name) and node.id not in _CONSTANTS and id(node) not in called)
+
+
+def both(*conditions: str) -> str:
+    """The condition that holds where all of `conditions` do. Its errors name the place of the last."""
+    kept = list(dict.fromkeys(condition for condition in conditions if condition != "true"))
+    if len(kept) < 2:
+        return kept[0] if kept else "true"
+    return Expression(" and ".join(f"({condition})" for condition in kept), getattr(kept[-1], "where", ""))
 
 
 def holds(condition: str, scope: Mapping[str, object]) -> bool:
@@ -95,6 +117,8 @@ def _allowed(text: str, node: ast.expr) -> None:
     match node:
         case ast.Constant(value=int() | str() as value) if type(value) in (int, str) and (type(value) is str or value < _LARGEST):
             return
+        case ast.Subscript(slice=at) if not isinstance(at, ast.Slice):
+            return
         case ast.Name() | ast.Attribute() | ast.List() | ast.Tuple() | ast.BoolOp() | ast.IfExp():
             return
         case ast.UnaryOp(op=ast.Not() | ast.USub()):
@@ -108,7 +132,7 @@ def _allowed(text: str, node: ast.expr) -> None:
     raise LayoutError(f"{text!r}: {type(node).__name__} is not allowed in an expression", f"allowed functions: {', '.join(_FUNCTIONS)}")
 
 
-def _evaluate(text: str, scope: Mapping[str, object], inside: tuple[str, ...]) -> object:
+def _evaluate(text: str, scope: Mapping[str, object]) -> object:
     def value(node: ast.expr) -> object:
         match node:
             case ast.Constant(value=constant):
@@ -118,6 +142,8 @@ def _evaluate(text: str, scope: Mapping[str, object], inside: tuple[str, ...]) -
             case ast.Attribute(value=inner, attr=name):
                 table = value(inner)
                 return table.get(name) if isinstance(table, Mapping) else None
+            case ast.Subscript(value=inner, slice=at):
+                return _item(text, value(inner), value(at))
             case ast.List(elts=items) | ast.Tuple(elts=items):
                 return [value(item) for item in items]
             case ast.UnaryOp(op=ast.Not(), operand=operand):
@@ -162,14 +188,11 @@ def _evaluate(text: str, scope: Mapping[str, object], inside: tuple[str, ...]) -
     def named(name: str) -> object:
         if name in _CONSTANTS:
             return _CONSTANTS[name]
-        if name not in scope:
-            raise _error(text, f"config.json has no {name!r}", "give it in the descriptor's [defaults], or check the config")
-        found = scope[name]
-        if not isinstance(found, Expression):
-            return found
-        if name in inside or len(inside) >= _MOST_NAMES:
-            raise _error(text, f"{name} stands for itself, by way of {' and '.join(inside) or 'nothing else'}")
-        return _evaluate(found, scope, (*inside, name))
+        try:
+            return scope[name]
+        except KeyError:
+            hint = "give it in the descriptor's [defaults], or check the config"
+            raise _error(text, f"config.json has no {name!r}", hint) from None
 
     def computed(op: ast.operator, a: int, b: int) -> int:
         if isinstance(op, (ast.Div, ast.FloorDiv, ast.Mod)) and b == 0:
@@ -181,11 +204,21 @@ def _evaluate(text: str, scope: Mapping[str, object], inside: tuple[str, ...]) -
             raise _error(text, "the result is 2**63 or more", "check config.json")
         return result
 
-    try:
-        return value(_parse(str(text)))
-    except LayoutError as error:
-        where = getattr(text, "where", "")
-        raise LayoutError(_located(text, str(error)), error.hint) if where and where not in str(error) else error from None
+    return value(_parse(str(text)))
+
+
+def _item(text: str, held: object, at: object) -> object:
+    """Of a table by its key (a number finds its text), else by number; null where a table, or null, has none."""
+    if held is None:
+        return None
+    if isinstance(held, Mapping):
+        return held.get(str(at) if isinstance(at, int) else at) if isinstance(at, (int, str)) else None
+    if not isinstance(held, (list, tuple, str)):
+        raise _error(text, f"{_shown(held)} is no list", "check config.json")
+    number = _integer(text, at)
+    if not 0 <= number < len(held):
+        raise _error(text, f"there is no item {number}: it has {len(held)}", "check config.json")
+    return held[number]
 
 
 def _truth(text: str, x: object) -> bool:

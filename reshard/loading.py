@@ -24,7 +24,7 @@ from reshard.errors import ReshardError
 from reshard.executor.devices import Device, free_bytes
 from reshard.executor.run import run
 from reshard.geometry.block import Stored
-from reshard.place import Placement, Rank
+from reshard.layout import Placement, Rank
 from reshard.planner.plan import Plan
 from reshard.planner.tiles import BUFFER
 from reshard.text import human

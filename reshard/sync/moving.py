@@ -1,0 +1,124 @@
+"""One part of a plan, bound to tensors: made ready, and its sums compared when it has moved."""
+
+from dataclasses import dataclass
+from math import prod
+
+import torch
+
+from reshard.dtypes import DTYPE_SIZE
+from reshard.errors import SyncError
+from reshard.sync.checks import Sums, differing, replicated, sent_and_taken
+from reshard.sync.device import Devices
+from reshard.sync.messages import RankPlan
+from reshard.sync.plan import SyncPlan
+from reshard.sync.sharing import Sharing
+from reshard.sync.staging import Copies, Staging, source_view, straight
+from reshard.sync.tensors import DTYPES, Bound
+from reshard.sync.transport import Wire
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """Some of the weights, whole, under Hugging Face names: views of one flat buffer that nothing writes to again.
+
+    `flat` is uint8; `layout` lists (name, shape, dtype, first byte, past the last), offsets aligned to the dtype.
+    """
+
+    tensors: list[tuple[str, torch.Tensor]]
+    flat: torch.Tensor
+    layout: list[tuple[str, tuple[int, ...], torch.dtype, int, int]]
+
+
+@dataclass
+class Ready:
+    """One part of the plan, bound to tensors: its messages, copies out of peers' memory, copies within the process, sums; and
+    the bytes of the middle two (a cast out of peers' memory reads the wider source)."""
+
+    staging: Staging
+    mapped: Copies
+    own: Copies
+    sums: tuple[Sums, Sums, Sums] | None  # sent, taken, held by replicas
+    bytes_mapped: int
+    bytes_local: int
+
+
+def make(
+    part: RankPlan,
+    source: dict[int, Bound],
+    into: dict[int, Bound],
+    wire: Wire,
+    sharing: Sharing,
+    devices: Devices,
+    verify: SyncPlan | None,
+    first: bool,
+) -> Ready:
+    """`verify`: the plan, where sums are to be compared; `first`: of a plan's parts, the one with which replicas compare theirs."""
+    staging = Staging(part, source, into, wire.device, sharing.peers, devices)
+    mapped, size = Copies(), 0
+    for (sender, taker), copies in part.pairs.items():
+        if taker == part.process and sender in sharing.peers.out_of:
+            mapped.extend(straight(copies, sharing.memory[sender].view, into))
+            size += sum(prod(copy.shape) * DTYPE_SIZE[copy.src.dtype] for copy in copies)
+    sums = None
+    if verify is not None:
+        sent, taken = sent_and_taken(part)
+        sums = Sums(sent, source), Sums(taken, into), Sums(replicated(verify, part.process) if source and first else {}, source)
+    own = straight(part.local, lambda copy: source_view(copy, source), into)
+    return Ready(staging, mapped, own, sums, size, sum(copy.bytes for copy in part.local))
+
+
+def room(part: RankPlan, device: torch.device) -> tuple[Bucket, dict[int, Bound]]:
+    """A buffer for the whole tensors that one part brings."""
+    wanted = {id(t.dst): t.dst for t in part.transfers if t.taker == part.process}
+    at, layout = 0, []
+    for s in wanted.values():
+        kind = DTYPES[s.dtype]
+        at = -(-at // 16) * 16
+        layout.append((s.name, s.shape, kind, at, at + s.size * kind.itemsize))
+        at = layout[-1][-1]
+    flat = torch.empty(at, dtype=torch.uint8, device=device)
+    tensors = [(name, flat[low:high].view(kind).view(shape)) for name, shape, kind, low, high in layout]
+    return Bucket(tensors, flat, layout), {id(s): Bound(s, t) for s, (_, t) in zip(wanted.values(), tensors)}
+
+
+def compare(sums: tuple[Sums, Sums, Sums], wire: Wire, devices: Devices, ready: Ready, failed: bool) -> None:
+    """Exchange the sums of every tensor. Raises SyncError naming what differs. A rank that has `failed` before, or fails at this,
+    sends sums of nothing, since others wait for them, and compares nothing."""
+    error: Exception | None = None
+    values = [{pair: torch.zeros(len(own), dtype=torch.int64) for pair, own in kind.labels.items()} for kind in sums]
+    try:
+        devices.synchronize(ready.staging.devices)
+        values = values if failed else [kind.run() for kind in sums]
+    except Exception as found:  # noqa: BLE001  raised when the sums have gone
+        error = found
+    (sent, taken, held), me, doing = values, wire.rank, "comparing sums"
+
+    def blank(own: torch.Tensor) -> torch.Tensor:
+        return torch.empty(len(own), dtype=torch.int64, device=wire.control)
+
+    arrived = {sender: blank(own) for (sender, _), own in taken.items()}
+    wire.exchange([(taker, own.to(wire.control)) for (_, taker), own in sent.items()], list(arrived.items()), doing)
+    copies = {other: blank(own) for (other, first), own in held.items() if first == me}
+    wire.exchange([(first, own.to(wire.control)) for (other, first), own in held.items() if other == me], list(copies.items()), doing)
+    if error is not None:
+        raise error
+    if failed:
+        return
+    unlike = [
+        f"{label} on rank {other}"
+        for other, own in copies.items()
+        for label in differing(sums[2].labels[other, me], held[other, me], own.cpu())
+    ]
+    if unlike:
+        raise SyncError(f"replicas of the trainer hold other weights than rank {me}: {_listed(unlike)}")
+    wrong = [
+        f"{label} from rank {sender}"
+        for sender, own in arrived.items()
+        for label in differing(sums[1].labels[sender, me], taken[sender, me], own.cpu())
+    ]
+    if wrong:
+        raise SyncError(f"{len(wrong)} tensors arrived with other values than were sent: {_listed(wrong)}")
+
+
+def _listed(found: list[str]) -> str:
+    return ", ".join(found[:8]) + (" …" if len(found) > 8 else "")
