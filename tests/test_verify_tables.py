@@ -8,9 +8,8 @@ from pathlib import Path
 import pytest
 
 from reshard import formats
-from reshard.descriptors import find_descriptor
 from reshard.errors import FormatError, LayoutError
-from reshard.place import Mesh, Placement
+from reshard.layout import Mesh, Placement, find_descriptor
 from reshard.verify.tables import TABLES, engine_of, engines, families, rows_of, table
 
 SAMPLES = Path(__file__).parents[2] / "shared" / "samples"
