@@ -23,11 +23,11 @@ from ranks import verify
 from reshard.layout import Mesh
 from reshard.verify.figures import compare, relative_tolerance, worst
 from reshard.verify.group import seats
-from reshard.verify.names import module_name
 from reshard.verify.prompts import built_in
 from reshard.verify.report import Report
 from reshard.verify.run import vocabulary_edges
 from reshard.verify.shards import open_shards
+from reshard.verify.tables import table
 
 pytestmark = [pytest.mark.models, pytest.mark.samples]
 
@@ -110,27 +110,6 @@ def test_ranks_sit_in_megatrons_order():
     assert [(seat.before, seat.after) for seat in stages] == [(None, 2), (None, 3), (0, 4), (1, 5), (2, None), (3, None)]
 
 
-@pytest.mark.parametrize("format, stored, name", [
-    ("hf", "model.layers.3.block_sparse_moe.experts.2.w3.weight", "model.layers.3.mlp.experts.2.up_proj.weight"),
-    ("tp", "model.layers.3.self_attn.q_proj.weight", "model.layers.3.self_attn.q_proj.weight"),
-    ("hf", "model.layers.3.self_attn.rotary_emb.inv_freq", None),
-    ("vllm", "model.layers.3.attn.qkv_proj.bias", "model.layers.3.self_attn.qkv_proj.bias"),
-    ("vllm", "model.layers.3.self_attn.mla_attn.o_proj.weight", "model.layers.3.self_attn.o_proj.weight"),
-    ("vllm", "model.layers.3.mlp.experts.routed_experts.w13_bias", "model.layers.3.mlp.experts.gate_up_proj_bias"),
-    ("vllm", "model.layers.3.mlp.experts._shared_experts._layer.down_proj.weight", "model.layers.3.mlp.shared_experts.down_proj.weight"),
-    ("vllm", "model.layers.3.self_attn.attn._k_scale", None),
-    ("sglang", "model.layers.3.mlp.experts.w2_weight", "model.layers.3.mlp.experts.down_proj"),
-    ("sglang", "model.layers.3.self_attn.fused_qkv_a_proj_with_mqa.weight", "model.layers.3.self_attn.qkv_a_proj.weight"),
-    ("megatron", "decoder.layers.3.self_attention.linear_qkv.layer_norm_weight", "model.layers.3.input_layernorm.weight"),
-    ("megatron", "decoder.layers.3.mlp.experts.linear_fc1.weight11", "model.layers.3.mlp.experts.11.gate_up_proj.weight"),
-    ("megatron", "output_layer.weight", "lm_head.weight"),
-    ("megatron", "decoder.layers.3.self_attention.core_attention._extra_state", None),
-])  # fmt: skip
-def test_names(format, stored, name):
-    assert module_name(stored, format) == name
-    assert module_name(stored, format, 4) == (name and name.replace("layers.3", "layers.7"))
-
-
 def test_figures():
     reference = torch.tensor([[[2.0, 1.0, 0.0], [0.0, 0.0, 3.0]]]).log_softmax(-1) + 5
     same = compare(reference, reference + 1e-7, 1e-6)
@@ -158,7 +137,7 @@ def test_the_tolerance_is_roundings_and_not_the_issues():
 def test_built_in_ids_reach_every_ranks_rows(format, tp, tmp_path):
     """First and last row of each rank's, the last of the vocabulary, none of the padding; the same whenever asked."""
     reshard.convert(SAMPLES / "hf/llama-oddvocab", tmp_path / "out", format=format, tp=tp, fsync=False)
-    edges = vocabulary_edges(open_shards(tmp_path / "out"))
+    edges = vocabulary_edges(open_shards(tmp_path / "out").named(table("llama", "hf" if format == "tp" else format)))
     assert len(edges) == tp and edges[-1] >= 259
     ids = built_in(259, edges, 64)
     assert ids.shape == (2, 32) and torch.equal(ids, built_in(259, edges, 64))

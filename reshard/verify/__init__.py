@@ -1,6 +1,6 @@
 """Prove a sharded checkpoint by using it: run the shards as their engine would, and compare logits with the original's.
 
-``names.py`` what engines call their tensors · ``shards.py`` read them · ``group.py`` ranks as processes · ``model.py``,
+``tables.py``, ``tables/`` what engines call and cut · ``shards.py`` read it · ``group.py`` ranks as processes · ``model.py``,
 ``slices.py``, ``build.py`` put a rank's slices into transformers' modules (``attention.py``, ``experts.py``, ``parallel.py``: what
 engines compute) · ``run.py`` one process's work · ``launch.py`` all of them · ``reference.py`` the original · ``figures.py``,
 ``trace.py`` the comparison · ``settings.py`` config.json and args · ``direct.py``, ``beyond.py`` what no prompt reaches · ``devices.py``,

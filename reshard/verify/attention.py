@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from reshard.verify.group import Group
+from reshard.verify.tables import Row
 
 
 @dataclass(frozen=True)
@@ -33,12 +34,12 @@ Split = Callable[[torch.Tensor], tuple[torch.Tensor, ...]]
 
 
 def sections(*sizes: int) -> Split:
-    """Outputs one after another, as vLLM's and SGLang's QKVParallelLinear and MergedColumnParallelLinear have them."""
+    """Outputs one after another, as most engines have them."""
     return lambda y: y.split(sizes, -1)
 
 
 def grouped(heads: Heads, group: Group) -> Split:
-    """Megatron's order: for each key/value head its queries, its key, its value (``attention.py``, get_query_key_value_tensors).
+    """In groups: for each key/value head its queries, its key, its value (Megatron-core, get_query_key_value_tensors).
 
     With more ranks than key/value heads a rank's piece may end inside a head: the outputs are gathered, and each rank
     takes its head's and, of the queries, its own.
@@ -60,11 +61,17 @@ def grouped(heads: Heads, group: Group) -> Split:
     return split
 
 
-def side_by_side(*parts: torch.Tensor) -> torch.Tensor:
-    """As Phi-3's module in transformers wants them: queries, keys, values."""
-    return torch.cat(parts, -1)
+def splits(row: Row, rows: int, heads: Heads | None, group: Group) -> Split:
+    """How `rows` outputs of a fused column-parallel projection come apart, by the words of its row."""
+    if not {"query", "key", "value"} & set(row.holds):
+        return sections(*[rows // len(row.holds)] * len(row.holds))
+    if row.order == "groups":
+        return grouped(heads, group)
+    return sections(*((heads.local_queries if part == "query" else heads.local_keys) * heads.size for part in row.holds))
 
 
-def by_head(size: int) -> Callable[..., torch.Tensor]:
-    """As GPT-NeoX's module in transformers wants them: query, key and value of each head."""
-    return lambda q, k, v: torch.stack([x.unflatten(-1, (-1, size)) for x in (q, k, v)], -2).flatten(-3)
+def joined(row: Row, heads: Heads) -> Callable[..., torch.Tensor]:
+    """How queries, keys and values make the one tensor that transformers' module wants: one after another, or head by head."""
+    if row.becomes == "sections":
+        return lambda *parts: torch.cat(parts, -1)
+    return lambda *parts: torch.stack([part.unflatten(-1, (-1, heads.size)) for part in parts], -2).flatten(-3)

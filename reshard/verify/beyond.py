@@ -4,18 +4,15 @@ Where a file calls such a tensor as the original does, whole or cut along one di
 as not exercised.
 """
 
-import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
 from reshard.errors import ReshardError
-from reshard.verify.names import PREDICTION, SCALE
+from reshard.verify.model import Model
 from reshard.verify.shards import Held, Shards, open_shards
 from reshard.verify.trace import Point
-
-_NUMBER = re.compile(r"\.layers\.(\d+)\.")
 
 
 @dataclass(frozen=True)
@@ -27,18 +24,19 @@ class Beyond:
     scales: list[str] = field(default_factory=list)
 
 
-def compare_beyond(shards: Shards, reference: Path, depth: int) -> Beyond:
-    """Hold what `shards` store past layer `depth` against the tensors of the same names in `reference`; reads both."""
+def compare_beyond(shards: Shards, reference: Path, m: Model) -> Beyond:
+    """Hold what `shards` store past the last layer of `m` against the tensors of the same names in `reference`; reads both."""
     by_name: dict[str, list[tuple[int, Held]]] = {}
     scales = {}
     for rank in shards.ranks:
         for held in shards.extra[rank.number]:
-            if PREDICTION.search(held.name):
+            kind = shards.engine.kind_beside(held.name)
+            if kind == "prediction":
                 by_name.setdefault(held.name, []).append((rank.tp, held))
-            elif SCALE.search(held.name) and shards.read(held).float().flatten().tolist() not in ([], [1.0]):
+            elif kind == "scales" and shards.read(held).float().flatten().tolist() not in ([], [1.0]):
                 scales[held.name] = None
         for module, held in shards.tables[rank.number].items():
-            if (match := _NUMBER.search(module)) and int(match[1]) >= depth:
+            if (number := m.layer_of(module)) is not None and number >= m.config.num_hidden_layers:
                 by_name.setdefault(held.name, []).append((rank.tp, held))
     if not by_name:
         return Beyond(scales=list(scales))
@@ -50,7 +48,7 @@ def compare_beyond(shards: Shards, reference: Path, depth: int) -> Beyond:
     points, left = [], []
     for name, pieces in by_name.items():
         found = [(tp, shards.read(held)) for tp, held in pieces]
-        equal = _equal(original.read(theirs[name]), found) if name in theirs and shards.format != "megatron" else None
+        equal = _equal(original.read(theirs[name]), found) if name in theirs else None
         if equal is None:
             left.append(name)
         else:

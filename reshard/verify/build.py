@@ -1,44 +1,22 @@
 """Put one rank's stored tensors into transformers' own model, as the engine would use them.
 
 Each layer of the model takes the stored tensor: whole if that is what every rank holds, or a slice with the collective that
-belongs to it. Which slices an engine expects is told by the names of transformers' modules alone: a new architecture needs
-nothing here as long as it has these names.
+belongs to it. Which it is, and what a slice holds, is told by the engine's table (``tables.py``): a new architecture is a new table.
 """
 
-import re
 from collections import defaultdict
 from copy import copy
 
 import torch
 from torch import nn
 
-from reshard.verify.attention import Heads, by_head, grouped, sections, side_by_side
+from reshard.verify.attention import Heads, joined, sections, splits
 from reshard.verify.experts import fill
 from reshard.verify.model import Model
-from reshard.verify.names import ENGINES
-from reshard.verify.parallel import (
-    Fused,
-    Joined,
-    Linear,
-    NoHeads,
-    Part,
-    Receive,
-    RowLinear,
-    Send,
-    Skipped,
-    VocabEmbedding,
-    VocabHead,
-)
+from reshard.verify.parallel import (Fused, Gathered, Joined, Linear, NoHeads, Part, Receive, RowLinear, Send, Skipped, VocabEmbedding,
+                                     VocabHead)  # fmt: skip
 from reshard.verify.slices import Slices
-
-#: projections whose output is cut over ranks, and those whose input is and whose outputs are summed; all others are whole
-COLUMN = {"q_proj", "k_proj", "v_proj", "qkv_proj", "query_key_value", "q_b_proj", "kv_b_proj", "gate_proj", "up_proj", "gate_up_proj",
-          "dense_h_to_4h"}  # fmt: skip
-ROW = {"o_proj", "dense", "down_proj", "dense_4h_to_h"}
-#: one stored matrix, and the projections of transformers' that are in it
-FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj"), "qkv_a_proj": ("q_a_proj", "kv_a_proj_with_mqa")}
-_EXPERT = re.compile(r"(.*\.experts)\.(\d+)\.(\w+)")
-
+from reshard.verify.tables import Row
 
 def build(s: Slices, m: Model) -> dict[str, Linear]:
     """Fill `m` with the tensors of `s`; what doesn't fit goes to ``s.problems``. Returns the layers made of slices, by path."""
@@ -46,11 +24,11 @@ def build(s: Slices, m: Model) -> dict[str, Linear]:
     empty = {id(tensor): tensor for tensor in (*m.module.parameters(), *m.module.buffers()) if id(tensor) not in computed}  # kept: an id is an object's
     ends(s, m)
     depth = m.config.num_hidden_layers
-    held = {path for path in s.modules if path.startswith(f"{m.layers}.")}
     layers = defaultdict(list)
-    for path in held:
-        layers[int(path[len(m.layers) + 1 :].split(".")[0])].append(path)
-    everywhere = {number for rank in s.shards.ranks for number in s.shards.layers(rank)}
+    for path in s.modules:
+        if (number := m.layer_of(path)) is not None:
+            layers[number].append(path)
+    everywhere = {m.layer_of(name) for table in s.tables for name in table}
     linears: dict[str, Linear] = {}
     for number in range(depth):
         if number not in everywhere:
@@ -65,7 +43,8 @@ def build(s: Slices, m: Model) -> dict[str, Linear]:
     predicted = range(depth, depth + (getattr(m.config, "num_nextn_predict_layers", None) or 0))  # layers for more tokens at once, which engines leave out
     beyond = {name for number in predicted for path in layers.get(number, ()) for name in s.modules[path].values()}
     for name in s.table.keys() - s.used - beyond:
-        s.problem(name, f"has no place in {type(m.module).__name__}")
+        known = f"in {type(m.module).__name__}" if s.table[name].row else f"in verify's table of {s.rows.engine}'s names for {s.rows.family}"
+        s.problem(name, f"has no place {known}")
     return linears
 
 
@@ -98,7 +77,7 @@ def ends(s: Slices, m: Model) -> None:
         rows = _rows(s, name, hidden, vocab)
         shared = isinstance(embedding, VocabEmbedding) and heads.get(at) in s.used
         if rows:
-            head = VocabHead(embedding.weight if shared else s.read(name), s.read_if(bias if bias in s.table else None), rows, vocab, s.group)
+            head = VocabHead(embedding.weight if shared else s.read(name), s.read(bias) if bias in s.table else None, rows, vocab, s.group)
         if at != last:
             head = nn.Sequential(Receive(s.number + (last - at) * width, hidden, s.dtype), head)
     elif own == last:
@@ -124,27 +103,30 @@ def _rows(s: Slices, name: str, hidden: int, vocab: int) -> list[int]:
 
 
 def layer(s: Slices, m: Model, prefix: str, paths: list[str]) -> dict[str, Linear]:
-    """Fill one decoder layer."""
+    """Fill one decoder layer, each part as its row of the table says."""
     linears: dict[str, Linear] = {}
-    experts: dict[str, dict[int, dict[str, str]]] = defaultdict(lambda: defaultdict(dict))
-    outputs = sorted(path for path in m.paths if path.startswith(f"{prefix}.") and path.rpartition(".")[2] in ("o_proj", "dense"))
+    experts: dict[str, list[str]] = defaultdict(list)
+    outputs = [path for path in s.rows.paths("heads", m.layer_of(f"{prefix}.")) if path in m.paths]
     heads = {path.rpartition(".")[0]: _heads(s, m, path) for path in outputs}
     for path in paths:
-        owner, _, leaf = path.rpartition(".")
-        kinds = s.modules[path]
-        if match := _EXPERT.fullmatch(path):
-            experts[match[1]][int(match[2])].update({f"{match[3]}.{kind}": name for kind, name in kinds.items()})
-        elif leaf == "experts" and path in m.paths:
-            experts[path][-1] = kinds
-        elif path not in m.paths and leaf in FUSED and f"{owner}.{FUSED[leaf][0]}" in m.paths:
-            linears[path] = _fused(s, m, owner, leaf, kinds, heads.get(owner))
+        owner = path.rpartition(".")[0]
+        kinds, row = s.modules[path], s.row(path)
+        if row is None:
+            continue
+        if row.cut == "experts":
+            experts[row.path.partition(".{expert}")[0].format(layer=m.layer_of(path))] += kinds.values()
+        elif row.parts and f"{owner}.{row.parts[0]}" in m.paths:
+            linears[path] = _fused(s, m, owner, row, kinds, heads.get(owner))
         elif path in m.paths and isinstance(m.at(path), nn.Linear):
-            linears[path] = _linear(s, m, path, kinds, heads.get(owner))
+            linears[path] = _linear(s, m, path, row, kinds, heads.get(owner))
+        elif path in m.paths and row.cut in ("column", "row"):
+            s.problem(next(iter(kinds.values())), f"belongs to a {type(m.at(path)).__name__}, which is no plain projection: verify can't cut it")
         elif path in m.paths:
             _whole(s, m, path, kinds, heads.get(path))
     for path, names in experts.items():
-        fill(s, m, path, names)
-    _same_width(s, prefix)
+        if path in m.paths:
+            fill(s, m, path, names)
+    _same_width(s, paths)
     for output, own in zip(outputs, heads.values()):
         owner = output.rpartition(".")[0]
         _localise(m.at(owner), own)
@@ -157,22 +139,26 @@ def _heads(s: Slices, m: Model, output: str) -> Heads:
     """The heads of the attention module whose output projection is at `output`, as the stored shapes tell them."""
     owner = output.rpartition(".")[0]
     attention, queries, ranks = m.at(owner), m.config.num_attention_heads, s.group.size
+    held = {row.holds: (path, row) for path in s.modules if path.rpartition(".")[0] == owner and (row := s.row(path))}
     value = m.at(output).in_features // queries
     size = getattr(attention, "head_dim", None) or getattr(attention, "head_size", None) or value
-    latent = hasattr(attention, "kv_b_proj")
-    keys = queries if latent else getattr(m.config, "num_key_value_heads", None) or queries
+    keys = queries if ("latent_key_value",) in held else getattr(m.config, "num_key_value_heads", None) or queries
 
-    columns, rows, fused = s.width(f"{output}.weight", 1), s.width(f"{owner}.k_proj.weight", 0), s.width(f"{owner}.qkv_proj.weight", 0)
+    def rows(*holds: str, but: str = "") -> int | None:
+        path, row = held.get(holds, ("", None))
+        return s.width(f"{path}.weight", 0) if row and row.order != but else None
+
+    columns, own_rows, fused = s.width(f"{output}.weight", 1), rows("key"), rows("query", "key", "value", but="groups")
     own = queries // ranks if columns is None else columns // value
-    if rows is not None:
-        own_keys = rows // size
-    elif fused is not None and s.shards.format != "megatron":
+    if own_rows is not None:
+        own_keys = own_rows // size
+    elif fused is not None:
         own_keys = (fused // size - own) // 2
     else:
         own_keys = own if keys == queries else max(keys // ranks, 1)
-    rows = s.width(f"{owner}.q_proj.weight", 0)
-    if rows is not None and columns is not None and not latent and rows != columns:
-        s.problem(f"{owner}.q_proj.weight", f"has {rows} rows, {output.rpartition('.')[2]} has {columns} columns on this rank")
+    own_rows = rows("query")
+    if own_rows is not None and columns is not None and own_rows != columns:
+        s.problem(f"{held['query',][0]}.weight", f"has {own_rows} rows, {output.rpartition('.')[2]} has {columns} columns on this rank")
     elif own_keys and own % own_keys:
         s.problem(f"{output}.weight", f"is of {own} query heads, with {own_keys} key/value heads on this rank")
     return Heads(queries, keys, size, s.group.index, ranks, own, own_keys)
@@ -190,70 +176,63 @@ def _localise(attention: nn.Module, heads: Heads) -> None:
         attention.config.num_attention_heads, attention.config.num_key_value_heads = heads.local_queries, heads.local_keys
 
 
-def _linear(s: Slices, m: Model, path: str, kinds: dict[str, str], heads: Heads | None) -> Linear:
+def _linear(s: Slices, m: Model, path: str, row: Row, kinds: dict[str, str], heads: Heads | None) -> Linear:
     """A projection that transformers has as well, of this rank's rows (column parallel) or columns (row parallel), or whole."""
-    full, leaf = m.at(path), path.rpartition(".")[2]
+    full = m.at(path)
     rows, columns = full.weight.shape
     weight, bias = _read(s, kinds, full.bias is not None)
     if weight is None:
         return Linear(full.weight)
-    if leaf in ROW:
+    linear, module = Linear(weight, bias), None
+    if row.cut == "row":
         s.fits(kinds["weight"], (rows, None), columns)
-        linear: Linear = RowLinear(weight, bias, s.group)
-    elif leaf in COLUMN:
-        repeated = heads.repeated * heads.size if heads and s.shards.format != "megatron" else 0
-        times = {"k_proj": 1, "v_proj": 1, "qkv_proj": 2}.get(leaf, 0)
-        s.fits(kinds["weight"], (None, columns), rows + times * repeated)
-        linear = Linear(weight, bias)
+        linear = RowLinear(weight, bias, s.group)
+    elif row.cut == "column":
+        s.fits(kinds["weight"], (None, columns), rows + _repeated(row, heads))
     else:
         s.fits(kinds["weight"], (rows, columns))
-        linear = Linear(weight, bias)
-    module: nn.Module = linear
-    if leaf == "qkv_proj" and s.shards.format == "megatron":
-        linear = Fused(weight, bias, grouped(heads, s.group))
-        module = Joined(linear, side_by_side)
-    elif leaf == "query_key_value" and s.table[kinds["weight"]].name.startswith("gpt_neox.") and s.shards.format in ENGINES:
-        # vLLM's own model, until 0.31, takes queries, keys, values one after another; later releases run transformers' model
-        linear = Fused(weight, bias, sections(*[heads.local_queries * heads.size] * 3))
-        module = Joined(linear, by_head(heads.size))
-    m.put(path, module)
+    if row.becomes and row.becomes != row.order:
+        linear = Fused(weight, bias, splits(row, len(weight), heads, s.group))
+        module = Joined(linear, joined(row, heads))
+    m.put(path, module or linear)
     return linear
 
 
-def _fused(s: Slices, m: Model, owner: str, leaf: str, kinds: dict[str, str], heads: Heads | None) -> Linear:
+def _fused(s: Slices, m: Model, owner: str, row: Row, kinds: dict[str, str], heads: Heads | None) -> Linear:
     """One stored matrix in place of several projections of transformers'."""
-    parts = [m.at(f"{owner}.{name}") for name in FUSED[leaf]]
+    parts = [m.at(f"{owner}.{name}") for name in row.parts]
     weight, bias = _read(s, kinds, parts[0].bias is not None)
     if weight is None:
         return Linear(parts[0].weight)
     sizes = [part.out_features for part in parts]
-    if leaf == "qkv_a_proj":
+    if row.cut == "whole":
         s.fits(kinds["weight"], (sum(sizes), parts[0].in_features))
         split = sections(*sizes)
-    elif leaf == "gate_up_proj":
-        s.fits(kinds["weight"], (None, parts[0].in_features), sum(sizes))
-        split = sections(*[len(weight) // 2] * 2)
-    elif s.shards.format == "megatron":
-        s.fits(kinds["weight"], (None, parts[0].in_features), sum(sizes))
-        split = grouped(heads, s.group)
     else:
-        s.fits(kinds["weight"], (None, parts[0].in_features), sum(sizes) + 2 * heads.repeated * heads.size)
-        split = sections(*(count * heads.size for count in (heads.local_queries, heads.local_keys, heads.local_keys)))
+        s.fits(kinds["weight"], (None, parts[0].in_features), sum(sizes) + _repeated(row, heads))
+        split = splits(row, len(weight), heads, s.group)
     fused, outputs = Fused(weight, bias, split), {}
-    for index, name in enumerate(FUSED[leaf]):
+    for index, name in enumerate(row.parts):
         m.put(f"{owner}.{name}", Part(fused, index, outputs))
     return fused
 
 
-def _same_width(s: Slices, prefix: str) -> None:
+def _repeated(row: Row, heads: Heads | None) -> int:
+    """Rows of keys and values that all ranks together hold twice. In groups, none is: ranks have plain pieces of all rows."""
+    times = 0 if heads is None or row.order != "sections" else sum(part in ("key", "value") for part in row.holds)
+    return times * heads.repeated * heads.size if times else 0
+
+
+def _same_width(s: Slices, paths: list[str]) -> None:
     """Each rank's outputs of gate and up, and inputs of down, are the same columns: of as many each."""
-    for path in [path for path in s.modules if path.startswith(f"{prefix}.") and path.endswith((".down_proj", ".dense_4h_to_h")) and not _EXPERT.match(path)]:
+    rows = {path: row for path in paths if (row := s.row(path)) and row.cut in ("column", "row")}
+    for path in [path for path, row in rows.items() if row.holds == ("down",)]:
         owner, _, leaf = path.rpartition(".")
         inputs = s.width(f"{path}.weight", 1)
-        for name, share in {"gate_proj": 1, "up_proj": 1, "gate_up_proj": 2, "dense_h_to_4h": 1}.items():
-            outputs = s.width(f"{owner}.{name}.weight", 0)
-            if None not in (inputs, outputs) and outputs != share * inputs:
-                s.problem(f"{owner}.{name}.weight", f"has {outputs} rows, {leaf} has {inputs} columns on this rank")
+        for other in [other for other, row in rows.items() if other.rpartition(".")[0] == owner and {"gate", "up"} & set(row.holds)]:
+            outputs = s.width(f"{other}.weight", 0)
+            if None not in (inputs, outputs) and outputs != len(rows[other].holds) * inputs:
+                s.problem(f"{other}.weight", f"has {outputs} rows, {leaf} has {inputs} columns on this rank")
 
 
 def _read(s: Slices, kinds: dict[str, str], biased: bool) -> tuple[torch.Tensor | None, torch.Tensor | None]:
@@ -275,7 +254,13 @@ def _whole(s: Slices, m: Model, path: str, kinds: dict[str, str], heads: Heads |
         place = module._parameters if kind in module._parameters else module._buffers
         if place.get(kind) is None:
             continue
-        expected = (heads.local_queries,) if heads and kind == "sinks" else tuple(place[kind].shape)
+        expected = (heads.local_queries,) if heads and s.table[name].row.cut == "heads" else tuple(place[kind].shape)
         s.fits(name, expected)
         tensor = s.read(name)
         place[kind] = nn.Parameter(tensor, requires_grad=False) if place is module._parameters else tensor
+        if before := s.table[name].row.gathered:
+            widths = s.along(f"{path.rpartition('.')[0]}.{before}.weight", 0)
+            if [sum(widths)] == list(tensor.shape):
+                m.put(path, Gathered(module, widths, s.group))
+            else:
+                s.problem(name, f"is of shape {list(tensor.shape)}, {before} has {sum(widths)} rows on the ranks of its group")

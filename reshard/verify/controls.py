@@ -41,36 +41,33 @@ def planted(control: Control, linears: dict[str, Linear]) -> Iterator[None]:
 def controls(s: Slices, m: Model) -> list[Control]:
     """The defects that this checkpoint can have; the same list, in the same order, on every rank."""
     depth = m.config.num_hidden_layers // 2
-    prefix = f"{m.layers}.{depth}."
-    value = getattr(m.config, "v_head_dim", None) or 0
+    latent = bool(s.rows.paths("latent_key_value", depth))
     head = getattr(m.config, "head_dim", None) or m.config.hidden_size // m.config.num_attention_heads
-    latent = getattr(m.config, "kv_lora_rank", None)
-    query = m.config.qk_nope_head_dim + m.config.qk_rope_head_dim if latent else head
+    value, query = (m.config.v_head_dim, m.config.qk_nope_head_dim + m.config.qk_rope_head_dim) if latent else (head, head)
 
-    def at(linears: dict[str, Linear], *leaves: str) -> dict[str, str]:
-        return {leaf: path for path in linears if path.startswith(prefix) and (leaf := path.rpartition(".")[2]) in leaves}
+    def at(linears: dict[str, Linear], *words: str) -> list[str]:
+        return [path for path in dict.fromkeys(path for word in words for path in s.rows.paths(word, depth)) if path in linears]
 
     def shifted(linears: dict[str, Linear]) -> dict[str, Change]:
-        found = at(linears, "qkv_proj", "query_key_value", "kv_b_proj", "k_proj", "v_proj")
-        if {"k_proj", "v_proj"} <= found.keys():
-            k, v = linears[found["k_proj"]], linears[found["v_proj"]]
+        keys, values = at(linears, "key"), at(linears, "value")
+        if keys and values and keys != values:
+            k, v = linears[keys[0]], linears[values[0]]
             swap = {id(k.weight): v.weight, id(v.weight): k.weight, id(k.bias): v.bias, id(v.bias): k.bias}
-            return {found[leaf]: lambda x: swap[id(x)] for leaf in ("k_proj", "v_proj")}
-        return {path: lambda x: x.roll(value if latent else head, 0) for path in found.values()}
+            return {path: lambda x: swap[id(x)] for path in (keys[0], values[0])}
+        return {path: lambda x: x.roll(value, 0) for path in at(linears, "value", "latent_key_value")}
 
     def paired(linears: dict[str, Linear]) -> dict[str, Change]:
-        found = at(linears, "qkv_proj", "query_key_value", "q_proj", "k_proj", "q_b_proj")
-        return {path: lambda x: _other_rotary_order(x, query) for path in found.values()}
+        return {path: lambda x: _other_rotary_order(x, query) for path in at(linears, "query", "key", "latent_query")}
 
-    def exchanged(leaf: str) -> Callable[[dict[str, Linear]], dict[str, Change]]:
-        return lambda linears: {path: s.group.exchanged for path in at(linears, leaf).values()}
+    def exchanged(path: str) -> Callable[[dict[str, Linear]], dict[str, Change]]:
+        return lambda linears: {path: s.group.exchanged} if path in linears else {}
 
     out = [Control(f"keys and values of layer {depth} exchanged" if not latent else f"rows of layer {depth}'s kv_b_proj shifted", shifted),
            Control(f"rows of each stored head of layer {depth} in the other rotary order", paired)]  # fmt: skip
-    for leaf in ("o_proj", "dense", "down_proj", "dense_4h_to_h"):
-        columns = s.any_columns(f"{prefix}{'mlp' if leaf in ('down_proj', 'dense_4h_to_h') else 'self_attn' if leaf == 'o_proj' else 'attention'}.{leaf}.weight")
+    for path in (*s.rows.paths("heads", depth), *s.rows.paths("down", depth)):
+        columns = s.any_columns(f"{path}.weight")
         if len(columns) > 1 and len(set(columns)) == 1:
-            out.append(Control(f"{leaf} of layer {depth}: two ranks' shards exchanged", exchanged(leaf)))
+            out.append(Control(f"{path.rpartition('.')[2]} of layer {depth}: two ranks' shards exchanged", exchanged(path)))
             break
     return out
 

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from reshard.verify.model import Model
-from reshard.verify.routers import routers
+from reshard.verify.routers import hooked, routers
 from reshard.verify.trace import Point
 
 #: tokens that each expert is given
@@ -30,16 +30,8 @@ def experts_of(m: Model) -> list[tuple[str, nn.Module]]:
 def reached(m: Model) -> Iterator[dict[str, set[int]]]:
     """The experts that tokens go to in the forward in ``with``, by path of their layer's module."""
     used: dict[str, set[int]] = {}
-
-    def keep(path: str):
-        return lambda module, args: used.setdefault(path, set()).update(args[1].unique().tolist())
-
-    hooks = [module.register_forward_pre_hook(keep(path)) for path, module in experts_of(m)]
-    try:
+    with hooked(experts_of(m), lambda path, args, _: used.setdefault(path, set()).update(args[1].unique().tolist())):
         yield used
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 @torch.no_grad()

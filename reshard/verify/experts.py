@@ -1,21 +1,19 @@
 """A rank's experts in the form in which transformers' module computes them: one stack for all.
 
-``gate_up_proj`` is [experts, 2·ffn, hidden] and ``down_proj`` [experts, hidden, ffn], gate rows before up rows; GPT-OSS has
-the input dimension first, and gate and up on alternate rows (``is_transposed``, ``is_concatenated`` of the module).
+``gate_up_proj`` is [experts, 2·ffn, hidden] and ``down_proj`` [experts, hidden, ffn], gate rows before up rows; some modules have
+the input dimension first, or gate and up on alternate rows (``is_transposed``, ``is_concatenated`` of the module).
 """
 
-from collections.abc import Callable
+from collections import defaultdict
 
 import torch
 from torch import nn
 
 from reshard.geometry.block import chunk
 from reshard.verify.model import Model
-from reshard.verify.names import ENGINES
 from reshard.verify.parallel import Experts
 from reshard.verify.slices import Slices
-
-Read = Callable[[str], torch.Tensor]
+from reshard.verify.tables import Row
 
 
 def alternate(gate_up: torch.Tensor, dim: int) -> torch.Tensor:
@@ -24,79 +22,78 @@ def alternate(gate_up: torch.Tensor, dim: int) -> torch.Tensor:
     return torch.stack([gate, up], dim + 1).flatten(dim, dim + 1)
 
 
-def stack_one_by_one(names: dict[int, dict[str, str]], read: Read, module: nn.Module) -> dict[str, torch.Tensor]:
-    """The stacks of experts that are stored one by one; `names[expert]` maps gate_proj.weight, … to names for `read`."""
+def stack_one_by_one(s: Slices, numbered: dict[int, list[str]], module: nn.Module) -> dict[str, torch.Tensor]:
+    """The stacks of experts that are stored one by one; `numbered[expert]` are names of its tensors."""
     out: dict[str, torch.Tensor] = {}
-    for place, expert in enumerate(sorted(names)):
-        own = {leaf: read(name) for leaf, name in names[expert].items()}
+    for place, expert in enumerate(sorted(numbered)):
+        own = {(s.table[name].row.holds, s.table[name].row.kind): s.read(name) for name in numbered[expert]}
         for kind in ("weight", "bias"):
-            if f"gate_proj.{kind}" in own:
-                own[f"gate_up_proj.{kind}"] = torch.cat([own.pop(f"gate_proj.{kind}"), own.pop(f"up_proj.{kind}")])
-        for leaf, tensor in own.items():
-            name, kind = leaf.split(".")
-            if name == "gate_up_proj" and not module.is_concatenated:
+            if (("gate",), kind) in own and (("up",), kind) in own:
+                own[("gate", "up"), kind] = torch.cat([own.pop((("gate",), kind)), own.pop((("up",), kind))])
+        for (holds, kind), tensor in own.items():
+            if "gate" in holds and not module.is_concatenated:
                 tensor = alternate(tensor, 0)
             if kind == "weight" and module.is_transposed:
                 tensor = tensor.T
-            target = name if kind == "weight" else f"{name}_bias"
+            target = parameter(holds, kind == "bias")
             if target not in out:
-                out[target] = tensor.new_empty(len(names), *tensor.shape)
+                out[target] = tensor.new_empty(len(numbered), *tensor.shape)
             out[target][place] = tensor
     return out
 
 
-def stack_as_stored(stored: dict[str, str], read: Read, module: nn.Module, output_first: bool) -> dict[str, torch.Tensor]:
-    """Stacks that are stored as such. `output_first`: the file has the output dimension first even where the module has not."""
-    out = {}
-    for leaf, name in stored.items():
-        tensor = read(name)
-        if leaf.endswith("_proj") and module.is_transposed and output_first:
-            tensor = tensor.transpose(1, 2)
-        out[leaf] = tensor
-    return out
+def parameter(holds: tuple[str, ...], bias: bool) -> str:
+    """What transformers' modules of experts call the stack of what `holds` says."""
+    return ("down_proj" if holds == ("down",) else "gate_up_proj") + "_bias" * bias
 
 
-def ungroup(stored: dict[str, str], read: Read, module: nn.Module, count: int, hidden: int) -> dict[str, torch.Tensor]:
-    """Megatron's GroupedMLP: ``weight1`` (hidden, experts·2·ffn) is viewed as (experts, hidden, 2·ffn), ``weight2`` likewise."""
-    gate_up = read(stored["grouped_gate_up_proj"]).reshape(count, hidden, -1)
-    down = read(stored["grouped_down_proj"]).reshape(count, -1, hidden)
-    if not module.is_concatenated:
-        gate_up = alternate(gate_up, 2)
-    return {"gate_up_proj": gate_up if module.is_transposed else gate_up.transpose(1, 2),
-            "down_proj": down if module.is_transposed else down.transpose(1, 2)}  # fmt: skip
+def stacked(tensor: torch.Tensor, row: Row, module: nn.Module, count: int, hidden: int, ep: int) -> torch.Tensor:
+    """A stack that is stored as such. Flat: (hidden, experts·2·ffn) viewed as (experts, hidden, 2·ffn), or (experts·ffn, hidden)."""
+    transposed, fused = row.flat or row.transposed == "always" or (row.transposed == "without ep" and ep == 1), "gate" in row.holds
+    if row.flat:
+        tensor = tensor.reshape(count, hidden, -1) if fused else tensor.reshape(count, -1, hidden)
+    if fused and row.order == "sections" and not module.is_concatenated:
+        tensor = alternate(tensor, 2 if transposed else 1)
+    return tensor.transpose(1, 2) if tensor.dim() == 3 and transposed != module.is_transposed else tensor
 
 
-def _complete(s: Slices, path: str, names: dict[int, dict[str, str]], first: int, stop: int) -> bool:
+def _complete(s: Slices, path: str, numbered: dict[int, list[str]], first: int, stop: int) -> bool:
     """Whether the rank's experts are those that are dealt to it, each with all its matrices."""
-    local = s.shards.format == "megatron"  # whose experts are numbered within the rank
-    expected = list(range(stop - first) if local else range(first, stop))
-    if sorted(names) != expected:
-        s.problem(f"{path}.{min(names)}", f"and others are experts {sorted(names)} of this rank, it is dealt {expected}")
-    every = set().union(*names.values())
-    missing = [f"{path}.{expert}.{leaf}" for expert in sorted(names) for leaf in sorted(every - names[expert].keys())]
+    found = {expert: {s.table[name].row: name for name in names} for expert, names in numbered.items()}
+    every = {row: None for own in found.values() for row in own}
+    expected = list(range(stop - first) if any(row.local for row in every) else range(first, stop))
+    if sorted(found) != expected:
+        s.problem(f"{path}.{min(found)}", f"and others are experts {sorted(found)} of this rank, it is dealt {expected}")
+    missing = [f"{path}.{expert}.{row.path.rpartition('.')[2]}.{row.kind}" for expert in sorted(found) for row in every if row not in found[expert]]
+    halves = {row.holds for row in every} & {("gate",), ("up",)}
+    if len(halves) == 1:
+        missing.append(f"{path}: gate or up of all experts")
     for name in missing:
         s.problem(name, "is missing")
-    for own in names.values():
-        s.used.update(own.values())
-    return sorted(names) == expected and not missing
+    for own in numbered.values():
+        s.used.update(own)
+    return sorted(found) == expected and not missing
 
 
-def fill(s: Slices, m: Model, path: str, names: dict[int, dict[str, str]]) -> None:
-    """A layer's experts, of which the rank holds some, or slices."""
-    module, rank, hidden = m.at(path), s.seat.rank, m.config.hidden_size
-    first, stop = chunk(module.num_experts, s.shards.mesh.ep, rank.ep)
-    if -1 in names and "grouped_gate_up_proj" in names[-1]:
-        made = ungroup(names[-1], s.read, module, stop - first, hidden)
-    elif -1 in names:
-        # SGLang's kernel for GPT-OSS takes stacks with the input dimension first, unless experts are dealt out to ranks
-        as_module = s.shards.format not in ENGINES or (s.shards.format == "sglang" and s.shards.mesh.ep == 1)
-        made = stack_as_stored(names[-1], s.read, module, not as_module)
-    else:
-        made = stack_one_by_one(names, s.read, module) if _complete(s, path, names, first, stop) else {}
-    if s.shards.format not in ENGINES and "down_proj_bias" in made:
-        # outputs are summed, so each rank adds its share of its own copy; engines store zeros on all ranks but the first
-        made["down_proj_bias"] = made["down_proj_bias"] / len({seat.rank.etp for seat in s.seats if seat.stage == s.seat.stage})
-    shown = next(iter(next(iter(names.values())).values()))
+def fill(s: Slices, m: Model, path: str, names: list[str]) -> None:
+    """A layer's experts, of which the rank holds some, or slices; `names` are all their tensors."""
+    module, rank, hidden, ep = m.at(path), s.seat.rank, m.config.hidden_size, s.shards.mesh.ep
+    first, stop = chunk(module.num_experts, ep, rank.ep)
+    numbered: dict[int, list[str]] = defaultdict(list)
+    made: dict[str, torch.Tensor] = {}
+    for name in names:
+        held = s.table[name]
+        if held.expert is None:
+            made[held.row.kind] = stacked(s.read(name), held.row, module, stop - first, hidden, ep)
+        else:
+            numbered[held.expert].append(name)
+    if numbered and _complete(s, path, numbered, first, stop):
+        made |= stack_one_by_one(s, numbered, module)
+    copied = {parameter(row.holds, "bias" in row.kind) for row in {s.table[name].row for name in names} if row.copied and "bias" in row.kind}
+    for kind in copied & made.keys():
+        # outputs are summed, so each rank adds its share of its own copy; where rows don't say so, all ranks but the first hold zeros
+        made[kind] = made[kind] / len({seat.rank.etp for seat in s.seats if seat.stage == s.seat.stage})
+    shown = names[0]
     for kind in [kind for kind, tensor in module._parameters.items() if tensor is not None]:
         if kind not in made:
             continue

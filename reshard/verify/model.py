@@ -8,9 +8,6 @@ from torch import nn
 
 from reshard.errors import FormatError
 
-#: what a module of one architecture is called in another
-_ALIASES = {"gate": "router", "o_proj": "dense", "q_norm": "q_a_layernorm", "embed_tokens": "embed_in", "norm": "final_layer_norm"}
-
 
 @dataclass(frozen=True)
 class Model:
@@ -38,17 +35,10 @@ class Model:
     def put(self, path: str, module: nn.Module) -> None:
         self.module.set_submodule(path, module)
 
-    def resolve(self, name: str) -> str:
-        """`name` of a tensor as ``names.py`` gives it, as this model has it."""
-        prefix = self.module.base_model_prefix
-        if prefix != "model" and name.startswith("model."):
-            name = prefix + name[5:]
-        path, _, kind = name.rpartition(".")
-        if path not in self.paths:
-            parent, _, leaf = path.rpartition(".")
-            other = f"{parent}.{_ALIASES.get(leaf, leaf)}"
-            path = other if other in self.paths else path
-        return f"{path}.{kind}"
+    def layer_of(self, name: str) -> int | None:
+        """The number of the layer that `name`, a tensor's or a module's, is in."""
+        number = name[len(self.layers) + 1 :].partition(".")[0] if name.startswith(f"{self.layers}.") else ""
+        return int(number) if number.isdecimal() else None
 
 
 def hush() -> None:
@@ -84,6 +74,6 @@ def parts_of(module: nn.Module) -> Model:
     base = getattr(module, module.base_model_prefix)
     depth = module.config.get_text_config().num_hidden_layers
     layers = next(child for child in base.children() if isinstance(child, nn.ModuleList) and len(child) == depth)
-    norm = [child for child in base.children() if type(child).__name__.endswith("Norm")][-1]
+    norm = [child for child in base.children() if "Norm" in type(child).__name__][-1]
     return Model(module, frozenset(path_of.values()), path_of[id(module.get_input_embeddings())], path_of[id(layers)],
                  path_of[id(norm)], path_of[id(module.get_output_embeddings())])  # fmt: skip

@@ -67,6 +67,17 @@ class Joined(nn.Module):
         return self.join(*self.fused(x))
 
 
+class Gathered(nn.Module):
+    """A norm over all ranks' slices, of `widths[i]` numbers each: they are gathered, and a rank keeps its own part of the result."""
+
+    def __init__(self, norm: nn.Module, widths: list[int], group: Group):
+        super().__init__()
+        self.norm, self.widths, self.group = norm, widths, group
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.norm(self.group.concatenate(x, self.widths)).split(self.widths, -1)[self.group.index]
+
+
 class VocabEmbedding(nn.Module):
     """Rows `start` … of an embedding. Ids of other ranks give zero here; the sum over the group is the whole."""
 

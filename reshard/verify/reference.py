@@ -11,7 +11,7 @@ from reshard.errors import FormatError
 from reshard.verify.direct import reached, router_rows, routing_vectors, run_experts
 from reshard.verify.model import Model, empty_model, parts_of
 from reshard.verify.routers import recorded
-from reshard.verify.trace import Trace, every_row
+from reshard.verify.trace import every_row, traced
 
 #: every number computed one way, by transformers' plain code, on every device
 EAGER = {"attn_implementation": "eager", "experts_implementation": "eager", "local_files_only": True}
@@ -94,7 +94,7 @@ def run_reference(folder: Path, ids: torch.Tensor, dtype: torch.dtype, device: t
         model = load_reference(folder, dtype, device, low_memory, Path(offload))
         m: Model = parts_of(model)
         rows = every_row(m, device)
-        with Trace(m) as outputs, recorded(m) as routed, reached(m) as used:
+        with traced(m) as outputs, recorded(m) as routed, reached(m) as used:
             logits = model(ids.to(device), use_cache=False).logits
         experts = run_experts(m, dtype, device)
         every = sum(len(outputs_of) for outputs_of in experts.values())

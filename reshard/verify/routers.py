@@ -5,7 +5,7 @@ would give other logits. So the original's inputs of its routers are kept, and e
 then decides as the original did, in any dtype, and a broken one (another's rows, a lost correction bias) does not.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -20,22 +20,27 @@ def routers(m: Model) -> list[tuple[str, nn.Module]]:
 
 
 @contextmanager
-def recorded(m: Model) -> Iterator[dict[str, torch.Tensor]]:
-    """The inputs of every router, by path within the layers, on the CPU, after the forward in ``with``."""
-    inputs: dict[str, torch.Tensor] = {}
-
-    def keep(path: str):
-        def hook(module, args) -> None:
-            inputs[path] = args[0].detach().cpu()
-
-        return hook
-
-    hooks = [module.register_forward_pre_hook(keep(path)) for path, module in routers(m)]
+def hooked(modules: Iterable[tuple[str, nn.Module]], keep: Callable[[str, tuple, object], None], after: bool = False) -> Iterator[None]:
+    """While ``with`` lasts, `keep` is called with the path and the arguments of each of `modules` that runs, and `after` it with its output."""
+    hooks = []
+    for path, module in modules:
+        if after:
+            hooks.append(module.register_forward_hook(lambda module, args, output, path=path: keep(path, args, output)))
+        else:
+            hooks.append(module.register_forward_pre_hook(lambda module, args, path=path: keep(path, args, None)))
     try:
-        yield inputs
+        yield
     finally:
         for hook in hooks:
             hook.remove()
+
+
+@contextmanager
+def recorded(m: Model) -> Iterator[dict[str, torch.Tensor]]:
+    """The inputs of every router, by path within the layers, on the CPU, after the forward in ``with``."""
+    inputs: dict[str, torch.Tensor] = {}
+    with hooked(routers(m), lambda path, args, _: inputs.update({path: args[0].detach().cpu()})):
+        yield inputs
 
 
 def replay(m: Model, inputs: dict[str, torch.Tensor]) -> None:

@@ -24,10 +24,11 @@ from reshard.verify.reference import Original, run_reference
 from reshard.verify.report import RankMemory, Report, Result, unexercised
 from reshard.verify.request import Request
 from reshard.verify.routers import replay
-from reshard.verify.settings import NOT_TRANSFORMERS, Difference, compare_settings
+from reshard.verify.settings import Difference, compare_settings, transformers_config
 from reshard.verify.shards import Shards, open_shards
 from reshard.verify.slices import Slices
-from reshard.verify.trace import Point, Trace, every_row, follow
+from reshard.verify.tables import table
+from reshard.verify.trace import Point, every_row, follow, traced
 
 
 def verify_rank(request: Request, number: int, world: int, local: int, locals_: int, devices: list[Device] | None = None) -> Report | None:
@@ -69,7 +70,8 @@ def _opened(request: Request, world: int):
     places = seats(shards.mesh, shards.ranks)
     if len(places) != world:
         raise FormatError(f"{request.checkpoint} has {len(places)} ranks ({shards.mesh}), but {world} processes run", f"start {len(places)}, or leave --nproc out")
-    return shards, places, read_config(request)
+    config = read_config(request)
+    return shards.named(table(config.get_text_config().model_type, shards.engine.name)), places, config
 
 
 def _verify(request, shards: Shards, places: list[Seat], number: int, config, differences: list[Difference], groups, device: torch.device, devices: list[Device]) -> Report | None:
@@ -119,14 +121,14 @@ def _verify(request, shards: Shards, places: list[Seat], number: int, config, di
         if number == 0:
             request.say(f"planting a defect: {defect.name}")
         with planted(defect, linears):
-            names, runs = [*names, defect.name], [*runs, _forward(m, s, ids, control, traced=False)]
+            names, runs = [*names, defect.name], [*runs, _forward(m, s, ids, control, parts=False)]
     memory = gather(RankMemory(number, shards.bytes(s.seat.rank), _held(m), _peak(device)), control)
     if expected is None:
         return None
     text = m.config
     relative = relative_tolerance(dtype, text.num_hidden_layers, text.hidden_size)
     results = [_judge(name, run, expected, relative, s) for name, run in zip(names, runs)]
-    beyond = compare_beyond(shards, request.reference, text.num_hidden_layers)
+    beyond = compare_beyond(shards, request.reference, m)
     points = [*_directly(expected, direct, relative), *beyond.points]
     results[0] = replace(results[0], points=[*results[0].points, *points], suspects=results[0].suspects or _stored(s, points))
     return Report(request.checkpoint, request.reference, shards.format, str(shards.mesh), (config.architectures or [type(m.module).__name__])[0],
@@ -148,9 +150,7 @@ def _stored(s: Slices, points: list[Point]) -> list[str]:
     off = next((point.path for point in points if point.apart), None)
     if off is None:
         return []
-    names = {held.name: None for table in s.tables for name, held in table.items() if name == off or name.startswith(f"{off}.")}
-    layer = off.rpartition(".")[0]  # of a stack of experts, all are one tensor
-    return list(names or {held.name: None for table in s.tables for name, held in table.items() if name.startswith(f"{layer}.")}) or [off]
+    return s.stored(off) or s.stored(off.rpartition(".")[0]) or [off]  # of a stack of experts, all are one tensor
 
 
 def check_budget(request: Request, held: dict[int, int], config, devices: list[Device], ids: torch.Tensor, dtype: torch.dtype) -> None:
@@ -182,17 +182,9 @@ def check(shards: Shards, places: list[Seat], number: int, config) -> list[str]:
 
 def read_config(request: Request):
     """transformers' configuration of the checkpoint: its own config.json, or --config's, or else the reference's."""
-    from transformers import AutoConfig
-
     hush()
     own = request.config or (request.checkpoint if (request.checkpoint / "config.json").is_file() else request.reference)
-    configs = []
-    for folder in (own, request.reference):
-        try:
-            configs.append(AutoConfig.from_pretrained(folder, local_files_only=True))
-        except Exception as error:  # noqa: BLE001  whatever a wrong value makes transformers' checks say
-            text = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise FormatError(f"transformers cannot read the config.json of {folder}: {text}", NOT_TRANSFORMERS) from None
+    configs = [transformers_config(place) for place in (own, request.reference)]
     ours, theirs = (config.get_text_config().vocab_size for config in configs)
     if ours != theirs:
         raise FormatError(f"{own} has a vocabulary of {ours}, the reference {request.reference} one of {theirs}", "is --reference the same model?")
@@ -212,22 +204,21 @@ def token_ids(request: Request, edges: list[int], config) -> torch.Tensor:
 
 
 def vocabulary_edges(shards: Shards) -> list[int]:
-    """Where each rank's rows of the embedding end."""
-    names = "model.embed_tokens.weight", "lm_head.weight"
+    """Where each rank's rows of the embedding end (of tied models perhaps stored as the output layer, whose rows are the same)."""
     tables = {rank.tp: shards.tables[rank.number] for rank in shards.ranks if rank.pp == 0}
-    rows = [next((tables[t][name].info.shape[0] for name in names if name in tables[t]), 0) for t in sorted(tables)]
+    rows = [next((held.info.shape[0] for held in tables[t].values() if held.row and held.row.cut == "vocabulary"), 0) for t in sorted(tables)]
     return [sum(rows[: i + 1]) for i in range(len(rows))]
 
 
 @torch.no_grad()
-def _forward(m: Model, s: Slices, ids: torch.Tensor, control, traced: bool = True) -> list[tuple[torch.Tensor | None, dict]]:
+def _forward(m: Model, s: Slices, ids: torch.Tensor, control, parts: bool = True) -> list[tuple[torch.Tensor | None, dict]]:
     """Logits of every dense model in the last stage and its traces, one for each slice of a stage; on process 0 alone."""
-    rows = every_row(m, s.device) if traced else {}
-    with Trace(m) as outputs:
+    rows = every_row(m, s.device) if parts else {}
+    with traced(m) as outputs:
         logits = m.module(ids.to(s.device), use_cache=False).logits
     outputs |= rows
     leader = s.group.index == 0
-    own = (s.seat.slice, logits.float().cpu() if leader and s.computes_logits else None, outputs if leader and traced else {})
+    own = (s.seat.slice, logits.float().cpu() if leader and s.computes_logits else None, outputs if leader and parts else {})
     merged: dict[int, tuple[torch.Tensor | None, dict]] = {}
     for slice_, found, traces in gather(own, control):
         before, all_traces = merged.get(slice_, (None, {}))
@@ -240,8 +231,7 @@ def _judge(name: str, run: list[tuple[torch.Tensor, dict]], expected: Original, 
     chosen = worst(figures)
     points = follow(expected.outputs, run[figures.index(chosen)][1], relative, s.model.embedding)
     off = next((point.path for point in points if point.apart), None)
-    suspects = {held.name: None for table in s.tables for name, held in table.items() if off and name.startswith(f"{off}.")}
-    return Result(name, chosen, points, list(suspects))
+    return Result(name, chosen, points, s.stored(off) if off else [])
 
 
 def gather(own, control) -> list:

@@ -123,13 +123,18 @@ def _read(path: Path) -> dict:
 
 def _normal(path: Path) -> dict:
     """A config.json with transformers' defaults, in its words of today: writers of other years say the same in other words."""
+    return transformers_config(path if path.name != "config.json" else path.parent).to_dict()
+
+
+def transformers_config(place: Path):
+    """transformers' configuration of a folder or file. Raises FormatError."""
     from transformers import AutoConfig
 
     try:
-        return AutoConfig.from_pretrained(path if path.name != "config.json" else path.parent, local_files_only=True).to_dict()
+        return AutoConfig.from_pretrained(place, local_files_only=True)
     except Exception as error:  # noqa: BLE001  whatever a wrong value makes transformers' checks say
         text = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise FormatError(f"transformers cannot read the config.json of {path.parent}: {text}", NOT_TRANSFORMERS) from None
+        raise FormatError(f"transformers cannot read the config.json of {place if place.is_dir() else place.parent}: {text}", NOT_TRANSFORMERS) from None
 
 
 NOT_TRANSFORMERS = ("verify runs the original with transformers, which must know its model_type; for another model, "

@@ -1,9 +1,8 @@
 """The stored tensors of every rank, under the names of transformers' modules; read as the files have them, by no descriptor."""
 
 import mmap
-import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import prod
 from pathlib import Path
 
@@ -15,37 +14,56 @@ from reshard.errors import FormatError
 from reshard.foreign import quote
 from reshard.layout import Mesh, Rank
 from reshard.stores import TensorInfo
-from reshard.verify.names import FORMATS, module_name, no_weight
+from reshard.verify.tables import Engine, Row, Table, engine_of
 
 _FLOATS = ("BF16", "F16", "F32", "F64")
-_LAYER = re.compile(r"\.layers\.(\d+)\.")
 
 
 @dataclass(frozen=True)
 class Held:
-    """A tensor of a rank: its name in the file, the file, and where it lies there."""
+    """A tensor of a rank: its name in the file, the file, and where it lies there; what the engine's table says of it (None: nothing),
+    and the number of its expert."""
 
     name: str
     file: str
     info: TensorInfo
+    row: Row | None = None
+    expert: int | None = None
 
 
 @dataclass(frozen=True)
 class Shards:
-    """A checkpoint as its ranks hold it: `tables[rank.number]` maps module names to stored tensors; `extra[rank.number]` are those that
-    no forward uses; `settings` is what each file says of the model (Megatron's args)."""
+    """A checkpoint as its ranks hold it: `tables[rank.number]` maps names to stored tensors, those of the files, or once they are
+    ``named`` those of transformers' modules; `extra[rank.number]` are what no forward uses; `first[rank.number]` is the number of a
+    rank's first layer where names count them within a stage; `settings` is what each file says of the model (Megatron's args)."""
 
     folder: Path
     format: str
+    engine: Engine
     mesh: Mesh
     ranks: list[Rank]
     tables: list[dict[str, Held]]
     extra: list[list[Held]] = field(default_factory=list)
+    first: list[int] = field(default_factory=list)
     settings: Mapping[str, Mapping] = field(default_factory=dict)
+    rows: Table | None = None
 
-    def layers(self, rank: Rank) -> set[int]:
-        """Numbers of the layers that `rank` holds tensors of."""
-        return {int(match[1]) for name in self.tables[rank.number] if (match := _LAYER.search(name))}
+    def named(self, rows: Table) -> "Shards":
+        """These shards under the names of transformers' modules; a name that has no row stays as it is. Raises FormatError."""
+        tables = []
+        for rank, stored in zip(self.ranks, self.tables, strict=True):
+            table: dict[str, Held] = {}
+            for name, held in stored.items():
+                if found := rows.find(name):
+                    row, layer, expert = found
+                    held = replace(held, row=row, expert=expert)
+                    layer = None if layer is None else layer + self.first[rank.number]
+                    name = f"{row.path}.{row.kind}".format(layer=layer, expert=expert)
+                if name in table:
+                    raise FormatError(f"{self.folder}: {quote(held.name)} and {quote(table[name].name)} are the same tensor ({name}) on rank {rank.number}")
+                table[name] = held
+            tables.append(table)
+        return replace(self, tables=tables, rows=rows)
 
     def bytes(self, rank: Rank) -> int:
         return sum(held.info.nbytes for held in self.tables[rank.number].values())
@@ -71,31 +89,21 @@ class Shards:
 def open_shards(folder: Path, format: str | None = None) -> Shards:
     """Read the headers of the checkpoint in `folder`. Raises FormatError."""
     kind = formats.recognise(folder) if format is None else formats.get(format)
-    if kind.name not in FORMATS:
+    engine = engine_of().get(kind.name)
+    if engine is None:
         raise FormatError(f"{folder} is of format {kind.name}, of which verify does not know how its engine computes",
-                          "try --method permute, or convert it to one of " + ", ".join(FORMATS))  # fmt: skip
+                          "try --method permute, or convert it to one of " + ", ".join(engine_of()))  # fmt: skip
     contents = kind.read(folder)
     if contents.boxes is not None:
         raise FormatError(f"{folder} holds pieces of whole tensors, not the ranks of an engine", "convert it first: reshard convert … --to tp --tp N")
-    quantised = next(((name, info) for table in contents.tensors for name, (_, info) in table.items() if info.dtype not in _FLOATS and not no_weight(name)), None)
+    quantised = next(((name, info) for table in contents.tensors for name, (_, info) in table.items() if info.dtype not in _FLOATS and not engine.kind_beside(name)), None)
     if quantised:
         name, info = quantised
         raise FormatError(f"{folder}: {quote(name)} is {info.dtype}: verify does not compute with quantised weights")
     ranks = kind.rules.ranks(contents.mesh)
     stages = contents.stages
-    tables, extra = [], []
-    for rank, stored in zip(ranks, contents.tensors, strict=True):
-        first = stages[rank.pp][0] if stages and kind.rules.local and stages[rank.pp] else 0
-        table: dict[str, Held] = {}
-        unused: list[Held] = []
-        for name, (file, info) in stored.items():
-            module = module_name(name, kind.name, first)
-            if module is None:
-                unused.append(Held(name, file, info))
-                continue
-            if module in table:
-                raise FormatError(f"{folder}: {quote(name)} and {quote(table[module].name)} are the same tensor ({module}) on rank {rank.number}")
-            table[module] = Held(name, file, info)
-        tables.append(table)
-        extra.append(unused)
-    return Shards(folder, kind.name, contents.mesh, ranks, tables, extra, contents.settings)
+    first = [stages[rank.pp][0] if stages and kind.rules.local and stages[rank.pp] else 0 for rank in ranks]
+    held = [{name: Held(name, file, info) for name, (file, info) in stored.items()} for stored in contents.tensors]
+    tables = [{name: one for name, one in table.items() if not engine.kind_beside(name)} for table in held]
+    extra = [[one for name, one in table.items() if engine.kind_beside(name)] for table in held]
+    return Shards(folder, kind.name, engine, contents.mesh, ranks, tables, extra, first, contents.settings)

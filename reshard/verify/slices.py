@@ -7,6 +7,7 @@ import torch
 from reshard.verify.group import Group, Seat
 from reshard.verify.model import Model
 from reshard.verify.shards import Held, Shards
+from reshard.verify.tables import Row
 
 
 class Slices:
@@ -21,7 +22,7 @@ class Slices:
         self.groups, self.device, self.dtype = groups, device if groups is not None else torch.device("meta"), dtype
         self.group = self._group(self.seat.tensor)
         self.stage = self._group(self.seat.stage)
-        self.tables = [{model.resolve(name): held for name, held in table.items()} for table in shards.tables]
+        self.tables, self.rows = shards.tables, shards.rows
         self.table = self.tables[self.seat.rank.number]
         self.modules: dict[str, dict[str, str]] = defaultdict(dict)
         for name in self.table:
@@ -39,12 +40,18 @@ class Slices:
         self.used.add(name)
         if self.groups is None:
             return torch.empty(self.table[name].info.shape, device="meta")
-        precise = name.endswith("e_score_correction_bias")  # F32 in the engines and in transformers
+        row = self.table[name].row
+        precise = row is not None and row.precise  # F32 in the engines and in transformers
         # as stored over the bus, and cast where it is used: half the bytes of bf16, and no fp32 copy on the host
         return self.shards.read(self.table[name]).to(self.device).to(torch.float32 if precise else self.dtype)
 
-    def read_if(self, name: str | None) -> torch.Tensor | None:
-        return None if name is None else self.read(name)
+    def stored(self, path: str) -> list[str]:
+        """Names in files of what any rank holds of the module or tensor at `path`."""
+        return list(dict.fromkeys(held.name for table in self.tables for name, held in table.items() if f"{name}.".startswith(f"{path}.")))
+
+    def row(self, path: str) -> Row | None:
+        """What the table says of the module at `path`, of which this rank holds a tensor."""
+        return self.table[next(iter(self.modules[path].values()))].row
 
     def along(self, name: str, dim: int) -> list[int]:
         """Sizes of tensor `name` along `dim` on each rank of the tensor-parallel group."""

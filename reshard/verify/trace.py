@@ -1,5 +1,7 @@
 """What comes out of every part of a model, in order: where two runs part, the broken layer is."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from math import isfinite
 
@@ -8,6 +10,7 @@ from torch import nn
 
 from reshard.verify.model import Model
 from reshard.verify.parallel import Receive, Send, Skipped
+from reshard.verify.routers import hooked
 
 
 @dataclass(frozen=True)
@@ -35,30 +38,20 @@ def every_row(m: Model, device: torch.device) -> dict[str, torch.Tensor]:
     return {m.embedding: torch.cat(chunks)}
 
 
-class Trace:
-    """Record the output of every layer with its direct parts, and of the final norm, while ``with`` lasts."""
+@contextmanager
+def traced(m: Model) -> Iterator[dict[str, torch.Tensor]]:
+    """The output of every layer with its direct parts, and of the final norm, after the forward in ``with``."""
+    layers = [(f"{m.layers}.{i}", child) for i, child in m.at(m.layers).named_children()]
+    parts = [(f"{path}.{name}", child) for path, layer in layers for name, child in layer.named_children()]
+    places = [place for place in (*parts, *layers, (m.norm, m.at(m.norm))) if not isinstance(place[1], (Receive, Send, Skipped, nn.Identity))]
+    outputs: dict[str, torch.Tensor] = {}
 
-    def __init__(self, m: Model):
-        layers = [(f"{m.layers}.{i}", child) for i, child in m.at(m.layers).named_children()]
-        parts = [(f"{path}.{name}", child) for path, layer in layers for name, child in layer.named_children()]
-        self._places = [*parts, *layers, (m.norm, m.at(m.norm))]
-        self.outputs: dict[str, torch.Tensor] = {}
+    def keep(path: str, _, output) -> None:
+        if torch.is_tensor(output := output[0] if isinstance(output, tuple) else output):
+            outputs[path] = output.detach().float().cpu().clone()
 
-    def __enter__(self) -> dict[str, torch.Tensor]:
-        self._hooks = [module.register_forward_hook(self._keep(path)) for path, module in self._places
-                       if not isinstance(module, (Receive, Send, Skipped, nn.Identity))]  # fmt: skip
-        return self.outputs
-
-    def __exit__(self, *error) -> None:
-        for hook in self._hooks:
-            hook.remove()
-
-    def _keep(self, path: str):
-        def hook(module, inputs, output) -> None:
-            if torch.is_tensor(output := output[0] if isinstance(output, tuple) else output):
-                self.outputs[path] = output.detach().float().cpu().clone()
-
-        return hook
+    with hooked(places, keep, after=True):
+        yield outputs
 
 
 def follow(reference: dict[str, torch.Tensor], outputs: dict[str, torch.Tensor], tolerance: float, deciding: str) -> list[Point]:

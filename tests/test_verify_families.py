@@ -1,0 +1,113 @@
+"""A family that has a table and nothing else: transformers' own cuts pass, and defects in them are found."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+import reshard
+
+pytest.importorskip("transformers")
+
+from ranks import verify
+from verify_families import cut, make
+
+from reshard.verify.report import Report
+
+pytestmark = pytest.mark.models
+
+FAMILIES = ["arcee", "cohere", "cohere2", "ernie4_5", "exaone4", "glm4_moe", "granite", "helium", "ministral3", "nemotron", "olmo", "olmo2", "olmo3",
+            "olmoe", "phi", "seed_oss", "starcoder2"]  # fmt: skip
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_what_transformers_own_plan_cuts_passes(model_type, tmp_path):
+    """No layout descriptor, no line of Python: cuts and names are transformers' own, and each planted defect is found."""
+    model = make(model_type, tmp_path / "hf")
+    cut(model, tmp_path / "out")
+    report = verify(tmp_path / "out", tmp_path / "hf")
+    assert isinstance(report, Report), report
+    assert report.passed, report.describe(traced=True)
+    assert report.shards.figures.max_abs_diff <= 1e-4 * report.shards.figures.max_abs_logit
+    assert len(report.controls) == 3 and not report.missed and report.nproc == 2
+
+
+LAYOUT = """
+extends = "llama"
+description = "StarCoder2: Llama without a gate, biases everywhere, LayerNorm"
+architectures = ["Starcoder2ForCausalLM"]
+[defaults]
+attention_bias = "use_bias"
+mlp_bias = "use_bias"
+[tensors]
+gate = { dims = "{layer} ffn* hidden", when = "false" }
+gate_bias = { dims = "{layer} ffn*", when = "false" }
+attn_norm_bias = "{layer} hidden"
+mlp_norm_bias = "{layer} hidden"
+norm_bias = "hidden"
+[hf]
+up = "model.layers.{layer}.mlp.c_fc.weight"
+up_bias = "model.layers.{layer}.mlp.c_fc.bias"
+down = "model.layers.{layer}.mlp.c_proj.weight"
+down_bias = "model.layers.{layer}.mlp.c_proj.bias"
+attn_norm_bias = "model.layers.{layer}.input_layernorm.bias"
+mlp_norm_bias = "model.layers.{layer}.post_attention_layernorm.bias"
+norm_bias = "model.norm.bias"
+"""
+A, F = "model.layers.1.self_attn.", "model.layers.1.mlp."
+
+
+def exchanged(name):
+    return lambda states: [state.update({name: tensor}) for state, tensor in zip(states, [states[1][name], states[0][name]])]
+
+
+def changed(name, change, ranks=(0, 1)):
+    return lambda states: [states[rank].update({name: change(states[rank][name])}) for rank in ranks]
+
+
+@pytest.fixture(scope="module")
+def starcoder(tmp_path_factory):
+    """A model, and what reshard makes of it for two ranks by a descriptor of the user's."""
+    folder = tmp_path_factory.mktemp("starcoder2")
+    make("starcoder2", folder / "hf")
+    (folder / "starcoder2.toml").write_text(LAYOUT)
+    source = reshard.open(folder / "hf", layout=folder / "starcoder2.toml")
+    reshard.convert(source, folder / "out", format="rank-pt", tp=2, fsync=False)
+    return folder
+
+
+def test_shards_by_a_users_descriptor_pass(starcoder):
+    report = verify(starcoder / "out", starcoder / "hf")
+    assert isinstance(report, Report) and report.passed and len(report.controls) == 3 and not report.missed, report
+
+
+@pytest.mark.parametrize("parts, change", [
+    ("model.layers.1.self_attn", exchanged(A + "k_proj.weight")),
+    ("model.layers.1.self_attn", changed(A + "q_proj.weight", lambda x: x.roll(1, 0))),
+    ("model.layers.1.self_attn", changed(A + "o_proj.bias", lambda x: 2 * x)),
+    ("model.layers.1.self_attn", changed(A + "v_proj.bias", torch.zeros_like, [1])),
+    ("model.layers.1.mlp", exchanged(F + "c_fc.weight")),
+    ("model.layers.1.mlp", exchanged(F + "c_proj.weight")),
+    ("model.layers.1.mlp", changed(F + "c_fc.bias", lambda x: x.roll(1))),
+    ("model.layers.1.mlp", changed(F + "c_proj.bias", torch.zeros_like, [0])),
+    ("model.layers.1.post_attention_layernorm", changed("model.layers.1.post_attention_layernorm.bias", torch.zeros_like)),
+    ("model.embed_tokens", exchanged("model.embed_tokens.weight")),
+    (None, lambda states: [state.update({F + "c_fc.weight": state[F + "c_fc.weight"].T.contiguous()}) for state in states]),
+    (None, lambda states: [state.update({F + "gate_proj.weight": state[F + "c_fc.weight"]}) for state in states]),
+    (None, lambda states: [state.pop(F + "c_proj.bias") for state in states]),
+])  # fmt: skip
+def test_defects_in_them_are_found(parts, change, starcoder, tmp_path):
+    """Where the broken part is named, or refused where the shards don't fit."""
+    shutil.copytree(starcoder / "out", tmp_path / "out")
+    files = sorted((tmp_path / "out").glob("rank_*.pt"))
+    states = [torch.load(file) for file in files]
+    change(states)
+    for file, state in zip(files, states, strict=True):
+        torch.save({name: tensor.clone() for name, tensor in state.items()}, file)
+    (tmp_path / "out/reshard.json").unlink()
+    report = verify(tmp_path / "out", starcoder / "hf")
+    if parts is None:
+        assert isinstance(report, reshard.ReshardError) and "model.layers.1.mlp" in str(report), report
+    else:
+        assert isinstance(report, Report) and not report.shards.passed and report.shards.parted.path == parts, report
