@@ -13,10 +13,23 @@ from torch import nn
 from reshard.verify.attention import Heads, joined, sections, splits
 from reshard.verify.experts import fill
 from reshard.verify.model import Model
-from reshard.verify.parallel import (Fused, Gathered, Joined, Linear, NoHeads, Part, Receive, RowLinear, Send, Skipped, VocabEmbedding,
-                                     VocabHead)  # fmt: skip
+from reshard.verify.parallel import (
+    Fused,
+    Gathered,
+    Joined,
+    Linear,
+    NoHeads,
+    Part,
+    Receive,
+    RowLinear,
+    Send,
+    Skipped,
+    VocabEmbedding,
+    VocabHead,  # fmt: skip
+)
 from reshard.verify.slices import Slices
 from reshard.verify.tables import Row
+
 
 def build(s: Slices, m: Model) -> dict[str, Linear]:
     """Fill `m` with the tensors of `s`; what doesn't fit goes to ``s.problems``. Returns the layers made of slices, by path."""
