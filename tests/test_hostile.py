@@ -200,7 +200,7 @@ def test_config_missing(hf, refused):
         ({"num_attention_heads": 9}, "9 is not divisible by 4"),
         ({"num_key_value_heads": 0}, "division of 8 by zero"),
         ({"head_dim": 3}, "3 is not divisible by 2"),
-        ({"num_hidden_layers": "2"}, "axis layer = 'num_hidden_layers' is '2'"),
+        ({"num_hidden_layers": "2"}, "count = 'num_hidden_layers' is '2', not a number of places"),
         ({"num_hidden_layers": 1}, "model.layers.1.mlp.up_proj.weight (model.safetensors) is not in layout llama"),
         ({"num_hidden_layers": 3}, "model.layers.2.self_attn.q_proj.weight is missing"),
         ({"attention_bias": True}, "self_attn.q_proj.bias is missing"),

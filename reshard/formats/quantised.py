@@ -23,6 +23,8 @@ _NAMES = (
     ("FP8 in blocks", re.compile(r".*\.weight_scale_inv")),
     ("FP8 or INT8", re.compile(r".*\.(?:weight_scale|weight_scale_2|input_scale)")),
 )
+#: no other name can be one of these
+_ENDS = ("_blocks", ".quant_map", "absmax", ".SCB", ".qweight", ".qzeros", ".g_idx", "_packed", "_shape", "_scale", "_scale_inv", "_scale_2")
 _WAY = (
     "reshard moves weights that are not quantised: name the original in bf16, "
     "or dequantise first (transformers: from_pretrained(…).dequantize() and save_pretrained)"
@@ -31,7 +33,8 @@ _WAY = (
 
 def scheme(settings: Mapping[str, object], contents: Contents) -> str | None:
     """What the model is quantised as, in words; None where neither config.json nor the tensors say that it is."""
-    by_name = next((word for word, name in _NAMES for rank in contents.tensors for tensor in rank if name.fullmatch(tensor)), None)
+    telling = [name for rank in contents.tensors for name in rank if name.endswith(_ENDS) or ".quant_state." in name]
+    by_name = next((word for word, pattern in _NAMES for name in telling if pattern.fullmatch(name)), None)
     config = quantization_config(settings)
     codes = any(info.dtype not in FLOATS for rank in contents.tensors for _, info in rank.values())
     if config is None:

@@ -16,6 +16,7 @@ from reshard.foreign import LIMIT, parse, quote
 from reshard.stores import FileImage, TensorInfo
 from reshard.stores.files import is_lfs_pointer, open_file, reading
 
+_KEYS = {"dtype", "shape", "data_offsets"}
 NOT_SAFETENSORS = "this is no safetensors file, or it is damaged; copy it again"
 
 
@@ -66,26 +67,36 @@ def _read(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
 
 
 def _entry(path: Path, name: str, entry: object, base: int) -> tuple[TensorInfo, int, int]:
-    where = f"{path}: {quote(name)}"
-    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
-        raise FormatError(f"{where} must have dtype, shape and data_offsets and nothing else", NOT_SAFETENSORS)
+    if not isinstance(entry, dict) or entry.keys() != _KEYS:
+        raise FormatError(f"{_where(path, name)} must have dtype, shape and data_offsets and nothing else", NOT_SAFETENSORS)
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPE_SIZE:
-        raise FormatError(f"{where} has dtype {quote(repr(dtype))}, which reshard does not know", f"known: {', '.join(DTYPE_SIZE)}")
+        raise FormatError(f"{_where(path, name)} has dtype {quote(repr(dtype))}, which reshard does not know", f"known: {', '.join(DTYPE_SIZE)}")
     for label, numbers in (("shape", shape), ("data_offsets", offsets)):
-        if not isinstance(numbers, list) or not all(type(n) is int and 0 <= n < 2**63 for n in numbers):
-            raise FormatError(f"{where} has {label} {quote(numbers)}, expected a list of sizes", NOT_SAFETENSORS)
+        if not isinstance(numbers, list) or not _are_sizes(numbers):
+            raise FormatError(f"{_where(path, name)} has {label} {quote(numbers)}, expected a list of sizes", NOT_SAFETENSORS)
     if len(offsets) != 2 or offsets[0] > offsets[1]:
-        raise FormatError(f"{where} has data_offsets {quote(offsets)}, expected [begin, end]", NOT_SAFETENSORS)
+        raise FormatError(f"{_where(path, name)} has data_offsets {quote(offsets)}, expected [begin, end]", NOT_SAFETENSORS)
     begin, end = offsets
     need = DTYPE_SIZE[dtype]
     for n in shape:
         need *= n
         if need >= 2**63:
-            raise FormatError(f"{where} has shape {quote(shape)}, which is 2**63 bytes or more; it spans {end - begin}", NOT_SAFETENSORS)
+            raise FormatError(f"{_where(path, name)} has shape {quote(shape)}, which is 2**63 bytes or more; it spans {end - begin}", NOT_SAFETENSORS)
     if end - begin != need:
-        raise FormatError(f"{where} spans {end - begin} bytes, {dtype} {quote(shape)} needs {need}", NOT_SAFETENSORS)
+        raise FormatError(f"{_where(path, name)} spans {end - begin} bytes, {dtype} {quote(shape)} needs {need}", NOT_SAFETENSORS)
     return TensorInfo(dtype, tuple(shape), base + begin), begin, end
+
+
+def _where(path: Path, name: str) -> str:
+    return f"{path}: {quote(name)}"
+
+
+def _are_sizes(numbers: list[object]) -> bool:
+    for n in numbers:
+        if type(n) is not int or not 0 <= n < 2**63:
+            return False
+    return True
 
 
 def compose(tensors: Sequence[tuple[str, str, tuple[int, ...]]], metadata: dict[str, str] | None = None) -> FileImage:
