@@ -1,4 +1,4 @@
-"""What a weight sync costs, before anything runs: the worked examples of the README, computed from layouts and meshes alone.
+"""What a weight sync costs, before anything runs: worked examples, computed from layouts and meshes alone.
 
     python examples/sync_cost.py [--bandwidth 50e9] [--ratios]
 

@@ -48,21 +48,50 @@ def make(folder: Path) -> None:
         (folder / name).write_bytes(content)
 
 
+SYNCS = {
+    "Megatron TP8·EP32 → vLLM TP16 × 16": ("megatron", {"tp": 8, "ep": 32, "etp": 1}, "vllm", {"tp": 16}),
+    "Megatron TP8·EP32 → vLLM TP32·EP32 × 8": ("megatron", {"tp": 8, "ep": 32, "etp": 1}, "vllm", {"tp": 32, "ep": 32}),
+}
+
+
+def plan_of_a_sync(name: str) -> None:
+    """What each of 256 + 256 ranks does before its first sync: both sides, the plan, its fingerprint, its own messages."""
+    from reshard import sync
+    from reshard.sync.messages import rank_plan
+
+    source, cut, engine, into = SYNCS[name]
+    layout = sync.layout(CONFIG)
+    sides = sync.Side.placed(layout, source, ranks=range(256), **cut), sync.Side.placed(layout, engine, ranks=range(256, 512), **into)
+    plan = sync.plan(*sides)
+    assert plan.fingerprint
+    print(json.dumps({"bytes_read": rank_plan(plan, 256).bytes_taken}))
+
+
+def measured(name: str, command: list[str], read) -> None:
+    """One row: `command` as a process of its own."""
+    began = time.perf_counter()
+    process = subprocess.Popen([sys.executable, *command], stdout=subprocess.PIPE, text=True)
+    text = process.stdout.read()
+    _, _, usage = os.wait4(process.pid, 0)
+    size = read(json.loads(text)) / 1e9
+    print(f"| {name} | {time.perf_counter() - began:.1f} | {usage.ru_maxrss / 1e3:.0f} MB | {size:.1f} GB |", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path)
-    folder = parser.parse_args().folder
-    make(folder)
+    parser.add_argument("folder", type=Path, nargs="?")
+    parser.add_argument("--sync", choices=SYNCS, help="plan this sync in this process, and print what one engine rank takes")
+    args = parser.parse_args()
+    if args.sync:
+        return plan_of_a_sync(args.sync)
+    make(args.folder)
     print("| plan | seconds | peak memory | bytes read |\n| --- | --- | --- | --- |")
     for name, options in CASES:
-        began = time.perf_counter()
-        command = [sys.executable, "-m", "reshard", "plan", str(folder), *options, "--json"]
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-        text = process.stdout.read()
-        _, _, usage = os.wait4(process.pid, 0)
-        plan = json.loads(text)
-        read = plan["ranks"][0]["bytes_read"] if "--rank" in options else plan["bytes_read"]
-        print(f"| {name} | {time.perf_counter() - began:.1f} | {usage.ru_maxrss / 1e3:.0f} MB | {read / 1e9:.1f} GB |", flush=True)
+        one = "--rank" in options
+        command = ["-m", "reshard", "plan", str(args.folder), *options, "--json"]
+        measured(name, command, lambda plan, one=one: plan["ranks"][0]["bytes_read"] if one else plan["bytes_read"])
+    for name in SYNCS:
+        measured(f"sync, {name}: one rank", [__file__, "--sync", name], lambda plan: plan["bytes_read"])
 
 
 if __name__ == "__main__":

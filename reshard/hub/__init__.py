@@ -10,8 +10,9 @@
     folder        a folder of it, as formats see folders
     source        its bytes, as the executor wants them
     checksum      the Hub's sha256 of files that are read whole
-    pull          whole folders down; destination: where they may be put, and how
-    push, card    whole folders up, and the model card; selection: which files; target: where to; commit: the last step
+    wording       texts from the network, fit to be shown
+
+Whole folders go up and down in ``reshard.publish``.
 
 The client library creates repositories, uploads and commits. Listings and ranged reads are ours: its own follow any link with the
 token, and are not bounded, pinned and resumable.

@@ -1,6 +1,6 @@
 """Fetch a repository's folder as it is: into a folder that appears whole or not at all, and goes on where it was killed.
 
-Rules of the destination, lock, journal and the last step are those of a conversion (``reshard/destination.py``), so that two
+Rules of the destination, lock, journal and the last step are those of a conversion (``conversion/destination.py``), so that two
 runs of either kind keep each other out. The journal begins with what is fetched: repository, commit, folder, files. A file is
 noted when it is on the disk and has the Hub's checksum.
 """

@@ -9,8 +9,8 @@
     s.send(model.named_parameters(), version=1)      # on trainer ranks
     s.recv(engine.named_parameters(), version=1)     # on engine ranks, into the tensors as they lie
 
-The same join as everywhere in reshard, with ranks on both sides: ``side.py`` says who holds what, ``pieces.py`` intersects,
-``plan.py`` chooses who sends, ``messages.py`` lays one rank's copies out as messages, ``cost.py`` adds up: all pure. Torch
+The same join as everywhere in reshard, with ranks on both sides: ``side.py`` says who holds what,
+``plan.py`` joins and chooses who sends, ``messages.py`` lays one rank's copies out as messages, ``cost.py`` adds up: all pure. Torch
 begins at ``tensors.py`` (binding), ``staging.py``, ``transport.py`` and ``mapping.py`` (moving), ``device.py`` (what is asked of an
 accelerator), ``checks.py``, ``fp8.py``, ``groups.py`` and ``session.py`` (the object that runs steps).
 """
