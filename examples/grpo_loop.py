@@ -150,7 +150,10 @@ def main(rank: int, port: int, steps: int) -> None:
             off = (engine.logits(samples) - expected).abs().max().item()
             assert off < 1e-3, f"the engine's logits are {off} off the trainer's"
         if engine and engine.first:
-            print(f"step {step:2}  reward {rewards.mean():.3f}  received {stats.received:,} bytes  logits within {off:.1e} of the trainer's", flush=True)
+            print(
+                f"step {step:2}  reward {rewards.mean():.3f}  received {stats.received:,} bytes  logits within {off:.1e} of the trainer's",
+                flush=True,
+            )
         if model:
             learn(model, optimizer, samples, rewards)
     dist.barrier()

@@ -35,7 +35,9 @@ def sides(config: str, trainer: dict, engine: dict) -> tuple[sync.Side, sync.Sid
 class UpdateWeightByReshard:
     """slime's updater, by its interface: `connect_rollout_engines`, then `update_weights` after each step."""
 
-    def __init__(self, args: Namespace, model: Sequence[torch.nn.Module], weights_getter, *, model_name: str, quantization_config: dict | None) -> None:
+    def __init__(
+        self, args: Namespace, model: Sequence[torch.nn.Module], weights_getter, *, model_name: str, quantization_config: dict | None
+    ) -> None:
         self.args, self.model, self.weight_version = args, model, 0
 
     def connect_rollout_engines(self, rollout_engines, rollout_engine_lock, engine_gpu_counts=None, engine_gpu_offsets=None) -> None:
@@ -68,7 +70,9 @@ class UpdateWeightByReshard:
             ray.get([engine.pause_generation.remote() for engine in self.engines])
             ray.get([engine.flush_cache.remote() for engine in self.engines])
         pending = self._call(self.weight_version)
-        self.session.send(((n, p) for chunk in self.model for n, p in _bare(chunk)), version=self.weight_version)  # raises on all ranks what any rank found
+        self.session.send(
+            ((n, p) for chunk in self.model for n, p in _bare(chunk)), version=self.weight_version
+        )  # raises on all ranks what any rank found
         if dist.get_rank() == 0:
             ray.get(pending)
             ray.get([engine.continue_generation.remote() for engine in self.engines])

@@ -27,13 +27,33 @@ EXAMPLES = (
     ("Llama-3.1-70B", LLAMA_70B, ("megatron", 32, {"tp": 8}), ("vllm", 32, {"tp": 4})),
     ("Llama-3.1-70B", LLAMA_70B, ("megatron", 32, {"tp": 4, "pp": 2}), ("vllm", 32, {"tp": 8})),
     ("Qwen3-235B-A22B", QWEN3_235B, ("megatron", 64, {"tp": 4, "pp": 2, "ep": 16, "etp": 1}), ("vllm", 64, {"tp": 8, "ep": 8})),
-    ("Qwen3-235B-A22B, FP8", QWEN3_235B, ("megatron", 64, {"tp": 4, "pp": 2, "ep": 16, "etp": 1}), ("vllm", 64, {"tp": 8, "ep": 8, "fp8": True})),
+    (
+        "Qwen3-235B-A22B, FP8",
+        QWEN3_235B,
+        ("megatron", 64, {"tp": 4, "pp": 2, "ep": 16, "etp": 1}),
+        ("vllm", 64, {"tp": 8, "ep": 8, "fp8": True}),
+    ),
     ("DeepSeek-V3", DEEPSEEK_V3, ("megatron", 256, {"ep": 256, "etp": 1}), ("vllm", 256, {"tp": 32, "ep": 32})),
     ("DeepSeek-V3", DEEPSEEK_V3, ("megatron", 256, {"ep": 256, "etp": 1}), ("sglang", 256, {"tp": 32})),
 )
 
-SMALL = {**LLAMA_70B, "hidden_size": 3072, "intermediate_size": 8448, "num_attention_heads": 24, "num_key_value_heads": 12, "head_dim": 128, "num_hidden_layers": 28}
-SMALL_MOE = {**QWEN3_235B, "hidden_size": 2048, "intermediate_size": 6144, "moe_intermediate_size": 768, "num_attention_heads": 32, "num_hidden_layers": 48}
+SMALL = {
+    **LLAMA_70B,
+    "hidden_size": 3072,
+    "intermediate_size": 8448,
+    "num_attention_heads": 24,
+    "num_key_value_heads": 12,
+    "head_dim": 128,
+    "num_hidden_layers": 28,
+}
+SMALL_MOE = {
+    **QWEN3_235B,
+    "hidden_size": 2048,
+    "intermediate_size": 6144,
+    "moe_intermediate_size": 768,
+    "num_attention_heads": 32,
+    "num_hidden_layers": 48,
+}
 #: what tests/test_sync.py runs on gloo, at the size of a real model
 RATIOS = (
     ("Megatron TP4 → vLLM TP2 (fused)", SMALL, ("megatron", 4, {"tp": 4}), ("vllm", range(4, 6), {"tp": 2})),
@@ -50,15 +70,27 @@ RATIOS = (
 
 def ratios() -> None:
     """Bytes received by the worst-off engine rank over the least possible, by three ways; and the busiest sender's share."""
-    print("| meshes | least, GB | reshard | all-gather + broadcast | everything to everyone | busiest sender / total |\n" + "| --- " * 6 + "|", flush=True)
+    print(
+        "| meshes | least, GB | reshard | all-gather + broadcast | everything to everyone | busiest sender / total |\n"
+        + "| --- " * 6
+        + "|",
+        flush=True,
+    )
     for name, config, (format, ranks, mesh), (other, engines, other_mesh) in RATIOS:
         layout = sync.layout(config)
-        src = sync.Side.sharded(layout, sync.fsdp(layout, ranks=range(ranks), **mesh)) if format == "fsdp" else sync.Side.placed(layout, format, ranks=range(ranks), **mesh)
+        src = (
+            sync.Side.sharded(layout, sync.fsdp(layout, ranks=range(ranks), **mesh))
+            if format == "fsdp"
+            else sync.Side.placed(layout, format, ranks=range(ranks), **mesh)
+        )
         cost = sync.plan(src, sync.Side.placed(layout, other, ranks=engines, **other_mesh)).cost()
         loads = [cost.ranks[r] for r in engines]
         least = max(load.bound for load in loads)
         gathered = max(load.gathered / load.bound for load in loads if load.bound)
-        print(f"| {name} | {least / 1e9:.2f} | {cost.ratio:.3f} | {gathered:.2f} | {cost.model / least:.2f} | {cost.most_sent / cost.total:.4f} |", flush=True)
+        print(
+            f"| {name} | {least / 1e9:.2f} | {cost.ratio:.3f} | {gathered:.2f} | {cost.model / least:.2f} | {cost.most_sent / cost.total:.4f} |",
+            flush=True,
+        )
 
 
 def main() -> None:
@@ -70,7 +102,12 @@ def main() -> None:
         ratios()
         return
     bandwidth = args.bandwidth
-    print("| model | trainer → engines | GB | received per engine rank, GB (of the least possible) | busiest sender, GB (first holder always) | seconds | all-gather + broadcast, s | plan, s |\n" + "| --- " * 8 + "|", flush=True)
+    print(
+        "| model | trainer → engines | GB | received per engine rank, GB (of the least possible) | busiest sender, GB (first holder always) | seconds | all-gather + broadcast, s | plan, s |\n"
+        + "| --- " * 8
+        + "|",
+        flush=True,
+    )
     for name, config, (format, ranks, mesh), (other, engines, other_mesh) in EXAMPLES:
         began = time.perf_counter()
         layout = sync.layout(config)

@@ -40,7 +40,12 @@ class ReshardCheckpointEngine(CheckpointEngine):
         ranks = list(range(world))
 
         def part(own: list[int]) -> dict:
-            return {"rank": own, "world_size": [world] * len(own), "trainers": [actor_wg_world_size] * len(own), "address": [metadata[0]["address"]] * len(own)}
+            return {
+                "rank": own,
+                "world_size": [world] * len(own),
+                "trainers": [actor_wg_world_size] * len(own),
+                "address": [metadata[0]["address"]] * len(own),
+            }
 
         return part(ranks[:actor_wg_world_size]), part(ranks[actor_wg_world_size:])
 

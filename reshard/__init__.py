@@ -1,10 +1,10 @@
 """reshard: move a model's weights from the shape they are in to the shape they must be in.
 
-    ckpt   = reshard.open("Qwen3-8B")                                  # headers only
-    plan   = reshard.plan(ckpt, format="vllm", tp=8)                   # pure; nothing written
-    report = reshard.convert("Qwen3-8B", "out", format="megatron", tp=4, pp=2)
-    state  = reshard.load("Qwen3-8B", format="megatron", tp=4, rank=1) # {stored name: tensor}, this rank's bytes only
-    same   = reshard.diff("Qwen3-8B", "out")
+ckpt   = reshard.open("Qwen3-8B")                                  # headers only
+plan   = reshard.plan(ckpt, format="vllm", tp=8)                   # pure; nothing written
+report = reshard.convert("Qwen3-8B", "out", format="megatron", tp=4, pp=2)
+state  = reshard.load("Qwen3-8B", format="megatron", tp=4, rank=1) # {stored name: tensor}, this rank's bytes only
+same   = reshard.diff("Qwen3-8B", "out")
 """
 
 from reshard.errors import CastError, DestinationError, FormatError, HubError, LayoutError, PlanError, ReshardError

@@ -161,7 +161,14 @@ def _naming(path: Path) -> Iterator[None]:
         raise (LayoutError if isinstance(error, LayoutError) else FormatError)(f"{path}: {error}", error.hint) from None
 
 
-def _matched(folder: Path, kind: formats.Format, contents: formats.Contents, config_path: Path, settings: Mapping[str, object], own: Descriptor | None) -> Checkpoint:
+def _matched(
+    folder: Path,
+    kind: formats.Format,
+    contents: formats.Contents,
+    config_path: Path,
+    settings: Mapping[str, object],
+    own: Descriptor | None,
+) -> Checkpoint:
     """The checkpoint whose files hold `contents`, by the descriptor that is given or, by default, that of its architecture."""
     descriptor = own or find_descriptor(settings)
     quantised_as = scheme(settings, contents)
@@ -180,7 +187,9 @@ def _matched(folder: Path, kind: formats.Format, contents: formats.Contents, con
     checkpoint = Checkpoint(folder, kind.name, contents.mesh, bound, [], engine_version=contents.engine_version, config_path=config_path)
     manifest = read_manifest(folder) or {}
     checkpoint.native = manifest.get("dtypes", {})
-    checkpoint.origin = {"repo": folder.repository.location.repo, "revision": folder.revision} if checkpoint.remote else manifest.get("source")
+    checkpoint.origin = (
+        {"repo": folder.repository.location.repo, "revision": folder.revision} if checkpoint.remote else manifest.get("source")
+    )
     try:
         _match(checkpoint, kind, contents)
     except PlanError:
@@ -268,7 +277,7 @@ def _match(checkpoint: Checkpoint, kind: formats.Format, contents: formats.Conte
     problems: list[str] = []
     left = [dict(rank) for rank in contents.tensors]
     stored: list[Stored] = []
-    for s in (_pieces(placement, contents) if contents.boxes is not None else placement.stored(aliases=True)):
+    for s in _pieces(placement, contents) if contents.boxes is not None else placement.stored(aliases=True):
         found = left[s.rank].pop(s.name, None) if s.rank < len(left) else None
         if found is None:
             if not s.entry.alias:
@@ -297,7 +306,9 @@ def _match(checkpoint: Checkpoint, kind: formats.Format, contents: formats.Conte
             if not computed:
                 key = (name if rank == 0 else f"{name} (rank {rank})",)
                 block = Block(tuple((0, size) for size in info.shape), 0, info.strides or row_major(info.shape))
-                checkpoint.left_out.append(Stored(rank, name, info.dtype, info.shape, singles([(key, block)]), file=file, start=info.offset))
+                checkpoint.left_out.append(
+                    Stored(rank, name, info.dtype, info.shape, singles([(key, block)]), file=file, start=info.offset)
+                )
     if problems:
         raise PlanError(list(dict.fromkeys(problems)), _what_is_expected(checkpoint))
     checkpoint.stored = stored
@@ -307,7 +318,9 @@ def _match(checkpoint: Checkpoint, kind: formats.Format, contents: formats.Conte
 def _what_is_expected(checkpoint: Checkpoint) -> str:
     own = checkpoint.layout.descriptor.path
     if own:
-        return f"`reshard layouts show {own}` tells what {own} expects: is it right, and config.json ({checkpoint.config_path}) this model's?"
+        return (
+            f"`reshard layouts show {own}` tells what {own} expects: is it right, and config.json ({checkpoint.config_path}) this model's?"
+        )
     return f"is config.json ({checkpoint.config_path}) this model's? `reshard layouts show {checkpoint.layout.name}` tells what is expected"
 
 
@@ -391,7 +404,11 @@ def _pieces(placement: Placement, contents: formats.Contents):
             found.add(name)
             shape, blocks = s.shape, [(key, block) for key, block in s.blocks]
             origin = offsets.get(name, (0,) * len(shape))
-            if len(origin) != len(shape) or len(info.shape) != len(shape) or any(o + n > size for o, n, size in zip(origin, info.shape, shape)):
+            if (
+                len(origin) != len(shape)
+                or len(info.shape) != len(shape)
+                or any(o + n > size for o, n, size in zip(origin, info.shape, shape))
+            ):
                 yield Stored(rank, name, "", shape, s.parts, s.entry)  # does not fit: reported as such
                 continue
             for dim, (begin, size) in enumerate(zip(origin, info.shape)):

@@ -49,7 +49,9 @@ def demo(say: Callable[[str], None]) -> bool:
         for target, source, options in STEPS:
             report = convert(root / source, root / target, **options)
             mesh = f" --tp {options['tp']}" if "tp" in options else ""
-            say(f"convert {source:<13} → {target:<13} --to {options['format']}{mesh}: {len(report.files)} files, {report.bytes_written:,} bytes")
+            say(
+                f"convert {source:<13} → {target:<13} --to {options['format']}{mesh}: {len(report.files)} files, {report.bytes_written:,} bytes"
+            )
         same = diff(root / "hf", root / "back")
         say(f"diff    hf              back          {'equal' if same else 'DIFFERENT'}: {same.tensors} tensors, bit for bit")
         swap = [root / "vllm-tp3" / f"model-rank-{rank}-part-0.safetensors" for rank in (0, 1)]

@@ -54,7 +54,25 @@ INTEGERS = tuple(name for name, dtype in TABLE.items() if dtype.kind == "int")
 #: what users type after --dtype
 USER_WORDS = {"bf16": "BF16", "fp16": "F16", "fp32": "F32"}
 #: words as the safetensors library orders them in a file, the last first
-FILE_ORDER = ("BOOL", "U8", "I8", "F8_E5M2", "F8_E4M3", "F8_E8M0", "I16", "U16", "F16", "BF16", "I32", "U32", "F32", "C64", "F64", "I64", "U64")
+FILE_ORDER = (
+    "BOOL",
+    "U8",
+    "I8",
+    "F8_E5M2",
+    "F8_E4M3",
+    "F8_E8M0",
+    "I16",
+    "U16",
+    "F16",
+    "BF16",
+    "I32",
+    "U32",
+    "F32",
+    "C64",
+    "F64",
+    "I64",
+    "U64",
+)
 
 
 def words_of(width: int) -> "np.dtype":

@@ -92,7 +92,10 @@ def peers(root: Path, runs: int) -> None:
         for _ in range(runs):
             measure(["cp", "-r", str(root / "hf"), str(root / "out")], root / "out", copy)
             measure(command, root / "out", peer)
-        print(f"| {name} | | | {ratio(peer.whole, copy.whole)} | | {statistics.median(peer.whole):.2f} | {statistics.median(copy.whole):.2f} | {peer.peak / 1e6:.0f} MB |", flush=True)
+        print(
+            f"| {name} | | | {ratio(peer.whole, copy.whole)} | | {statistics.median(peer.whole):.2f} | {statistics.median(copy.whole):.2f} | {peer.peak / 1e6:.0f} MB |",
+            flush=True,
+        )
     shutil.rmtree(root / "dcp")
 
 

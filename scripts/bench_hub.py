@@ -91,12 +91,28 @@ def main() -> None:
     shutil.rmtree(args.folder, ignore_errors=True)
     size = make(args.folder / "source", args.layers)
     ours, theirs = multiprocessing.Pipe()
-    server = multiprocessing.get_context("spawn").Process(target=serve, args=(args.folder / "hub", args.folder / "source", rate, theirs), daemon=True)
+    server = multiprocessing.get_context("spawn").Process(
+        target=serve, args=(args.folder / "hub", args.folder / "source", rate, theirs), daemon=True
+    )
     server.start()
     env = {**os.environ, "HF_ENDPOINT": ours.recv(), "HF_HOME": str(args.folder / "home"), "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_XET": "1",
            "HF_HUB_DISABLE_PROGRESS_BARS": "1", "NO_PROXY": "127.0.0.1,localhost"}  # fmt: skip
     commands = {
-        "reshard convert hf://… --rank 0": [sys.executable, "-m", "reshard", "convert", "hf://org/model", str(args.folder / "out-reshard"), "--to", "vllm", "--tp", "8", "--rank", "0", "-q"],
+        "reshard convert hf://… --rank 0": [
+            sys.executable,
+            "-m",
+            "reshard",
+            "convert",
+            "hf://org/model",
+            str(args.folder / "out-reshard"),
+            "--to",
+            "vllm",
+            "--tp",
+            "8",
+            "--rank",
+            "0",
+            "-q",
+        ],
         "snapshot_download + slicing": [sys.executable, "-c", PEER, str(args.folder / "out-peer")],
     }
     rows = {name: [] for name in commands}
@@ -115,19 +131,28 @@ def main() -> None:
             sent, requests = ours.recv()
             out = args.folder / ("out-reshard" if "reshard" in name else "out-peer")
             rows[name].append((sent, requests, seconds, usage.ru_maxrss * 1024, held(out) + held(args.folder / "home")))
-    same = subprocess.run([sys.executable, "-c", SAME, str(args.folder / "out-reshard"), str(args.folder / "out-peer")], capture_output=True, text=True, check=False)
+    same = subprocess.run(
+        [sys.executable, "-c", SAME, str(args.folder / "out-reshard"), str(args.folder / "out-peer")],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     if same.returncode:
         raise SystemExit(same.stderr)
     job = subprocess.run([sys.executable, "-m", "reshard", "plan", str(args.folder / "source"), "--to", "vllm", "--tp", "8", "--rank", "0", "--json"],
                          env=env, capture_output=True, text=True, check=True)  # fmt: skip
     needed = json.loads(job.stdout)["least_bytes_read"]
-    print(f"{size / 1e9:.2f} GB of weights, {needed / 1e9:.3f} GB of them rank 0's; {args.runs} alternating runs, a line of {args.rate}; {same.stdout.strip()}\n")
+    print(
+        f"{size / 1e9:.2f} GB of weights, {needed / 1e9:.3f} GB of them rank 0's; {args.runs} alternating runs, a line of {args.rate}; {same.stdout.strip()}\n"
+    )
     print("| | bytes sent | requests | seconds | peak memory | disk |\n| --- | --- | --- | --- | --- | --- |")
     for name, runs in rows.items():
         sent, requests, seconds, peak, disk = (statistics.median(column) for column in zip(*runs))
         print(f"| {name} | {sent / 1e9:.3f} GB | {requests:.0f} | {seconds:.1f} | {peak / 1e6:.0f} MB | {disk / 1e9:.2f} GB |")
     first, second = ([statistics.median(column) for column in zip(*runs)] for runs in rows.values())
-    print(f"| ratio | {first[0] / second[0]:.2f} | | {first[2] / second[2]:.2f} | {first[3] / second[3]:.2f} | {first[4] / second[4]:.2f} |")
+    print(
+        f"| ratio | {first[0] / second[0]:.2f} | | {first[2] / second[2]:.2f} | {first[3] / second[3]:.2f} | {first[4] / second[4]:.2f} |"
+    )
     ours.send("stop")
     shutil.rmtree(args.folder, ignore_errors=True)
 

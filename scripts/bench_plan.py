@@ -1,6 +1,6 @@
 """Time `reshard plan` on a checkpoint of DeepSeek-V3's shape: 671 B parameters, 46,000 tensors, sparse files of no size.
 
-    python scripts/bench_plan.py FOLDER
+python scripts/bench_plan.py FOLDER
 """
 
 import argparse

@@ -76,7 +76,9 @@ class Case:
         flat = {pair: torch.ones(size, dtype=torch.uint8) for pair, size in sizes.items()}
 
         def run():
-            works = [dist.irecv(b, s) for (s, t), b in flat.items() if t == self.rank] + [dist.isend(b, t) for (s, t), b in flat.items() if s == self.rank]
+            works = [dist.irecv(b, s) for (s, t), b in flat.items() if t == self.rank] + [
+                dist.isend(b, t) for (s, t), b in flat.items() if s == self.rank
+            ]
             for work in works:
                 work.wait()
 
@@ -93,7 +95,9 @@ class Case:
         trainers = dist.new_group(range(self.source))
         receivers = dist.new_group([0, *range(self.source, self.source + self.target)])
         whole = next(iter(sync.Side.placed(self.layout, "hf", ranks=[0]).members))
-        dims = {s.name: next((d for d, (a, b) in enumerate(zip(s.shape, t.shape)) if a != b), None) for s, t in zip(self.src.members[0], whole)}
+        dims = {
+            s.name: next((d for d, (a, b) in enumerate(zip(s.shape, t.shape)) if a != b), None) for s, t in zip(self.src.members[0], whole)
+        }
 
         def run():
             for s in whole:
@@ -150,7 +154,10 @@ def work(rank: int, args, port: int, source: int, target: int) -> None:
         for mode, own in seconds.items():
             ratio = statistics.median(b / s for b, s in zip(bound, own))
             against = f"{statistics.median(g / s for g, s in zip(gathered, own)):.1f}" if gathered else ""
-            print(f"| {'Megatron ' if args.fused else ''}TP{source} → {'vLLM ' if args.fused else ''}TP{target} | {mode} | {total / 1e9:.2f} GB | {min(own):.3f} | {statistics.median(own):.3f} | {ratio:.2f} | {against} |", flush=True)
+            print(
+                f"| {'Megatron ' if args.fused else ''}TP{source} → {'vLLM ' if args.fused else ''}TP{target} | {mode} | {total / 1e9:.2f} GB | {min(own):.3f} | {statistics.median(own):.3f} | {ratio:.2f} | {against} |",
+                flush=True,
+            )
     dist.barrier()
     os._exit(0)
 
@@ -186,7 +193,10 @@ def overhead(rank: int, port: int, runs: int) -> None:
         seconds.append(time.perf_counter() - began)
     part = session._parts["tensors"][0]
     copies = sum(len(m.copies) for m in (*part.sends, *part.takes))
-    print(f"| {'sender' if rank == 0 else 'taker'} | {copies:,} | {made:.2f} | {seconds[0]:.2f} | {statistics.median(seconds[1:]) * 1000:.0f} |", flush=True)
+    print(
+        f"| {'sender' if rank == 0 else 'taker'} | {copies:,} | {made:.2f} | {seconds[0]:.2f} | {statistics.median(seconds[1:]) * 1000:.0f} |",
+        flush=True,
+    )
     dist.barrier()
     os._exit(0)
 
@@ -206,7 +216,10 @@ def main() -> None:
         mp.start_processes(overhead, args=(free_port(), args.runs), nprocs=2, start_method="forkserver")
         return
     sys.path.insert(0, str(Path(__file__).parent))
-    print("| meshes | mode | moved | best s | median s | bound / it | all-gather + broadcast / it |\n| --- | --- | --- | --- | --- | --- | --- |", flush=True)
+    print(
+        "| meshes | mode | moved | best s | median s | bound / it | all-gather + broadcast / it |\n| --- | --- | --- | --- | --- | --- | --- |",
+        flush=True,
+    )
     for case in args.cases:
         source, target = (int(side.removeprefix("tp")) for side in case.split(":"))
         port = free_port()

@@ -5,5 +5,6 @@ cd "$(dirname "$0")/.."
 [ -x .venv/bin/python ] || python3 -m venv .venv
 .venv/bin/python -m pip install -q -c constraints.txt -e '.[lint]'
 .venv/bin/python -m ruff check .
+.venv/bin/python -m ruff format --check .
 .venv/bin/lint-imports --no-logo
 .venv/bin/python -m mypy

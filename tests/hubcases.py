@@ -42,7 +42,11 @@ def make_large(folder: Path, layers: int = 10, hidden: int = 512) -> None:
         at = f"model.layers.{i}."
         state |= {at + "input_layernorm.weight": (hidden,), at + "post_attention_layernorm.weight": (hidden,)}
         state |= {at + f"self_attn.{p}_proj.weight": (hidden if p in "qo" else hidden // 2, hidden) for p in "qkvo"}
-        state |= {at + "mlp.gate_proj.weight": (ffn, hidden), at + "mlp.up_proj.weight": (ffn, hidden), at + "mlp.down_proj.weight": (hidden, ffn)}
+        state |= {
+            at + "mlp.gate_proj.weight": (ffn, hidden),
+            at + "mlp.up_proj.weight": (ffn, hidden),
+            at + "mlp.down_proj.weight": (hidden, ffn),
+        }
     config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": hidden, "intermediate_size": ffn, "num_hidden_layers": layers,
               "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": hidden // 8, "vocab_size": vocab, "rms_norm_eps": 1e-5, "rope_theta": 10000.0,
               "tie_word_embeddings": False, "max_position_embeddings": 512, "dtype": "bfloat16"}  # fmt: skip

@@ -93,7 +93,9 @@ class Hub:
         self._one_at_a_time = threading.Lock()
         self._numbers = itertools.count()
         (self.folder / "blobs").mkdir(parents=True)
-        self._servers = [ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": self, "host": host})) for host in ("hub", "cdn")]
+        self._servers = [
+            ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": self, "host": host})) for host in ("hub", "cdn")
+        ]
         for server in self._servers:
             server.daemon_threads = True
         self.url = f"http://127.0.0.1:{self._servers[0].server_port}"
@@ -214,7 +216,9 @@ class Hub:
         import hf_xet
 
         session = hf_xet.XetSession()
-        with session.new_file_download_group(endpoint=self.cas(write=False), token="x", token_expiry_unix_secs=int(time.time()) + 86400) as group:
+        with session.new_file_download_group(
+            endpoint=self.cas(write=False), token="x", token_expiry_unix_secs=int(time.time()) + 86400
+        ) as group:
             group.start_download_file(hf_xet.XetFileInfo(file.xet, file.size), f"{self.blob(file.oid)}.part")
         Path(f"{self.blob(file.oid)}.part").rename(self.blob(file.oid))
 
@@ -258,7 +262,14 @@ class _Handler(BaseHTTPRequestHandler):
         self.entry = Request(self.host, self.command, self.path, self.headers.get("Range"), token=token)
         with self.hub._lock:
             self.hub.log.append(self.entry)
-            self.fault = next((f for f in self.hub.faults if f.times and f.host == self.host and re.fullmatch(f.method, self.command) and re.search(f.path, self.path)), None)
+            self.fault = next(
+                (
+                    f
+                    for f in self.hub.faults
+                    if f.times and f.host == self.host and re.fullmatch(f.method, self.command) and re.search(f.path, self.path)
+                ),
+                None,
+            )
             if self.fault and self.fault.skip:
                 self.fault.skip -= 1
                 self.fault = None
@@ -394,7 +405,10 @@ class _Handler(BaseHTTPRequestHandler):
             raise _Answer(200, {"errors": [], "warnings": []})
         if path == "/api/whoami-v2":
             raise _Answer(200, {"name": user, "type": "user", "orgs": []}) if user else _error(401, "Unauthorized")
-        if found := re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/(revision|tree|preupload|commit|xet-read-token|xet-write-token|auth-check|branch|refs)(?:/(.+))?)?", raw):
+        if found := re.fullmatch(
+            r"/api/models/([^/]+/[^/]+)(?:/(revision|tree|preupload|commit|xet-read-token|xet-write-token|auth-check|branch|refs)(?:/(.+))?)?",
+            raw,
+        ):
             name, verb, rest = unquote(found[1]), found[2] or "info", found[3] or ""
             repo = self._repo(name, user)
             revision, _, inside = rest.partition("/")
@@ -449,7 +463,11 @@ class _Handler(BaseHTTPRequestHandler):
                 row["xetHash"] = file.xet
             rows.append(row)
         at = int(query.get("cursor", ["0"])[0])
-        more = {"Link": f'<{self.hub.url}{urlsplit(self.path).path}?recursive=true&cursor={at + 50}>; rel="next"'} if at + 50 < len(rows) else {}
+        more = (
+            {"Link": f'<{self.hub.url}{urlsplit(self.path).path}?recursive=true&cursor={at + 50}>; rel="next"'}
+            if at + 50 < len(rows)
+            else {}
+        )
         raise _Answer(200, rows[at : at + 50], more)
 
     def _auth_check(self, name, repo, revision, inside, query, user) -> None:

@@ -44,11 +44,18 @@ def test_convert_json(model, run):
     assert code == 0 and err == "" and out.count("\n") == 1
     assert set(result) >= SHARED | {"seconds"}
     assert result["source"] == {"path": "model", "format": "hf", "architecture": "LlamaForCausalLM", "mesh": {"tp": 1, "pp": 1, "ep": 1}}
-    assert result["destination"] == {"path": "out", "format": "vllm", "architecture": "LlamaForCausalLM", "mesh": {"tp": 3, "pp": 1, "ep": 1}}
+    assert result["destination"] == {
+        "path": "out",
+        "format": "vllm",
+        "architecture": "LlamaForCausalLM",
+        "mesh": {"tp": 3, "pp": 1, "ep": 1},
+    }
     assert [file["path"] for file in result["files"]] == [f"model-rank-{r}-part-0.safetensors" for r in range(3)]
 
 
-@pytest.mark.parametrize("target", ["--to vllm --tp 3", "--to megatron --tp 3 --pp 2", "--to tp --tp 9", "--to rank-pt --tp 2", "--to hf --dtype fp32"])
+@pytest.mark.parametrize(
+    "target", ["--to vllm --tp 3", "--to megatron --tp 3 --pp 2", "--to tp --tp 9", "--to rank-pt --tp 2", "--to hf --dtype fp32"]
+)
 def test_the_run_moves_what_plan_said(model, run, target):
     """Bytes, counted where files are read and written, and files on disk."""
     plan = json.loads(run(f"plan model {target} --json")[1])

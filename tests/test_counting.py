@@ -191,7 +191,9 @@ def test_two_blocks_meet_where_brute_force_says_so():
             blocks.append(Block(tuple((0, size) for size in shape), int(rng.integers(0, 20)), tuple(strides)))
         assert all(nested(axes(one.strides, one.shape)) for one in blocks)
         a, b = ({one.offset + int(np.dot(index, one.strides)) for index in np.ndindex(*one.shape)} for one in blocks)
-        assert meet(blocks[1].offset - blocks[0].offset, axes(blocks[0].strides, blocks[0].shape), axes(blocks[1].strides, blocks[1].shape)) == bool(a & b)
+        assert meet(
+            blocks[1].offset - blocks[0].offset, axes(blocks[0].strides, blocks[0].shape), axes(blocks[1].strides, blocks[1].shape)
+        ) == bool(a & b)
         met += bool(a & b)
     assert 2000 < met < 18000
 
@@ -208,9 +210,6 @@ def test_blocks_outside_or_upon_each_other_or_holes_are_named():
     ):
         spoiled = replace(whole, parts=(q, Part(("k",), Block(((0, 2), (0, 4)), offset, (4, 1)))))
         assert words in faults_of(spoiled)[0]
-    assert (
-        "8 of 16 elements are under no tensor, 0 are declared to be padding"
-        in faults_of(replace(whole, parts=(q,)))[0]
-    )
+    assert "8 of 16 elements are under no tensor, 0 are declared to be padding" in faults_of(replace(whole, parts=(q,)))[0]
     assert faults_of(replace(whole, parts=(q,), pad=8)) == []
     assert "on elements of its own" in faults_of(replace(whole, parts=(Part(("q",), Block(((0, 4), (0, 4)), 0, (1, 1))),)))[0]

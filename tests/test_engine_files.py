@@ -31,7 +31,9 @@ def test_vllm_files_are_vllms_own(tmp_path, name, original, mesh):
         assert filecmp.cmp(SAMPLES / "vllm" / name / file, tmp_path / "out" / file, shallow=False), file
 
 
-@pytest.mark.parametrize("name", sorted(path.name for path in (SAMPLES / "vllm").glob("*-tp*") if "fp8" not in path.name))  # quantised: not yet
+@pytest.mark.parametrize(
+    "name", sorted(path.name for path in (SAMPLES / "vllm").glob("*-tp*") if "fp8" not in path.name)
+)  # quantised: not yet
 def test_genuine_folders_are_read_back(tmp_path, name):
     """vLLM's own folder, without any manifest: the same parameters as the original's, and the original's tensors as HF."""
     original = SAMPLES / "vllm/hf" / name.partition("-tp")[0]

@@ -55,7 +55,13 @@ def test_merged_ranges(parts, gap):
     assert all(b.file != a.file or b.start - a.stop > gap for a, b in pairwise(out))
 
 
-TARGETS = [{"format": "vllm", "tp": 3}, {"format": "megatron", "tp": 3, "pp": 2}, {"format": "tp", "tp": 2}, {"format": "vllm", "tp": 3, "rank": 2}, {"format": "hf"}]
+TARGETS = [
+    {"format": "vllm", "tp": 3},
+    {"format": "megatron", "tp": 3, "pp": 2},
+    {"format": "tp", "tp": 2},
+    {"format": "vllm", "tp": 3, "rank": 2},
+    {"format": "hf"},
+]
 
 
 @pytest.mark.parametrize("source", [None, {"format": "megatron", "tp": 3}, {"format": "vllm", "tp": 3}])
@@ -78,7 +84,10 @@ def test_batches_are_the_plan(tmp_path_factory, source, target, gap, limit):
                 for a, b in runs(offset, shape, strides, 0):
                     low, high = stored.start + a * width, stored.start + b * width
                     assert any(r.file == stored.file and r.start <= low and high <= r.stop for r in ranges)
-        rows = max((shape[-1] * DTYPE_SIZE[stored.dtype] * 8 for tile in batch.tiles for stored, _, shape, _ in of_plan(tile)[0] if shape), default=0)
+        rows = max(
+            (shape[-1] * DTYPE_SIZE[stored.dtype] * 8 for tile in batch.tiles for stored, _, shape, _ in of_plan(tile)[0] if shape),
+            default=0,
+        )
         assert batch.size <= max(limit, rows) + gap
     if gap == 0:
         assert sum(batch.size for batch in found) >= plan.least_bytes_read

@@ -76,7 +76,9 @@ def rewrite(path: Path, change) -> None:
     path.write_bytes(struct.pack("<Q", len(text)) + text + raw[8 + length :])
 
 
-@pytest.mark.parametrize("left, said", [(0, "has 0 bytes"), (7, "has 7 bytes"), (100, "has 100 bytes, its header alone needs"), (-1, "its header describes")])
+@pytest.mark.parametrize(
+    "left, said", [(0, "has 0 bytes"), (7, "has 7 bytes"), (100, "has 100 bytes, its header alone needs"), (-1, "its header describes")]
+)
 def test_truncated(hf, refused, left, said):
     path = hf / "model.safetensors"
     path.write_bytes(path.read_bytes()[:left])
@@ -163,7 +165,9 @@ def test_an_unknown_architecture_with_familiar_names(hf, refused):
 def test_an_unknown_architecture_with_some_foreign_names(hf, refused):
     config(hf, architectures=["FooForCausalLM"])
     save(hf, load_file(hf / "model.safetensors") | {"model.layers.0.foo.weight": torch.zeros(1), "model.bar": torch.zeros(1)})
-    refused(hf, "closest is llama, which leaves 2 of 23 tensors unexplained", "model.bar", "model.layers.0.foo.weight", hint='extends = "llama"')
+    refused(
+        hf, "closest is llama, which leaves 2 of 23 tensors unexplained", "model.bar", "model.layers.0.foo.weight", hint='extends = "llama"'
+    )
 
 
 def config(folder: Path, **changes) -> None:
@@ -259,7 +263,11 @@ def test_index_leads_astray(tmp_path, hf, refused, file, said):
 
 def test_index_lists_what_its_file_lacks(hf, refused):
     indexed(hf, {"model.extra": "model-00001-of-00002.safetensors"})
-    refused(hf, "model-00001-of-00002.safetensors lacks model.extra, which model.safetensors.index.json says it holds (1 such)", hint="other files")
+    refused(
+        hf,
+        "model-00001-of-00002.safetensors lacks model.extra, which model.safetensors.index.json says it holds (1 such)",
+        hint="other files",
+    )
 
 
 def test_index_swaps_files(hf, refused):
@@ -286,7 +294,10 @@ def test_index_with_a_key_twice(hf, refused):
     refused(hf, f"{path} is not JSON: the key '{Q}' stands twice")
 
 
-@pytest.mark.parametrize("content, said", [("{", "is not JSON"), ("[]", "no weight_map"), ('{"weight_map": []}', "no weight_map"), ("[" * 99999, "nested too deeply")])
+@pytest.mark.parametrize(
+    "content, said",
+    [("{", "is not JSON"), ("[]", "no weight_map"), ('{"weight_map": []}', "no weight_map"), ("[" * 99999, "nested too deeply")],
+)
 def test_index_that_is_none(hf, refused, content, said):
     indexed(hf)
     (hf / "model.safetensors.index.json").write_text(content)
@@ -476,7 +487,16 @@ def tensor(offset=0, shape=(4,), strides=(1,), key="0", count=16) -> bytes:
         return pickle.dumps(value, 2)[2:-1]
 
     pid = b"(" + spelled("storage") + b"ctorch\nFloatStorage\n" + spelled(key) + spelled("cpu") + spelled(count) + b"tQ"
-    return b"\x80\x02}" + spelled(Q) + b"ctorch._utils\n_rebuild_tensor_v2\n(" + pid + spelled(offset) + spelled(shape) + spelled(strides) + b"\x89NtRs."
+    return (
+        b"\x80\x02}"
+        + spelled(Q)
+        + b"ctorch._utils\n_rebuild_tensor_v2\n("
+        + pid
+        + spelled(offset)
+        + spelled(shape)
+        + spelled(strides)
+        + b"\x89NtRs."
+    )
 
 
 def deep(depth: int) -> bytes:
@@ -582,4 +602,10 @@ def test_errors_as_json(tmp_path, hf, capsys):
         main(["convert", str(hf), str(tmp_path / "out"), "--to", "hf", "--json"])
     out, err = capsys.readouterr()
     error = json.loads(out)["error"]
-    assert exit.value.code == 1 and err == "" and error["type"] == "FormatError" and re.search(r"has dtype 'Q4\\+x1b'", error["message"]) and error["hint"]
+    assert (
+        exit.value.code == 1
+        and err == ""
+        and error["type"] == "FormatError"
+        and re.search(r"has dtype 'Q4\\+x1b'", error["message"])
+        and error["hint"]
+    )

@@ -112,7 +112,12 @@ def test_everything_asks_for_the_pinned_commit(hub, model, tmp_path):
 def test_faults_that_pass_by_themselves(hub, large, tmp_path):
     hub.add_folder("org/name", large)
     job = reshard.plan("hf://org/name", format="tp", tp=2)
-    for fault in (Fault(status=503, headers={"Retry-After": "0"}), Fault(status=429, headers={"Retry-After": "1"}), Fault(cut=5000, times=2), Fault(cut=0)):
+    for fault in (
+        Fault(status=503, headers={"Retry-After": "0"}),
+        Fault(status=429, headers={"Retry-After": "1"}),
+        Fault(cut=5000, times=2),
+        Fault(cut=0),
+    ):
         hub.fault(fault)
     convert(job, tmp_path / "out")
     assert reshard.diff(large, tmp_path / "out")
@@ -198,7 +203,9 @@ def test_killed_in_the_middle_of_a_file_and_continued(hub, large, tmp_path, sign
     hub.add_folder("org/name", large)
     hub.rate = SLOW
     args = [sys.executable, "-m", "reshard", "convert", "hf://org/name", "out", "--to", "tp", "--tp", "2", "-j", "3"]
-    process = subprocess.Popen(args, cwd=tmp_path, env={**os.environ, **environment(hub, tmp_path)}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        args, cwd=tmp_path, env={**os.environ, **environment(hub, tmp_path)}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
     whole = sum(path.stat().st_size for path in large.glob("*.safetensors"))
     while hub.sent() < 0.5 * whole:
         assert process.poll() is None
@@ -252,7 +259,9 @@ def test_cache_is_filled_and_read(hub, model, tmp_path):
     assert done.returncode == 0 and not hub.log, done.stderr
     assert files_of(tmp_path / "again") == files_of(tmp_path / "offline") and reshard.diff(model, tmp_path / "again")
     code = "from huggingface_hub import snapshot_download as s; print(s('org/name', local_files_only=True))"
-    found = subprocess.run([sys.executable, "-c", code], env={**os.environ, **environment(hub, tmp_path)}, capture_output=True, text=True, check=True)
+    found = subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, **environment(hub, tmp_path)}, capture_output=True, text=True, check=True
+    )
     assert (Path(found.stdout.strip()) / "config.json").is_file()  # others find it there too
 
 
@@ -332,7 +341,10 @@ def test_no_secret_is_printed_logged_or_journalled(hub, large, tmp_path):
 
 def test_dry_run_plan_and_inspect_read_headers_only(hub, large, tmp_path):
     commit = hub.add_folder("org/name", large)
-    for args in (["convert", "hf://org/name", "out", "--to", "vllm", "--tp", "4", "-n", "--json"], ["plan", "hf://org/name", "--to", "vllm", "--tp", "4", "--json"]):
+    for args in (
+        ["convert", "hf://org/name", "out", "--to", "vllm", "--tp", "4", "-n", "--json"],
+        ["plan", "hf://org/name", "--to", "vllm", "--tp", "4", "--json"],
+    ):
         hub.clear()
         done = command(hub, tmp_path, *args)
         result = json.loads(done.stdout)

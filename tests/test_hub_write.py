@@ -47,7 +47,13 @@ def test_push_again_and_pull(hub, mode, model, tmp_path):
         assert not hub.requests(path="objects/batch") and all(f.xet for f in hub.repos["ada/name"].commits[done.commit].values() if f.large)
     sent = uploads(hub, mode)
     again = reshard.push(model, "hf://ada/name")
-    assert not again.committed and again.commit == done.commit and again.new == [] and commits(hub, "ada/name") == 1 and uploads(hub, mode) == sent
+    assert (
+        not again.committed
+        and again.commit == done.commit
+        and again.new == []
+        and commits(hub, "ada/name") == 1
+        and uploads(hub, mode) == sent
+    )
     told = []
     pulled = reshard.pull("hf://ada/name", tmp_path / "got", progress=told.append)
     assert sum(told) == pulled.bytes if mode == "lfs" else 0 < sum(told) <= pulled.bytes  # Xet compresses
@@ -79,7 +85,9 @@ def test_convert_straight_to_the_hub_needs_disk_for_one_file(hub, mode, large, t
     reshard.convert(large, tmp_path / "near", format="vllm", tp=4)
     pushed = hub.files("ada/name")
     assert {name: pushed[name] for name in files_of(tmp_path / "near")} == files_of(tmp_path / "near")
-    assert max(most) == max(path.stat().st_size for path in (tmp_path / "near").glob("*.safetensors")) and not list((tmp_path / "scratch").iterdir())
+    assert max(most) == max(path.stat().st_size for path in (tmp_path / "near").glob("*.safetensors")) and not list(
+        (tmp_path / "scratch").iterdir()
+    )
     assert commits(hub, "ada/name") == 1 and done.committed
     assert not reshard.convert(large, "hf://ada/name", format="vllm", tp=4).committed and commits(hub, "ada/name") == 1
     assert reshard.diff("hf://ada/name", large)
@@ -105,7 +113,9 @@ def test_push_killed_in_the_middle_sends_only_what_is_missing(hub, large, tmp_pa
     shards = sorted(path.stat().st_size for path in (tmp_path / "tp").glob("*.safetensors"))
     hub.rate = 30_000_000
     args = [sys.executable, "-m", "reshard", "push", "tp", "hf://ada/name"]
-    process = subprocess.Popen(args, cwd=tmp_path, env={**os.environ, **environment(hub, tmp_path), "HF_HUB_DISABLE_XET": "1"}, stdout=subprocess.PIPE)
+    process = subprocess.Popen(
+        args, cwd=tmp_path, env={**os.environ, **environment(hub, tmp_path), "HF_HUB_DISABLE_XET": "1"}, stdout=subprocess.PIPE
+    )
     while len(hub.requests(host="cdn", method="PUT")) < 2:  # the second file is on its way
         assert process.poll() is None
         time.sleep(0.01)
@@ -126,7 +136,13 @@ def test_card_says_where_it_comes_from(hub, mode, model):
     commit = hub.repos["ada/base"].refs["main"]
     reshard.convert("hf://ada/base", "hf://ada/shards", format="vllm", tp=3)
     text = hub.files("ada/shards")["README.md"].decode()
-    for line in ('base_model: "ada/base"', f"| source revision | `{commit}` |", "| format | vllm |", "| mesh | tp 3, pp 1, ep 1 |", "--tensor-parallel-size 3"):
+    for line in (
+        'base_model: "ada/base"',
+        f"| source revision | `{commit}` |",
+        "| format | vllm |",
+        "| mesh | tp 3, pp 1, ep 1 |",
+        "--tensor-parallel-size 3",
+    ):
         assert line in text
     reshard.convert("hf://ada/shards", "hf://ada/more", format="tp", tp=9)  # the origin is handed on by reshard.json
     assert 'base_model: "ada/shards"' in hub.files("ada/more")["README.md"].decode()

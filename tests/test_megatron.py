@@ -64,14 +64,20 @@ def gated(gate, up, n, i):
 
 
 def attention(w, at, c, tp, t, local):
-    out = {"input_layernorm.weight" if local or "kv_lora_rank" in c else "self_attention.linear_qkv.layer_norm_weight": w[at + "input_layernorm.weight"]}
+    out = {
+        "input_layernorm.weight" if local or "kv_lora_rank" in c else "self_attention.linear_qkv.layer_norm_weight": w[
+            at + "input_layernorm.weight"
+        ]
+    }
     put = "self_attention."
     out[put + "linear_proj.weight"] = w[at + "self_attn.o_proj.weight"].chunk(tp, 1)[t]
     if "kv_lora_rank" in c:
         out[put + "linear_q_down_proj.weight"] = w[at + "self_attn.q_a_proj.weight"]
         out[put + "linear_kv_down_proj.weight"] = w[at + "self_attn.kv_a_proj_with_mqa.weight"]
         for x in ("q", "kv"):
-            out[put + (f"{x}_layernorm.weight" if local else f"linear_{x}_up_proj.layer_norm_weight")] = w[f"{at}self_attn.{x}_a_layernorm.weight"]
+            out[put + (f"{x}_layernorm.weight" if local else f"linear_{x}_up_proj.layer_norm_weight")] = w[
+                f"{at}self_attn.{x}_a_layernorm.weight"
+            ]
             out[put + f"linear_{x}_up_proj.weight"] = w[f"{at}self_attn.{x}_b_proj.weight"].chunk(tp)[t]
         return out
     for kind in ("weight", "bias"):
@@ -95,7 +101,10 @@ def mlp(w, at, tp, t, e, x, ep, etp, local, experts):
         out["mlp.router.expert_bias"] = w[moe + "gate.e_score_correction_bias"]
     if moe + "shared_experts.up_proj.weight" in w:
         gate, up, down = (w[f"{moe}shared_experts.{x_}_proj.weight"] for x_ in ("gate", "up", "down"))
-        out |= {"mlp.shared_experts.linear_fc1.weight": gated(gate, up, tp, t), "mlp.shared_experts.linear_fc2.weight": down.chunk(tp, 1)[t]}
+        out |= {
+            "mlp.shared_experts.linear_fc1.weight": gated(gate, up, tp, t),
+            "mlp.shared_experts.linear_fc2.weight": down.chunk(tp, 1)[t],
+        }
     names = ("w1", "w3", "w2") if "block_sparse" in moe else ("gate_proj", "up_proj", "down_proj")
     count = sum(key.startswith(moe + "experts.") for key in w) // 3
     fc1, fc2 = [], []
@@ -108,7 +117,9 @@ def mlp(w, at, tp, t, e, x, ep, etp, local, experts):
                       "mlp.experts.weight2": torch.cat([m.T for m in fc2])}  # fmt: skip
     for n, pair in enumerate(zip(fc1, fc2)):
         for number, matrix in enumerate(pair, 1):
-            out[f"mlp.experts.linear_fc{number}.weight{n}" if experts == "te" else f"mlp.experts.local_experts.{n}.linear_fc{number}.weight"] = matrix
+            out[
+                f"mlp.experts.linear_fc{number}.weight{n}" if experts == "te" else f"mlp.experts.local_experts.{n}.linear_fc{number}.weight"
+            ] = matrix
     return out
 
 
@@ -142,7 +153,9 @@ def megatron(w, c, tp=1, pp=1, ep=1, etp=None, virtual=1, stages=None, multiple=
                 if at == total - 1:
                     state["decoder.final_layernorm.weight"] = w["model.norm.weight"]
                     if not c["tie_word_embeddings"] or total > 1:
-                        state["output_layer.weight"] = padded(w.get("lm_head.weight", w["model.embed_tokens.weight"]), tp, t, multiple, fill)
+                        state["output_layer.weight"] = padded(
+                            w.get("lm_head.weight", w["model.embed_tokens.weight"]), tp, t, multiple, fill
+                        )
                 chunks.append({prefix + key: value.contiguous() for key, value in state.items()})
             out[folder_name(t, p, e, pp, ep)] = chunks
     return out
@@ -203,7 +216,9 @@ def test_every_rank_is_chunk_and_cat(family, mesh, models, tmp_path):
     reshard.convert(source, tmp_path / "m", format="megatron", fsync=False, **mesh)
     assert (tmp_path / "m/latest_checkpointed_iteration.txt").read_text() == "release"
     assert {p.name for p in (tmp_path / "m/release").iterdir()} == set(want)
-    numbers = {formats.megatron.folder_name(rank, Mesh(**{"etp": 0, **mesh})): rank.number for rank in formats.megatron.mp_ranks(Mesh(**mesh))}
+    numbers = {
+        formats.megatron.folder_name(rank, Mesh(**{"etp": 0, **mesh})): rank.number for rank in formats.megatron.mp_ranks(Mesh(**mesh))
+    }
     loaded = max(want)
     for name, (state,) in want.items():
         blob = load_pt_with_args(tmp_path / "m/release" / name / "model_optim_rng.pt")
@@ -243,7 +258,12 @@ def test_control_exchanged_experts_and_wrong_orders_are_seen(models, tmp_path):
 
 def test_meshes_that_megatron_cannot_have(models):
     source = models["qwen3_moe"][0]
-    for mesh, said in (({"tp": 2, "etp": 4}, "etp=4 is larger"), ({"tp": 6, "etp": 4}, "divide"), ({"ep": 3}, "experts over ep=3"), ({"pp": 3}, "pp=3")):
+    for mesh, said in (
+        ({"tp": 2, "etp": 4}, "etp=4 is larger"),
+        ({"tp": 6, "etp": 4}, "divide"),
+        ({"ep": 3}, "experts over ep=3"),
+        ({"pp": 3}, "pp=3"),
+    ):
         with pytest.raises(reshard.PlanError, match=said):
             reshard.plan(source, format="megatron", **mesh)
     with pytest.raises(reshard.PlanError, match="without experts"):
@@ -293,7 +313,11 @@ def test_mesh_by_folders_alone(family, how, folder, models, tmp_path):
     root = save(tmp_path / "m", megatron(whole, config, **how), None, folder, {"release": "release", "iter_0000100": "100\n"}.get(folder))
     opened = reshard.open(root, config=source)
     assert opened.format == "megatron"
-    assert (opened.mesh.tp, opened.mesh.pp, opened.mesh.ep) == (how.get("tp", 1), how.get("pp", 1) * how.get("virtual", 1), how.get("ep", 1))
+    assert (opened.mesh.tp, opened.mesh.pp, opened.mesh.ep) == (
+        how.get("tp", 1),
+        how.get("pp", 1) * how.get("virtual", 1),
+        how.get("ep", 1),
+    )
     if folder == "release":
         assert reshard.diff(source, opened)
 
@@ -365,7 +389,13 @@ def test_broken_checkpoints_are_refused_by_name(models, tmp_path):
     stages = save(tmp_path / "stages", two, None)
     save(tmp_path / "stages", megatron(whole, config, pp=2), None, tracker=None)
     refused(stages, source, "mp_rank_00 and mp_rank_00_000", "different meshes")
-    refused(save(tmp_path / "args", two, args_of(1, 2)), source, "lacks mp_rank_00_000, mp_rank_00_001", "has besides mp_rank_00, mp_rank_01", "tp1×pp2")
+    refused(
+        save(tmp_path / "args", two, args_of(1, 2)),
+        source,
+        "lacks mp_rank_00_000, mp_rank_00_001",
+        "has besides mp_rank_00, mp_rank_01",
+        "tp1×pp2",
+    )
     refused(save(tmp_path / "more", two, args_of(1)), source, "has besides mp_rank_01", "args say tp1")
     refused(save(tmp_path / "absurd", two, args_of(10**9)), source, "no mesh")
     refused(save(tmp_path / "config", megatron(whole, config), args_of()), models["qwen3"][0], "q_layernorm")
@@ -419,7 +449,11 @@ def written_args(config, tmp_path, **mesh):
 
 
 def differs(args, **want):
-    return {key: args.get(key, "absent") for key, value in want.items() if args.get(key, "absent") != value or type(args[key]) is not type(value)}
+    return {
+        key: args.get(key, "absent")
+        for key, value in want.items()
+        if args.get(key, "absent") != value or type(args[key]) is not type(value)
+    }
 
 
 @pytest.mark.parametrize("family", CONFIGS)
@@ -457,7 +491,14 @@ def test_args_of_a_lite_latent_model(tmp_path):
 
 
 def test_args_of_rotary_scaling_and_windows(tmp_path):
-    llama3 = {"rope_type": "llama3", "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192, "rope_theta": 5e5}
+    llama3 = {
+        "rope_type": "llama3",
+        "factor": 32.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+        "rope_theta": 5e5,
+    }
     cases = {
         "llama3": ({**CONFIGS["llama"], "rope_parameters": llama3}, {"use_rope_scaling": True, "rope_scaling_factor": 32.0, "rotary_base": 500000, "position_embedding_type": "rope"}),
         "linear": ({**CONFIGS["llama"], "rope_scaling": {"type": "linear", "factor": 4.0}, "rope_parameters": None}, {"rotary_seq_len_interpolation_factor": 4, "use_rope_scaling": False}),

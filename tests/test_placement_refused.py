@@ -50,7 +50,8 @@ def opened(model, entry, config=CONFIG, place="m.{layer}"):
 
 
 @pytest.mark.parametrize(
-    ("place", "view", "count"), [("m.{layer}", "[[0], [0, 1]]", 2), ("m.{layer}", "[[0]]", 2), ("m.{layer}", "[[0, 1], [2]]", 2), ("m", "[[0, 1]]", 3)]
+    ("place", "view", "count"),
+    [("m.{layer}", "[[0], [0, 1]]", 2), ("m.{layer}", "[[0]]", 2), ("m.{layer}", "[[0, 1], [2]]", 2), ("m", "[[0, 1]]", 3)],
 )
 def test_a_view_that_does_not_fit_is_refused_with_the_descriptor(model, place, view, count):
     """defects.md A5, A6: the plan accepted them, and convert crashed, or wrote one tensor over another."""

@@ -105,7 +105,11 @@ def test_engine_and_megatron_shards_equal_chunk_and_cat():
                     assert state[key].dtype == tensor.dtype and torch.equal(state[key], tensor), (target, rank, key)
                 replicated = {key: tensor for key, tensor in state.items() if key not in wanted and not key.endswith("_scale")}
                 for key, tensor in replicated.items():  # norms, routers, biases that are added once: as they are
-                    assert any(tensor.shape == own.shape and torch.equal(tensor.to(own.dtype), own) for own in whole.values()), (target, rank, key)
+                    assert any(tensor.shape == own.shape and torch.equal(tensor.to(own.dtype), own) for own in whole.values()), (
+                        target,
+                        rank,
+                        key,
+                    )
             seen[target["format"], target["tp"] > 1] += 1
 
     in_all_families(8, compare)

@@ -64,7 +64,7 @@ def test_every_dtype_is_known_here():
 def test_bytes_are_the_librarys(tmp_path):
     specs = [(f"{name}.{dtype}", dtype, shape) for dtype in TORCH for name in "ba" for shape in [(2, 3) if name == "a" else ()]]
     tensors = {name: zeros(dtype, shape) for name, dtype, shape in specs}
-    for metadata in (None, {"format": "pt"}, {"é\n\"\\/": "\u2028\x01\x7f😀"}):
+    for metadata in (None, {"format": "pt"}, {'é\n"\\/': "\u2028\x01\x7f😀"}):
         theirs = safetensors.torch.save(tensors, metadata)
         ours = image_bytes(specs, metadata)
         assert header_of(ours) == header_of(theirs) and len(ours) == len(theirs)
@@ -73,7 +73,12 @@ def test_bytes_are_the_librarys(tmp_path):
 
 
 def test_bytes_are_the_numpy_librarys_with_data():
-    arrays = {"z": np.zeros((3, 0), np.float32), "a": np.zeros((), np.int8), "é": np.zeros(5, np.float64), "b": np.zeros((2, 2), np.float32)}
+    arrays = {
+        "z": np.zeros((3, 0), np.float32),
+        "a": np.zeros((), np.int8),
+        "é": np.zeros(5, np.float64),
+        "b": np.zeros((2, 2), np.float32),
+    }
     names = {np.dtype(np.float32): "F32", np.dtype(np.int8): "I8", np.dtype(np.float64): "F64"}
     assert image_bytes([(n, names[a.dtype], a.shape) for n, a in arrays.items()]) == safetensors.numpy.save(arrays)
 
@@ -111,7 +116,10 @@ shapes = st.lists(st.integers(0, 5), max_size=3).map(tuple)
 
 
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(st.dictionaries(names, st.tuples(st.sampled_from(sorted(TORCH)), shapes), max_size=6), st.none() | st.dictionaries(names, names, min_size=1, max_size=1))
+@given(
+    st.dictionaries(names, st.tuples(st.sampled_from(sorted(TORCH)), shapes), max_size=6),
+    st.none() | st.dictionaries(names, names, min_size=1, max_size=1),
+)
 def test_any_file_equals_the_librarys_and_reads_back(tmp_path, tensors, metadata):
     specs = [(name, dtype, shape) for name, (dtype, shape) in tensors.items()]
     theirs = safetensors.torch.save({name: zeros(dtype, shape) for name, dtype, shape in specs}, metadata)

@@ -195,7 +195,10 @@ def worlds_case(rank, root, port):
     layout = sync.layout(LLAMA)
     src, dst = sync.Side.placed(layout, "megatron", tp=2, ranks=range(2)), sync.Side.placed(layout, "vllm", tp=2, ranks=(2, 3))
     for step, transport in enumerate(("p2p", "auto"), 1):
-        session, into = sync.Sync(sync.plan(src, dst), group, timeout=30, transport=transport, verify=True), blank(dst, rank) if rank > 1 else None
+        session, into = (
+            sync.Sync(sync.plan(src, dst), group, timeout=30, transport=transport, verify=True),
+            blank(dst, rank) if rank > 1 else None,
+        )
         session.exchange(loaded(root / "llama", src, rank, tp=2) if rank < 2 else None, into, step)
         wanted = loaded(root / "llama", dst, rank, tp=2) if into else {}
         assert all(torch.equal(t, wanted[n]) for n, t in (into or {}).items())
@@ -216,7 +219,11 @@ def pair(rank, root, **options):
     layout = sync.layout(LLAMA)
     src, dst = sync.Side.placed(layout, "megatron", tp=2, ranks=range(2)), sync.Side.placed(layout, "vllm", tp=2, ranks=(2, 3))
     held = loaded(root / "llama", src, rank, tp=2) if rank < 2 else None
-    return sync.Sync(sync.plan(src, dst), **{"timeout": 30, "transport": "p2p", **options}), held, blank(dst, rank) if rank in (2, 3) else None
+    return (
+        sync.Sync(sync.plan(src, dst), **{"timeout": 30, "transport": "p2p", **options}),
+        held,
+        blank(dst, rank) if rank in (2, 3) else None,
+    )
 
 
 def refused(call) -> str:
@@ -303,6 +310,7 @@ def error_case(rank, root):
     session, held, into = pair(rank, root, transport="auto")
     session.exchange(held, into, 1)
     if rank == 3:
+
         def fail(*_):
             raise MemoryError("no room")
 

@@ -280,7 +280,7 @@ def failed_again(session, held, into) -> bool:
 def test_processes_leave_a_broken_group_at_once(models, how, who):
     """defects.md D6: destroy_process_group waited for gloo's threads, which sat in a collective with the silent peer."""
     world = World(4)
-    others = [r for r in range(4) if r != who]
+    others, texts = [r for r in range(4) if r != who], []
     try:
         for r in range(4):
             world.pipes[r].send((leaving_case, (models, how, who)))
@@ -291,8 +291,9 @@ def test_processes_leave_a_broken_group_at_once(models, how, who):
             lost, text, again = answer
             assert again and "a peer is gone" in text
             assert lost < (7.5 if how == "silent" else 2.5)
-            if how == "aborts":
-                assert f"rank {who}: the disk is full" in text
+            texts.append(text)
+        # the store that carries the reason ends with the process that keeps it, which may leave before another has looked
+        assert how != "aborts" or any(f"rank {who}: the disk is full" in text for text in texts)
         for r in others:
             world.pipes[r].send(None)
             world.processes[r].join(5)

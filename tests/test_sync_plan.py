@@ -74,13 +74,26 @@ def test_engines_get_what_load_gives_and_no_more(models, case, bucket):
 @given(st.integers(1, 4), st.integers(1, 3), st.integers(1, 5), st.sampled_from(["tp", "megatron"]), st.sampled_from(["tp", "vllm", "hf"]),
        st.booleans(), st.integers(1, 5), st.integers(1, 3))  # fmt: skip
 def test_any_mesh_to_any_other(tp, replicas, tp2, format, other, colocated, kv, group):
-    config = {**LLAMA, "num_key_value_heads": kv, "num_attention_heads": kv * group, "num_hidden_layers": 2, "intermediate_size": 20, "vocab_size": 70}
+    config = {
+        **LLAMA,
+        "num_key_value_heads": kv,
+        "num_attention_heads": kv * group,
+        "num_hidden_layers": 2,
+        "intermediate_size": 20,
+        "vocab_size": 70,
+    }
     tp2 = 1 if other == "hf" else tp2
     first = 0 if colocated else tp * replicas
     with tempfile.TemporaryDirectory() as name:
         make_model(Path(name) / "m", config)
         try:
-            moved(Path(name) / "m", sync.layout(config), (format, range(tp * replicas), {"tp": tp}), (other, range(first, first + tp2), {"tp": tp2}), bucket_bytes=4096)
+            moved(
+                Path(name) / "m",
+                sync.layout(config),
+                (format, range(tp * replicas), {"tp": tp}),
+                (other, range(first, first + tp2), {"tp": tp2}),
+                bucket_bytes=4096,
+            )
         except reshard.PlanError as error:
             assert "cannot" in str(error)  # a cut that the format refuses
 
@@ -97,7 +110,9 @@ def test_replicas_share_the_sending_within_a_bucket(models):
     assert cost.most_sent_by_first_holder > 3.9 * cost.most_sent
     large = sync.layout({**LLAMA, "hidden_size": 2048, "intermediate_size": 5632, "vocab_size": 32000, "head_dim": 64, "num_hidden_layers": 10,
                          "num_attention_heads": 32, "num_key_value_heads": 8})  # fmt: skip
-    cost = sync.plan(sync.Side.placed(large, "megatron", tp=2, ranks=range(8)), sync.Side.placed(large, "vllm", tp=4, ranks=range(8, 12))).cost()
+    cost = sync.plan(
+        sync.Side.placed(large, "megatron", tp=2, ranks=range(8)), sync.Side.placed(large, "vllm", tp=4, ranks=range(8, 12))
+    ).cost()
     assert cost.most_sent / (cost.total / 8) == pytest.approx(1, abs=0.001)
 
 
@@ -122,7 +137,11 @@ def test_plans_are_equal_where_their_arguments_are_and_no_where_else():
     layout = sync.layout(LLAMA)
 
     def make(tp=4, dtype="bf16", ranks=range(4, 6), **options):
-        return sync.plan(sync.Side.placed(layout, "tp", tp=tp, ranks=range(4), dtype=dtype), sync.Side.placed(layout, "vllm", tp=2, ranks=ranks), **options).fingerprint
+        return sync.plan(
+            sync.Side.placed(layout, "tp", tp=tp, ranks=range(4), dtype=dtype),
+            sync.Side.placed(layout, "vllm", tp=2, ranks=ranks),
+            **options,
+        ).fingerprint
 
     same = make()
     assert make() == same
@@ -150,12 +169,20 @@ def test_the_import_takes_no_torch():
 
 def test_bytes_and_messages_are_bounded_by_the_bucket():
     layout = sync.layout({**LLAMA, "hidden_size": 512, "intermediate_size": 1536})
-    plan = sync.plan(sync.Side.placed(layout, "tp", tp=4, ranks=range(4)), sync.Side.placed(layout, "megatron", tp=2, ranks=range(4, 6)), bucket_bytes=1 << 18)
+    plan = sync.plan(
+        sync.Side.placed(layout, "tp", tp=4, ranks=range(4)),
+        sync.Side.placed(layout, "megatron", tp=2, ranks=range(4, 6)),
+        bucket_bytes=1 << 18,
+    )
     for process in plan.processes:
         part = rank_plan(plan, process)
         for number in range(part.rounds):
             for messages in (part.sends, part.takes):
-                here = [m for m in messages if m.round == number and not (m.alone and m.copies[0][0].sent_as_it_lies and m.copies[0][0].taken_as_it_lies)]
+                here = [
+                    m
+                    for m in messages
+                    if m.round == number and not (m.alone and m.copies[0][0].sent_as_it_lies and m.copies[0][0].taken_as_it_lies)
+                ]
                 assert sum(m.bytes for m in here) <= 1 << 18
         assert part.bytes_sent == plan.cost().ranks[process].sent
 
@@ -165,7 +192,9 @@ def test_worked_examples_of_the_bound():
     config = {"architectures": ["LlamaForCausalLM"], "hidden_size": 8192, "intermediate_size": 28672, "num_attention_heads": 64, "num_key_value_heads": 8,
               "vocab_size": 128256, "num_hidden_layers": 80, "rms_norm_eps": 1e-5, "tie_word_embeddings": False}  # fmt: skip
     layout = sync.layout(config)
-    cost = sync.plan(sync.Side.placed(layout, "megatron", tp=8, ranks=range(32)), sync.Side.placed(layout, "vllm", tp=4, ranks=range(32, 64))).cost(50e9)
+    cost = sync.plan(
+        sync.Side.placed(layout, "megatron", tp=8, ranks=range(32)), sync.Side.placed(layout, "vllm", tp=4, ranks=range(32, 64))
+    ).cost(50e9)
     assert cost.model / 1e9 == pytest.approx(141.1, abs=0.1)
     assert cost.most_received / 1e9 == pytest.approx(35.3, abs=0.05)
     assert cost.most_sent / 1e9 == pytest.approx(35.3, abs=0.05)
@@ -260,7 +289,9 @@ def test_masters_are_cast_by_the_sender(models):
     assert loopback(again, rounded, wanted) == taken  # bf16 on the wire
     for r in (2, 3):
         assert all(torch.equal(targets[r][n], wanted[r][n]) for n in wanted[r])
-    up = sync.plan(sync.Side.placed(layout, "megatron", tp=2, ranks=range(2)), sync.Side.placed(layout, "vllm", tp=2, ranks=range(2, 4), dtype="fp32"))
+    up = sync.plan(
+        sync.Side.placed(layout, "megatron", tp=2, ranks=range(2)), sync.Side.placed(layout, "vllm", tp=2, ranks=range(2, 4), dtype="fp32")
+    )
     wide = {r: blank(up.destinations[0], r) for r in (2, 3)}
     assert loopback(up, rounded, wide) == taken  # widened where it arrives
     assert all(torch.equal(wide[2][n], wanted[2][n].float()) for n in wanted[2])
@@ -282,7 +313,10 @@ def test_fp8_blocks_are_those_of_the_whole_tensor(models):
     layout = sync.layout(LLAMA)
     linear = frozenset({"q", "k", "v", "o", "gate", "up", "down"})
     dst = sync.Side.placed(layout, "vllm", tp=3, ranks=range(3, 6), fp8=sync.Fp8(linear, edge=8))
-    for src, options in ((sync.Side.placed(layout, "megatron", tp=2, ranks=range(2)), {"tp": 2}), (sync.Side.placed(layout, "megatron", tp=2, pp=2, ranks=range(8)), {"tp": 2, "pp": 2})):
+    for src, options in (
+        (sync.Side.placed(layout, "megatron", tp=2, ranks=range(2)), {"tp": 2}),
+        (sync.Side.placed(layout, "megatron", tp=2, pp=2, ranks=range(8)), {"tp": 2, "pp": 2}),
+    ):
         plan = sync.plan(src, dst)
         targets = {r: blank(dst, r) for r in dst.processes if r >= 3}
         sources = {r: loaded(models / "llama", src, r, **options) for r in src.processes}
@@ -290,15 +324,25 @@ def test_fp8_blocks_are_those_of_the_whole_tensor(models):
         whole = load_file(models / "llama/model.safetensors")
         for rank in range(3):
             at = "model.layers.1."
-            for fused, names, dim in (("self_attn.qkv_proj", ("q", "k", "v"), 0), ("mlp.gate_up_proj", ("gate", "up"), 0), ("mlp.down_proj", ("down",), 1)):
+            for fused, names, dim in (
+                ("self_attn.qkv_proj", ("q", "k", "v"), 0),
+                ("mlp.gate_up_proj", ("gate", "up"), 0),
+                ("mlp.down_proj", ("down",), 1),
+            ):
                 parts = [quantised(whole[f"{at}{fused.split('.')[0]}.{n}_proj.weight"], 8) for n in names]
-                assert torch.equal(targets[3 + rank][f"{at}{fused}.weight"].view(torch.uint8), torch.cat([p.chunk(3, dim)[rank] for p, _ in parts]).view(torch.uint8))
+                assert torch.equal(
+                    targets[3 + rank][f"{at}{fused}.weight"].view(torch.uint8),
+                    torch.cat([p.chunk(3, dim)[rank] for p, _ in parts]).view(torch.uint8),
+                )
                 assert torch.equal(targets[3 + rank][f"{at}{fused}.weight_scale_inv"], torch.cat([s.chunk(3, dim)[rank] for _, s in parts]))
             assert targets[3][at + "input_layernorm.weight"].dtype == torch.bfloat16
     bf16 = sync.plan(src, sync.Side.placed(layout, "vllm", tp=3, ranks=range(3, 6))).cost().most_received
     assert plan.cost().most_received < 0.62 * bf16
     with pytest.raises(reshard.PlanError, match="cut through FP8 blocks of 16"):
-        sync.plan(sync.Side.placed(layout, "tp", tp=4, ranks=range(4)), sync.Side.placed(layout, "vllm", tp=3, ranks=range(3), fp8=sync.Fp8(linear, edge=16)))
+        sync.plan(
+            sync.Side.placed(layout, "tp", tp=4, ranks=range(4)),
+            sync.Side.placed(layout, "vllm", tp=3, ranks=range(3), fp8=sync.Fp8(linear, edge=16)),
+        )
 
 
 def test_lora_alone(models):
@@ -346,7 +390,16 @@ def test_what_does_not_fit_is_refused_by_name_all_at_once(models):
 
     side = sync.Side.placed(sync.layout(LLAMA), "vllm", tp=2, ranks=range(2))
     state = blank(side, 0)
-    bind({**state, "model.layers.0.self_attn.rotary_emb.cos_sin_cache": torch.zeros(3), "model.layers.0.self_attn.attn._k_scale": torch.ones(())}, side, 0, "destination")
+    bind(
+        {
+            **state,
+            "model.layers.0.self_attn.rotary_emb.cos_sin_cache": torch.zeros(3),
+            "model.layers.0.self_attn.attn._k_scale": torch.ones(()),
+        },
+        side,
+        0,
+        "destination",
+    )
     bad = dict(state)
     bad["model.norm.weight"] = torch.zeros(49, dtype=torch.bfloat16)
     bad["lm_head.weight"] = bad["lm_head.weight"].float()
@@ -377,10 +430,15 @@ def test_tied_weights_go_under_either_name_but_must_be_one(models):
 def test_tensors_are_filled_as_they_lie(models):
     layout = sync.layout(LLAMA)
     src, dst = sync.Side.placed(layout, "megatron", tp=2, ranks=range(2)), sync.Side.placed(layout, "vllm", tp=3, ranks=range(2, 5))
-    sources = {r: {n: t.t().contiguous().t() if t.dim() == 2 else t for n, t in loaded(models / "llama", src, r, tp=2).items()} for r in range(2)}
+    sources = {
+        r: {n: t.t().contiguous().t() if t.dim() == 2 else t for n, t in loaded(models / "llama", src, r, tp=2).items()} for r in range(2)
+    }
     targets = {}
     for r in range(2, 5):
-        targets[r] = {n: torch.full((*t.shape[:-1], t.shape[-1] + 3), 7.0, dtype=t.dtype)[..., 1:-2] if t.dim() == 2 else t for n, t in blank(dst, r).items()}
+        targets[r] = {
+            n: torch.full((*t.shape[:-1], t.shape[-1] + 3), 7.0, dtype=t.dtype)[..., 1:-2] if t.dim() == 2 else t
+            for n, t in blank(dst, r).items()
+        }
     places = {n: t.data_ptr() for n, t in targets[2].items()}
     loopback(sync.plan(src, dst), sources, targets)
     for r in range(2, 5):

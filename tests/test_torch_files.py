@@ -165,7 +165,9 @@ def test_module_state_dict_with_buffers_and_parameters(tmp_path):
 def test_transformers_own_files(tmp_path):
     """A model that transformers makes, saved by it and by torch.save(model.state_dict()), and read back by it."""
     transformers = pytest.importorskip("transformers")
-    config = transformers.LlamaConfig(hidden_size=48, intermediate_size=60, num_attention_heads=6, num_key_value_heads=3, vocab_size=131, num_hidden_layers=2)
+    config = transformers.LlamaConfig(
+        hidden_size=48, intermediate_size=60, num_attention_heads=6, num_key_value_heads=3, vocab_size=131, num_hidden_layers=2
+    )
     torch.manual_seed(0)
     made = transformers.LlamaForCausalLM(config).to(torch.bfloat16)  # transformers 5 saves safetensors and nothing else
     made.save_pretrained(tmp_path / "safe")

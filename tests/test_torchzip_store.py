@@ -228,8 +228,15 @@ def test_bytes_are_those_of_torch(tmp_path):
     tensors = {f"{dtype}.{shape}": some(dtype, shape) for dtype in DTYPES for shape in ((), (0, 3), (7,), (300, 3))}
 
     def wrap(t):
-        args = argparse.Namespace(tp=2, eps=1e-5, big=1 << 40, name="a", none=None, flag=True, path=PurePosixPath("/a"), raw=b"\xff", many=list(range(3000)))
-        return {"args": args, "checkpoint_version": 3.0, "model": t, "again": OrderedDict(x=[(1,), (1, 2), (1, 2, 3, 4)], cpu="cpu", storage="storage")}
+        args = argparse.Namespace(
+            tp=2, eps=1e-5, big=1 << 40, name="a", none=None, flag=True, path=PurePosixPath("/a"), raw=b"\xff", many=list(range(3000))
+        )
+        return {
+            "args": args,
+            "checkpoint_version": 3.0,
+            "model": t,
+            "again": OrderedDict(x=[(1,), (1, 2), (1, 2, 3, 4)], cpu="cpu", storage="storage"),
+        }
 
     theirs, ours = both(tmp_path, tensors, wrap)
     assert blank(ours.read_bytes()) == blank(theirs.read_bytes())
@@ -546,7 +553,12 @@ def test_any_flipped_byte_is_read_or_refused(tmp_path, data):
 
 
 @settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(st.lists(st.sampled_from([bytes((c,)) for c in pickle._Unpickler.dispatch] + [b"\0", b"\1", b"X\1\0\0\0a", b"K\1", b"ctorch\nSize\n"]), max_size=30))
+@given(
+    st.lists(
+        st.sampled_from([bytes((c,)) for c in pickle._Unpickler.dispatch] + [b"\0", b"\1", b"X\1\0\0\0a", b"K\1", b"ctorch\nSize\n"]),
+        max_size=30,
+    )
+)
 def test_any_opcodes_are_read_or_refused(tmp_path, codes):
     try:
         read(crafted(tmp_path, b"\x80\x04}N" + b"".join(codes) + b"."))

@@ -157,7 +157,9 @@ def test_disk_error_in_the_middle_leaves_no_destination(model, tmp_path, monkeyp
 
 
 def test_bytes_counted_equal_bytes_planned(model, tmp_path):
-    for step, options in enumerate(({"format": "vllm", "tp": 3}, {"format": "megatron", "tp": 3}, {"format": "tp", "tp": 2}, {"format": "rank-pt", "tp": 3})):
+    for step, options in enumerate(
+        ({"format": "vllm", "tp": 3}, {"format": "megatron", "tp": 3}, {"format": "tp", "tp": 2}, {"format": "rank-pt", "tp": 3})
+    ):
         planned = reshard.plan(model, **options)
         report = reshard.convert(model, tmp_path / str(step), **options)
         assert report.bytes_read == planned.bytes_read

@@ -110,8 +110,6 @@ def test_another_models_config(tmp_path):
         reshard.open(tmp_path / "tp")
 
 
-
-
 @pytest.mark.parametrize("number", range(3))
 def test_descriptors_of_the_guide_load(tmp_path, number):
     guide = Path(__file__).parents[1] / "docs/guides/descriptor.md"

@@ -280,7 +280,9 @@ def test_an_architecture_that_transformers_does_not_know_gets_a_way_on(tmp_path)
     for name in ("hf", "out"):
         shutil.copytree(SAMPLES / "hf/llama", tmp_path / name)
         config = json.loads((tmp_path / name / "config.json").read_text())
-        (tmp_path / name / "config.json").write_text(json.dumps(config | {"model_type": "mymodel", "architectures": ["MyModelForCausalLM"]}))
+        (tmp_path / name / "config.json").write_text(
+            json.dumps(config | {"model_type": "mymodel", "architectures": ["MyModelForCausalLM"]})
+        )
     with pytest.raises(reshard.ReshardError, match="transformers cannot read the config.json") as error:
         reshard.verify.verify(tmp_path / "out", reference=tmp_path / "hf", device="cpu")
     assert "reshard diff" in error.value.hint

@@ -20,7 +20,14 @@ KEYS = {"ok", "passed", "max_abs_diff", "max_abs_logit", "mean_kl", "top1_agreem
 
 def run(command: str, launcher: tuple[str, ...] = (sys.executable,), **environment) -> subprocess.CompletedProcess:
     quiet = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    return subprocess.run([*launcher, "-m", "reshard", *command.split()], capture_output=True, text=True, timeout=300, check=False, env={**os.environ, **quiet, **environment})
+    return subprocess.run(
+        [*launcher, "-m", "reshard", *command.split()],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+        env={**os.environ, **quiet, **environment},
+    )
 
 
 def test_without_transformers_it_says_what_to_install(monkeypatch, capsys):
@@ -111,9 +118,15 @@ def test_prompts_low_memory_and_half_precision():
         (f"{GOOD} --nproc 3", r"has 2 ranks \(tp2\), --nproc says 3"),
         (f"{SAMPLES}/vllm/llama-tp2 --reference {SAMPLES}/vllm/llama-tp2", "is of format vllm"),
         (f"{SAMPLES}/vllm/llama-tp2 --reference {SAMPLES}/hf/llama", "has a vocabulary of 1000, the reference .* one of 320"),
-        (f"{SAMPLES}/vllm/qwen2-tp2 --reference {SAMPLES}/vllm/hf/qwen2 --config {SAMPLES}/vllm/hf/llama", r"qkv_proj\.bias .* has no place in LlamaForCausalLM"),
+        (
+            f"{SAMPLES}/vllm/qwen2-tp2 --reference {SAMPLES}/vllm/hf/qwen2 --config {SAMPLES}/vllm/hf/llama",
+            r"qkv_proj\.bias .* has no place in LlamaForCausalLM",
+        ),
         (f"{SAMPLES}/transformers_dist/llama-tp2-fsdp2 --reference {SAMPLES}/hf/llama", "holds pieces of whole tensors"),
-        (f"{SAMPLES}/vllm/llama-fp8-tp2 --reference {SAMPLES}/vllm/hf/llama-fp8", "F8_E4M3: verify does not compute with quantised weights"),
+        (
+            f"{SAMPLES}/vllm/llama-fp8-tp2 --reference {SAMPLES}/vllm/hf/llama-fp8",
+            "F8_E4M3: verify does not compute with quantised weights",
+        ),
     ],
 )
 def test_what_cannot_be_run_is_one_clear_error(command, message):
@@ -136,4 +149,6 @@ def test_the_tensor_with_a_wrong_shape_is_named_before_anything_runs(tmp_path):
 
         verify(folder, reference=SAMPLES / "vllm/hf/llama-kv2", device="cpu")
     assert len(error.value.problems) > 10
-    assert "model.layers.0.mlp.down_proj.weight" in str(error.value) and "= 192 on the ranks of its group, the engine takes 384 in all" in str(error.value)
+    assert "model.layers.0.mlp.down_proj.weight" in str(
+        error.value
+    ) and "= 192 on the ranks of its group, the engine takes 384 in all" in str(error.value)

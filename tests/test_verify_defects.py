@@ -266,6 +266,8 @@ def padding_in_front(x: torch.Tensor) -> torch.Tensor:
 TP2, TP8, PP2, EP2 = {"tp": 2}, {"tp": 8}, {"tp": 2, "pp": 2}, {"ep": 2}
 ATTENTION, MLP, NEOX = L + "self_attn", L + "mlp", "gpt_neox.layers.1.attention"
 W13, W2 = (L + f"mlp.experts.routed_experts.{name}_weight" for name in ("w13", "w2"))
+
+
 def layer_too_many(states: States) -> None:
     for state in states:
         state.update({name.replace(L, "model.layers.2."): state[name].clone() for name in list(state) if name.startswith(L)})

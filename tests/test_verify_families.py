@@ -1,7 +1,6 @@
 """A family that has a table and nothing else: transformers' own cuts pass, and defects in them are found."""
 
 import shutil
-from pathlib import Path
 
 import pytest
 import torch

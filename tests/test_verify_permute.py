@@ -92,7 +92,11 @@ def test_without_a_planted_defect_nothing_is_proved(tmp_path, monkeypatch):
     monkeypatch.setattr(permute, "left_in_order", lambda checkpoint: None)
     report = verify(tmp_path / "out", SAMPLES / "hf/llama")
     assert report.shards.passed and not report.controls
-    assert not report and not report.to_json()["passed"] and report.verdict().startswith("INCONCLUSIVE: logits agree, but no defect could be planted")
+    assert (
+        not report
+        and not report.to_json()["passed"]
+        and report.verdict().startswith("INCONCLUSIVE: logits agree, but no defect could be planted")
+    )
 
 
 @pytest.mark.models

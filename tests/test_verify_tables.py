@@ -55,6 +55,7 @@ def test_names_that_no_row_has(name):
 
 def test_one_leaf_means_another_thing_in_another_family():
     """A name is looked up in its own family's table alone."""
+
     def words(family, name):
         row = table(family, "hf").find(name)[0]
         return row.cut, row.holds, row.gathered
@@ -126,7 +127,12 @@ def written_names(engine: str, config: dict) -> set[str]:
     sections = [base, *(base.overlaid(variant) for _, _, variant in base.variants)]
     sections += [base.for_version(version) for version in ((0, 11, 2), (0, 19, 1), (0, 20, 2), (0, 23, 0))] if engine == "vllm" else []
     rules = formats.get(engine).rules
-    return {stored.name for section in sections for mesh in (Mesh(1), Mesh(1, pp=2)) for stored in Placement(layout, section, rules, mesh).stored()}
+    return {
+        stored.name
+        for section in sections
+        for mesh in (Mesh(1), Mesh(1, pp=2))
+        for stored in Placement(layout, section, rules, mesh).stored()
+    }
 
 
 def small_model_names(model_type: str) -> set[str]:
@@ -152,7 +158,9 @@ def test_every_stored_name_has_one_row_and_every_row_a_name():
             names = set()
             if model_type in BUILT_IN:
                 config = json.loads((SAMPLES / "hf" / model_type / "config.json").read_text())
-                names = written_names(engine, config) | (written_names(engine, config | {"q_lora_rank": None}) if "q_lora_rank" in config else set())
+                names = written_names(engine, config) | (
+                    written_names(engine, config | {"q_lora_rank": None}) if "q_lora_rank" in config else set()
+                )
             elif engine == "hf":
                 names = small_model_names(model_type)
             found = {name: table(model_type, engine).find(name) for name in names}
@@ -168,7 +176,9 @@ def key(row) -> tuple[str, str]:
 
 
 @pytest.mark.samples
-@pytest.mark.parametrize("folder", ["llama-tp2", "llama-tp2-pp2", "qwen2-tp2", "phi3-tp2", "qwen3-moe-tp2", "gpt-oss-tp2", "deepseek-v3-tp2"])
+@pytest.mark.parametrize(
+    "folder", ["llama-tp2", "llama-tp2-pp2", "qwen2-tp2", "phi3-tp2", "qwen3-moe-tp2", "gpt-oss-tp2", "deepseek-v3-tp2"]
+)
 def test_names_that_vllm_wrote(folder):
     model_type = folder.rpartition("-tp2")[0].removesuffix("-tp2").replace("-", "_")
     model_type = model_type if model_type in families() else "llama"

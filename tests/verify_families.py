@@ -8,7 +8,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 SIZES = {"vocab_size": 320, "hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 2, "num_attention_heads": 8, "num_key_value_heads": 4,
          "head_dim": 8, "max_position_embeddings": 64, "tie_word_embeddings": False, "pad_token_id": None, "moe_intermediate_size": 48}  # fmt: skip
-OF_EXPERTS = {"olmoe": {"num_experts": 4, "num_experts_per_tok": 2}, "glm4_moe": {"n_routed_experts": 4, "num_experts_per_tok": 2, "first_k_dense_replace": 1}}
+OF_EXPERTS = {
+    "olmoe": {"num_experts": 4, "num_experts_per_tok": 2},
+    "glm4_moe": {"n_routed_experts": 4, "num_experts_per_tok": 2, "first_k_dense_replace": 1},
+}
 
 
 def config_of(model_type: str, **changes):

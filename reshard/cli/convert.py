@@ -41,7 +41,29 @@ def convert(src, dst, from_, layout, config, cache, public, create_pr, include_c
     run_conversion(opened(src, from_, layout, config, cache), dst, push if is_remote(dst) else None, **options)
 
 
-def run_conversion(source, dst, push=None, *, to, tp, pp, ep, etp, dtype, engine_version, rank, dry_run, jobs, buffer, no_fsync, overwrite, allow_overflow, as_json, quiet, verbose):
+def run_conversion(
+    source,
+    dst,
+    push=None,
+    *,
+    to,
+    tp,
+    pp,
+    ep,
+    etp,
+    dtype,
+    engine_version,
+    rank,
+    dry_run,
+    jobs,
+    buffer,
+    no_fsync,
+    overwrite,
+    allow_overflow,
+    as_json,
+    quiet,
+    verbose,
+):
     """What is left of ``convert`` and ``pull`` once the source is open; `push` are options for a destination on the Hub."""
     from reshard.conversion.transaction import convert as run
     from reshard.conversion.transaction import resumed
@@ -76,7 +98,9 @@ def run_conversion(source, dst, push=None, *, to, tp, pp, ep, etp, dtype, engine
         came += f", sha256 of {count(report.checked_files, 'file')} checked" if report.checked_files else ""
         unchecked = _unchecked(source) if source.remote else []
         came += f", not checked: {count(len(unchecked), 'file')} (ranges only)" if unchecked else ""
-        click.echo(f"{resumed(report)}wrote {count(files - report.resumed_files, 'file')}, {human(report.bytes_written)} in {report.seconds:.1f}s ({rate}/s): {dst}, {job.format} {job.mesh}{came}")
+        click.echo(
+            f"{resumed(report)}wrote {count(files - report.resumed_files, 'file')}, {human(report.bytes_written)} in {report.seconds:.1f}s ({rate}/s): {dst}, {job.format} {job.mesh}{came}"
+        )
         say_what_is_lost(job)
 
 
@@ -117,7 +141,9 @@ def say_pushed(done, result: dict, as_json: bool, quiet: bool) -> None:
         click.echo(f"nothing to do: {done.location} holds these {count(len(done.files), 'file')} already, at {done.commit[:12]}")
     elif not quiet:
         where = done.pull_request or done.url
-        click.echo(f"pushed {len(done.new)} of {count(len(done.files), 'file')}, {human(done.bytes_new)} in {done.seconds:.1f}s: {done.location} at {done.commit[:12]}, {where}")
+        click.echo(
+            f"pushed {len(done.new)} of {count(len(done.files), 'file')}, {human(done.bytes_new)} in {done.seconds:.1f}s: {done.location} at {done.commit[:12]}, {where}"
+        )
 
 
 @click.command()

@@ -28,7 +28,9 @@ def pull(src, dst, from_, layout, config, cache, **options):
     if options["to"]:
         run_conversion(opened(src, from_, layout, config, cache), dst, **options)
         return
-    given = [name for name in ("tp", "pp", "ep") if options[name] != 1] + [name for name in ("dtype", "engine_version", "rank") if options[name] is not None]
+    given = [name for name in ("tp", "pp", "ep") if options[name] != 1] + [
+        name for name in ("dtype", "engine_version", "rank") if options[name] is not None
+    ]
     if given:
         raise click.UsageError(f"--{given[0].replace('_', '-')} needs --to: without it, files are fetched as they are")
     from reshard.hub.folder import open_folder
@@ -50,7 +52,9 @@ def pull(src, dst, from_, layout, config, cache, **options):
     if options["as_json"]:
         click.echo(json.dumps({"ok": True, **result, "seconds": round(done.seconds, 3)}))
     elif not silent:
-        click.echo(f"fetched {count(len(done.files), 'file')}, {human(done.bytes)} in {done.seconds:.1f}s, checksums compared: {dst}, {src} at {done.revision[:12]}")
+        click.echo(
+            f"fetched {count(len(done.files), 'file')}, {human(done.bytes)} in {done.seconds:.1f}s, checksums compared: {dst}, {src} at {done.revision[:12]}"
+        )
         say_left_out(left_out(folder), "code, hidden files and other formats are not fetched")
 
 

@@ -30,10 +30,14 @@ def inspect(path, from_, layout, config, tensors, as_json):
               "mesh": mesh_json(ckpt.mesh), "bytes": ckpt.bytes} | ({"revision": ckpt.revision} if ckpt.remote else {})  # fmt: skip
     rows = _tensor_rows(ckpt)
     if as_json:
-        result["tensors"] = [dict(zip(("name", "shape", "dtype", "split_dim", "fused", "ranks"), row)) for row in rows] if tensors else len(rows)
+        result["tensors"] = (
+            [dict(zip(("name", "shape", "dtype", "split_dim", "fused", "ranks"), row)) for row in rows] if tensors else len(rows)
+        )
         click.echo(json.dumps(result))
         return
-    click.echo(f"{printable(str(path))}: {ckpt.format} {ckpt.mesh}, {ckpt.architecture} (layout {ckpt.layout.name}), {len(rows)} tensors, {human(ckpt.bytes)}")
+    click.echo(
+        f"{printable(str(path))}: {ckpt.format} {ckpt.mesh}, {ckpt.architecture} (layout {ckpt.layout.name}), {len(rows)} tensors, {human(ckpt.bytes)}"
+    )
     if tensors:
         text = [(n, "×".join(map(str, s)) or "scalar", d, "-" if x is None else x, "+".join(f) or "-", len(r)) for n, s, d, x, f, r in rows]
         click.echo(table(text, ("name", "shape per rank", "dtype", "split dim", "fused", "ranks")))
@@ -42,7 +46,17 @@ def inspect(path, from_, layout, config, tensors, as_json):
 def _tensor_rows(ckpt) -> list[tuple]:
     rows: dict[str, list] = {}
     for s in ckpt.stored:
-        row = rows.setdefault(s.name, [s.name, list(s.shape), s.dtype, split_dim(ckpt.layout.descriptor, s.entry, ckpt.mesh.tp), list(s.entry.of) if len(s.entry.of) > 1 else [], []])
+        row = rows.setdefault(
+            s.name,
+            [
+                s.name,
+                list(s.shape),
+                s.dtype,
+                split_dim(ckpt.layout.descriptor, s.entry, ckpt.mesh.tp),
+                list(s.entry.of) if len(s.entry.of) > 1 else [],
+                [],
+            ],
+        )
         row[5].append(s.rank)
     return [tuple(row) for row in rows.values()]
 
@@ -90,7 +104,9 @@ def diff(a, b, config, layout, as_json, quiet):
             rows = [(f"{d.name} ({d.why})" if d.why else d.name, d.elements, "-" if d.max_abs_diff is None else f"{d.max_abs_diff:.3g}")
                     for d in report.differing[:20]]  # fmt: skip
             click.echo(table(rows, ("differs", "elements", "max |a-b|")))
-        click.echo(f"different: {len(report.differing)} of {report.tensors} tensors differ, {len(report.missing_in_a) + len(report.missing_in_b)} missing")
+        click.echo(
+            f"different: {len(report.differing)} of {report.tensors} tensors differ, {len(report.missing_in_a) + len(report.missing_in_b)} missing"
+        )
     if not report.equal:
         sys.exit(3)
 
@@ -106,7 +122,10 @@ def layouts(ctx, as_json):
 
     known = builtin_descriptors()
     if as_json:
-        rows = [{"name": n, "architectures": list(d.architectures), "formats": sorted(d.formats), "description": d.description} for n, d in known.items()]
+        rows = [
+            {"name": n, "architectures": list(d.architectures), "formats": sorted(d.formats), "description": d.description}
+            for n, d in known.items()
+        ]
         click.echo(json.dumps({"ok": True, "layouts": rows}))
         return
     rows = [(n, ", ".join(d.architectures), ", ".join(sorted(d.formats)), d.description) for n, d in known.items()]
@@ -161,7 +180,14 @@ def _entry_row(descriptor, entry, tp: int) -> tuple:
     text = " ".join(lead + [f"({d})" if " " in d else d for d in dims])
     cut = split_dim(descriptor, entry, max(tp, 2))
     when = tensor.when if entry.when == "true" else entry.when
-    return entry.name, " + ".join(entry.of), " ".join(g.axis for g in entry.fusion.groups() if g.axis) or "-", "-" if cut is None else cut, text, "" if when == "true" else when
+    return (
+        entry.name,
+        " + ".join(entry.of),
+        " ".join(g.axis for g in entry.fusion.groups() if g.axis) or "-",
+        "-" if cut is None else cut,
+        text,
+        "" if when == "true" else when,
+    )
 
 
 @click.command()

@@ -19,7 +19,7 @@ class Size(click.ParamType):
         text = value.strip().upper().removesuffix("/S")
         number = text.rstrip("KMGTIB")
         try:
-            return int(float(number) * _UNITS[text[len(number):]])
+            return int(float(number) * _UNITS[text[len(number) :]])
         except (ValueError, KeyError):
             self.fail(f"{value!r} is not a size; write it like 128MB", param, ctx)
 
@@ -54,26 +54,34 @@ class Place(click.ParamType):
 
 def mesh_options(command):
     for name, text in (("--ep", "expert-parallel ranks"), ("--pp", "pipeline stages"), ("--tp", "tensor-parallel ranks")):
-        command = click.option(name, type=click.IntRange(1, 65536), default=1, show_default=True, help=f"Number of {text} of the result.")(command)
+        command = click.option(name, type=click.IntRange(1, 65536), default=1, show_default=True, help=f"Number of {text} of the result.")(
+            command
+        )
     command = click.option("--etp", type=click.IntRange(0, 65536), default=0, hidden=True)(command)
     return command
 
 
 def source_options(command):
-    command = click.option("--config", type=Place(exists=True), help="config.json of the model, or its folder, where the checkpoint has none.")(command)
+    command = click.option(
+        "--config", type=Place(exists=True), help="config.json of the model, or its folder, where the checkpoint has none."
+    )(command)
     command = click.option("--layout", type=click.Path(exists=True, dir_okay=False), help="A layout descriptor of your own.")(command)
     return click.option("--from", "from_", type=click.Choice(FORMATS), help="Format of SRC, where its files don't tell.")(command)
 
 
 def target_options(command, required=True):
-    command = click.option("--engine-version", metavar="V", help="Release of vLLM or SGLang that will read the files; the newest known by default.")(command)
+    command = click.option(
+        "--engine-version", metavar="V", help="Release of vLLM or SGLang that will read the files; the newest known by default."
+    )(command)
     command = click.option("--dtype", type=click.Choice(["bf16", "fp16", "fp32"]), help="Store floating-point tensors as this.")(command)
     command = mesh_options(command)
     return click.option("--to", "to", type=click.Choice(FORMATS), required=required, help="Format of the result.")(command)
 
 
 rank_option = click.option("--rank", type=click.IntRange(0), help="Only what this rank needs.")
-cache_option = click.option("--cache", is_flag=True, help="Download SRC's files into the Hub's cache first, for others too, and read them there.")
+cache_option = click.option(
+    "--cache", is_flag=True, help="Download SRC's files into the Hub's cache first, for others too, and read them there."
+)
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 
 
@@ -84,7 +92,9 @@ def run_options(command):
         click.option("-q", "--quiet", is_flag=True, help="No progress, no summary."),
         json_option,
         click.option("--overwrite", is_flag=True, help="Replace what the destination holds."),
-        click.option("--allow-overflow", is_flag=True, help="With --dtype: store a value that has no room in it as infinity, instead of refusing."),
+        click.option(
+            "--allow-overflow", is_flag=True, help="With --dtype: store a value that has no room in it as infinity, instead of refusing."
+        ),
         click.option("--no-fsync", is_flag=True, help="Don't wait until the files are durable."),
         click.option("--buffer", type=Size(), default="128MB", show_default=True, help="Memory for buffers, in all."),
         click.option("-j", "--jobs", type=click.IntRange(1, 256), help="Threads; default 2, and 8 where SRC is on the Hub."),
@@ -100,4 +110,6 @@ def push_options(command):
     command = click.option("--base-model", metavar="ORG/NAME", help="For the model card, where the files don't tell.")(command)
     command = click.option("--include-code", is_flag=True, help="Publish the .py files that lie directly in the folder, too.")(command)
     command = click.option("--create-pr", is_flag=True, help="Open a pull request instead of committing to the branch.")(command)
-    return click.option("--public/--private", default=False, help="A new repository is private, and a public one is refused, unless --public.")(command)
+    return click.option(
+        "--public/--private", default=False, help="A new repository is private, and a public one is refused, unless --public."
+    )(command)

@@ -61,6 +61,7 @@ class Job:
     def portions(self) -> list[Batch] | list[Portion]:
         """The whole work in pieces that a journal notes by number."""
         return portions(self.plan) if self.batches is None else self.batches
+
     casts: "Casts | None" = None  # counts values that become infinite, where that is allowed; None: they are refused
     not_held: tuple[Stored, ...] = ()  # tensors of the source that this format is declared to do without
 
@@ -116,20 +117,31 @@ class Job:
         computed = sorted(set(self.dropped) - set(self.left_out))
         lines += [self.what_is_left_out()] if self.left_out else []
         if computed:
-            lines.append(f"dropped: {count(len(computed), 'buffer')}, {human(source.dropped_bytes - source.left_out_bytes)}: {some(computed)}")
+            lines.append(
+                f"dropped: {count(len(computed), 'buffer')}, {human(source.dropped_bytes - source.left_out_bytes)}: {some(computed)}"
+            )
         lines += [f"padded: {some(plan.padded)}"] if plan.padded else []
         return "\n".join(lines)
 
     __str__ = describe
 
     def _why_more(self) -> str:
-        return "replicas are compared" if self.bytes_read == self.plan.bytes_read else f"what lies between, up to {human(GAP)} at a time, costs less than another request"
+        return (
+            "replicas are compared"
+            if self.bytes_read == self.plan.bytes_read
+            else f"what lies between, up to {human(GAP)} at a time, costs less than another request"
+        )
 
     def to_json(self, path: str | None = None) -> dict:
         """The keys that `convert` and `plan` share (CLI.md)."""
         source = self.source
         return {
-            "source": {"path": str(source.path), "format": source.format, "architecture": source.architecture, "mesh": mesh_json(source.mesh)}
+            "source": {
+                "path": str(source.path),
+                "format": source.format,
+                "architecture": source.architecture,
+                "mesh": mesh_json(source.mesh),
+            }
             | ({"revision": source.revision} if source.remote else {}),
             "destination": {"path": path, "format": self.format, "architecture": source.architecture, "mesh": mesh_json(self.mesh)},
             "tensors": len(self.plan.destinations),
@@ -257,7 +269,17 @@ def join_to(source: Checkpoint, placement: Placement, dtype: str | None, ranks=N
     if placement.problems:
         raise PlanError(placement.problems, split_hint(placement))
     keep = [t.name for t in source.layout.descriptor.tensors.values() if t.dtype]
-    return make_plan(source.stored, destinations, cast=USER_WORDS.get(dtype or ""), keep=keep, native=source.native, sizes=source.layout.shape_of, omitted=omitted(placement), complete=complete, check=complete)
+    return make_plan(
+        source.stored,
+        destinations,
+        cast=USER_WORDS.get(dtype or ""),
+        keep=keep,
+        native=source.native,
+        sizes=source.layout.shape_of,
+        omitted=omitted(placement),
+        complete=complete,
+        check=complete,
+    )
 
 
 def native_dtypes(source: Checkpoint, plan: Plan) -> dict[str, str]:

@@ -149,7 +149,9 @@ def _move(
         if source.remote:
             run_batches(work.left, source, output.write, jobs=jobs, buffer=buffer, progress=progress, moved=moved)
         else:
-            run_portions(work.left, source, output.write, limit=tile_limit(job.plan, jobs, buffer), jobs=jobs, progress=progress, moved=moved)
+            run_portions(
+                work.left, source, output.write, limit=tile_limit(job.plan, jobs, buffer), jobs=jobs, progress=progress, moved=moved
+            )
 
 
 def received(source: Checkpoint) -> int:

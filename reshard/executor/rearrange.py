@@ -24,7 +24,9 @@ _LOSS_TILE = 2 << 20  # bytes
 GAP = 16 << 10  # bytes between runs of a file that are rather read than left out
 
 
-def rearrange(tile: Tile, source: Source, write: Callable[[Stored, int, memoryview], None], space: Workspace, casts: Casts | None = None) -> int:
+def rearrange(
+    tile: Tile, source: Source, write: Callable[[Stored, int, memoryview], None], space: Workspace, casts: Casts | None = None
+) -> int:
     """Read all that the tile needs, put each destination together in a buffer, and write that.
 
     `casts`: how casts are judged. One rank's columns lie far apart: a tile that spans much more than it needs is cut, so that its span fits in its own bytes.
@@ -140,7 +142,9 @@ def _fill(copies: list[Copy], windows: Windows, write: Callable[[Stored, int, me
         return
     buffer = np.frombuffer(space.take((high - low) * width), words_of(width))
     for copy, view in zip(copies, views):
-        place = np.lib.stride_tricks.as_strided(buffer[copy.move.dst_offset - low :], view.shape, [s * width for s in copy.move.dst_strides])
+        place = np.lib.stride_tricks.as_strided(
+            buffer[copy.move.dst_offset - low :], view.shape, [s * width for s in copy.move.dst_strides]
+        )
         np.copyto(place, view)
     write(dst, low, _bytes(buffer))
 

@@ -32,7 +32,9 @@ _RUN = 64 << 10  # bytes: contiguous runs of at least this much are passed on as
 _PIECE = 1 << 20  # bytes: of a run, at a time; they stay in a core's own cache
 
 
-def run_tile(tile: Tile, source: Source, write: Callable[[Stored, int, memoryview], None], space: Workspace, casts: "Casts | None" = None) -> int:
+def run_tile(
+    tile: Tile, source: Source, write: Callable[[Stored, int, memoryview], None], space: Workspace, casts: "Casts | None" = None
+) -> int:
     """Move one tile. `write(stored, element, bytes)` stores a contiguous run. Returns bytes read from the source."""
     runs = _runs_of(tile)
     if runs is not None:

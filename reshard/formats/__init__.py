@@ -68,11 +68,12 @@ class Format:
     oldest: str | None = None  # the oldest whose names are known
     disagreements: Callable[[Layout, Contents], list[str]] | None = None  # of a folder's own settings with config.json
 
-
     def release(self, version: str) -> tuple[int, ...]:
         """The engine's release that `version` names, if its tensors' names are known. Raises PlanError or LayoutError."""
         if self.newest is None:
-            raise PlanError([f"--engine-version {quote(version)} has no meaning for format {self.name}"], "it goes with --to vllm and --to sglang")
+            raise PlanError(
+                [f"--engine-version {quote(version)} has no meaning for format {self.name}"], "it goes with --to vllm and --to sglang"
+            )
         release, oldest, newest = parse_version(version), parse_version(self.oldest), parse_version(self.newest)
         if release[: len(newest)] > newest or release < oldest[: len(release)]:
             raise PlanError([f"--engine-version {quote(version)}: of {self.name}, names are known for {self.oldest} to {self.newest}"],
@@ -95,7 +96,10 @@ class Target:
         for s in stored:
             if s.name in own[s.rank]:
                 labels = " and ".join(f"{other.entry.label} ({', '.join(other.entry.of)})" for other in (own[s.rank][s.name], s))
-                raise LayoutError(f"layout {self.placement.layout.name}: two entries store {s.name}: {labels}", "give them different names, or conditions of which one holds")
+                raise LayoutError(
+                    f"layout {self.placement.layout.name}: two entries store {s.name}: {labels}",
+                    "give them different names, or conditions of which one holds",
+                )
             own[s.rank][s.name] = s
         return [(rank, own[rank.number]) for rank in self.ranks]
 

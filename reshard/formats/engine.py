@@ -49,7 +49,10 @@ def _read(name: str, folder: Path) -> Contents:
         elif match := _STAGED.fullmatch(path.name):
             by_rank[int(match[1]), int(match[2])][int(match[3])] = path.name
         elif _ALIKE.fullmatch(path.name):
-            raise FormatError(f"{quote(path)} is named like a rank's file, but no engine writes its numbers so", "remove it, or copy the folder again, whole")
+            raise FormatError(
+                f"{quote(path)} is named like a rank's file, but no engine writes its numbers so",
+                "remove it, or copy the folder again, whole",
+            )
     if not by_rank:
         raise FormatError(f"{folder} holds no model-rank-…-part-….safetensors")
     manifest = read_manifest(folder)
@@ -60,12 +63,18 @@ def _read(name: str, folder: Path) -> Contents:
                           f"no files of rank {t} (stage {p})", "copy the folder again, whole")  # fmt: skip
     mesh = Mesh(tp, pp)
     if manifest and (mesh_of(manifest).tp, mesh_of(manifest).pp) != (mesh.tp, mesh.pp):
-        raise FormatError(f"{folder} holds files of {mesh}, its manifest says {mesh_of(manifest)}", "files of another conversion were mixed in; convert again")
+        raise FormatError(
+            f"{folder} holds files of {mesh}, its manifest says {mesh_of(manifest)}",
+            "files of another conversion were mixed in; convert again",
+        )
     tensors: list[dict[str, tuple[str, TensorInfo]]] = []
     for at in sorted(by_rank):
         tensors.append({})
         if sorted(by_rank[at]) != list(range(len(by_rank[at]))):
-            raise FormatError(f"{folder}: rank {at[1]} has parts {sorted(by_rank[at])}, expected 0 to {len(by_rank[at]) - 1}", "copy the folder again, whole")
+            raise FormatError(
+                f"{folder}: rank {at[1]} has parts {sorted(by_rank[at])}, expected 0 to {len(by_rank[at]) - 1}",
+                "copy the folder again, whole",
+            )
         for file in by_rank[at].values():
             held = safetensors.read(folder / file)[0]
             twice = sorted(held.keys() & tensors[-1].keys())

@@ -34,7 +34,10 @@ def _recognise(folder: Path, names: set[str]) -> bool:
 def _read(folder: Path) -> Contents:
     manifest = read_manifest(folder)
     if manifest and mesh_of(manifest) != Mesh():
-        raise FormatError(f"{folder} is of format hf, which is whole; its manifest says {mesh_of(manifest)}", "the manifest is of another folder; delete it")
+        raise FormatError(
+            f"{folder} is of format hf, which is whole; its manifest says {mesh_of(manifest)}",
+            "the manifest is of another folder; delete it",
+        )
     for index_name, single in zip(_INDEXES, _SINGLES):
         if (folder / index_name).is_file():
             if (folder / single).is_file() and single not in _index(folder / index_name):
@@ -56,7 +59,9 @@ def _indexed(folder: Path, index_name: str) -> dict[str, tuple[str, TensorInfo]]
     files = {file: safe_join(folder, file) for file in sorted(by_file)}
     missing = [file for file, at in files.items() if not at.is_file()]
     if missing:
-        raise FormatError(f"{path} lists {len(files)} files, {len(missing)} missing: {quote(', '.join(missing))}", "download the rest of the checkpoint")
+        raise FormatError(
+            f"{path} lists {len(files)} files, {len(missing)} missing: {quote(', '.join(missing))}", "download the rest of the checkpoint"
+        )
     listed = {name for names in by_file.values() for name in names}
     out: dict[str, tuple[str, TensorInfo]] = {}
     for file, names in sorted(by_file.items()):
@@ -79,7 +84,7 @@ def _index(path: Path) -> dict[str, list[str]]:
     table = read_json(path)
     weight_map = table.get("weight_map") if isinstance(table, dict) else None
     if not isinstance(weight_map, dict):
-        raise FormatError(f"{path} has no weight_map of names to files", "it should hold {\"weight_map\": {\"tensor\": \"file\", …}}")
+        raise FormatError(f"{path} has no weight_map of names to files", 'it should hold {"weight_map": {"tensor": "file", …}}')
     by_file: dict[str, list[str]] = defaultdict(list)
     for name, file in weight_map.items():
         if not isinstance(file, str) or len(file.encode()) > 255:

@@ -34,7 +34,9 @@ def read_manifest(folder: Path) -> dict | None:
     from reshard.formats import safe_join
 
     if "rank" in manifest:  # as written up to version 0.1
-        raise FormatError(f"{folder} holds rank {manifest['rank']} alone, of {mesh_of(manifest)}", "convert again, all ranks into one folder")
+        raise FormatError(
+            f"{folder} holds rank {manifest['rank']} alone, of {mesh_of(manifest)}", "convert again, all ranks into one folder"
+        )
     if "ranks" in manifest:
         held, count = manifest["ranks"]["held"], manifest["ranks"]["of"]
         missing = [str(rank) for rank in range(count) if rank not in held]

@@ -65,7 +65,9 @@ def _root(folder: Path) -> Path:
         hint = f"here are: {', '.join(there)}; write the one you mean into {TRACKER}" if there else "copy the checkpoint again, whole"
         raise FormatError(f"{folder / TRACKER} names {root.name}, which is missing", hint)
     if root is None or not _has_ranks(root):
-        raise FormatError(f"{root or folder} holds no mp_rank_… folders", "reshard reads Megatron's legacy format here (--ckpt-format torch)")
+        raise FormatError(
+            f"{root or folder} holds no mp_rank_… folders", "reshard reads Megatron's legacy format here (--ckpt-format torch)"
+        )
     return root
 
 
@@ -116,16 +118,24 @@ def _blob(file: Path) -> dict:
     if not models or not all(isinstance(model, dict) for model in models):
         raise FormatError(f"{file} holds no model", "it should be a dict with model, args, checkpoint_version")
     if any("language_model" in model for model in models):
-        raise FormatError(f"{file} is of Megatron-LM's models before megatron-core", "convert it with a Megatron-LM of 2024 (tools/checkpoint, --saver core)")
+        raise FormatError(
+            f"{file} is of Megatron-LM's models before megatron-core",
+            "convert it with a Megatron-LM of 2024 (tools/checkpoint, --saver core)",
+        )
     version = blob.get("checkpoint_version", 0)
     if not isinstance(version, (int, float)) or version < 3:
-        raise FormatError(f"{file} is of checkpoint_version {version}, whose query/key/value rows are ordered otherwise", "load and save it once with a current Megatron-LM (3.0)")
+        raise FormatError(
+            f"{file} is of checkpoint_version {version}, whose query/key/value rows are ordered otherwise",
+            "load and save it once with a current Megatron-LM (3.0)",
+        )
     return blob
 
 
 def _chunks(root: Path, blobs: Mapping[str, dict]) -> list[str]:
     """The keys of the model's chunks, one for each virtual stage of a rank, in order."""
-    found = {name: sorted((key for key in blob if _MODEL.fullmatch(str(key))), key=lambda key: int(key[5:] or 0)) for name, blob in blobs.items()}
+    found = {
+        name: sorted((key for key in blob if _MODEL.fullmatch(str(key))), key=lambda key: int(key[5:] or 0)) for name, blob in blobs.items()
+    }
     first, chunks = next(iter(found.items()))
     other = next((name for name, keys in found.items() if keys != chunks), None)
     if other:
@@ -154,7 +164,10 @@ def _mesh(root: Path, blobs: Mapping[str, dict]) -> Mesh:
     problems = [f"{text} {', '.join(some[:8])}{' …' if len(some) > 8 else ''}" for text, some in (
         ("lacks", [name for name in expected if name not in names]), ("has besides", sorted(names - set(expected)))) if some]  # fmt: skip
     if problems:
-        raise FormatError(f"{root} {' and '.join(problems)}: its {'args' if said else 'folders'} say {_sizes(mesh)}", "copy the checkpoint again, whole, into an empty folder")
+        raise FormatError(
+            f"{root} {' and '.join(problems)}: its {'args' if said else 'folders'} say {_sizes(mesh)}",
+            "copy the checkpoint again, whole, into an empty folder",
+        )
     return mesh
 
 

@@ -85,11 +85,15 @@ def model_args(layout: Layout, section: Section | None = None, names: Iterable[s
 def _typed(layout: Layout, name: str, value: object) -> object:
     if name in _FLOATS and value is not None:
         if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise LayoutError(f"layout {layout.name}: [megatron.args] {name} is {quote(repr(value))}, expected a number", "check config.json")
+            raise LayoutError(
+                f"layout {layout.name}: [megatron.args] {name} is {quote(repr(value))}, expected a number", "check config.json"
+            )
         try:
             return float(value)
         except OverflowError:
-            raise LayoutError(f"layout {layout.name}: [megatron.args] {name} is {quote(value)}, which is no size", "check config.json") from None
+            raise LayoutError(
+                f"layout {layout.name}: [megatron.args] {name} is {quote(value)}, which is no size", "check config.json"
+            ) from None
     if name in ("rotary_base", "rotary_seq_len_interpolation_factor") and isinstance(value, float) and value.is_integer():
         return int(value)
     return tuple(value) if name == "window_size" and isinstance(value, list) else value

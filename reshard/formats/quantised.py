@@ -24,7 +24,20 @@ _NAMES = (
     ("FP8 or INT8", re.compile(r".*\.(?:weight_scale|weight_scale_2|input_scale)")),
 )
 #: no other name can be one of these
-_ENDS = ("_blocks", ".quant_map", "absmax", ".SCB", ".qweight", ".qzeros", ".g_idx", "_packed", "_shape", "_scale", "_scale_inv", "_scale_2")
+_ENDS = (
+    "_blocks",
+    ".quant_map",
+    "absmax",
+    ".SCB",
+    ".qweight",
+    ".qzeros",
+    ".g_idx",
+    "_packed",
+    "_shape",
+    "_scale",
+    "_scale_inv",
+    "_scale_2",
+)
 _WAY = (
     "reshard moves weights that are not quantised: name the original in bf16, "
     "or dequantise first (transformers: from_pretrained(…).dequantize() and save_pretrained)"

@@ -28,7 +28,10 @@ def _read(folder: Path) -> Contents:
     count = told.tp * told.pp if told else found[-1][0] + 1
     if len(found) != count or any(rank != i for i, (rank, _) in enumerate(found)):
         ranks = quote(", ".join(str(rank) for rank, _ in found))
-        raise FormatError(f"{folder} holds {len(found)} rank_XX.pt, of ranks {ranks}; expected {count}, of ranks 0 to {count - 1}", "copy the folder again, whole")
+        raise FormatError(
+            f"{folder} holds {len(found)} rank_XX.pt, of ranks {ranks}; expected {count}, of ranks 0 to {count - 1}",
+            "copy the folder again, whole",
+        )
     mesh = told or Mesh(count)
     return Contents(mesh, [state_dict(folder / name, name) for _, name in found])
 

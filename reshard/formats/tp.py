@@ -43,7 +43,9 @@ def _read(folder: Path) -> Contents:
     for rank in range(max(found) + 1):
         held = sorted(found[rank])
         if len(counts[rank]) != 1 or held != list(range(1, next(iter(counts[rank]), 0) + 1)):
-            raise FormatError(f"{folder}: rank {rank} has parts {held}, its files say there are {sorted(counts[rank])}", "copy the folder again, whole")
+            raise FormatError(
+                f"{folder}: rank {rank} has parts {held}, its files say there are {sorted(counts[rank])}", "copy the folder again, whole"
+            )
     tensors: list[dict[str, tuple[str, TensorInfo]]] = []
     offsets: list[dict[str, tuple[int, ...]]] = []
     notes = set()
@@ -89,10 +91,14 @@ def _ours(folder: Path, tensors: list, notes: set) -> Contents:
     manifest = read_manifest(folder)
     said = {f"{note[1]}" if note else "nothing" for note in notes} | ({str(mesh_of(manifest))} if manifest else set())
     if len(said) != 1 or len(notes) != 1:
-        raise FormatError(f"{folder}: its files and manifest disagree on the mesh: {', '.join(sorted(said))}", "files of several checkpoints were mixed")
+        raise FormatError(
+            f"{folder}: its files and manifest disagree on the mesh: {', '.join(sorted(said))}", "files of several checkpoints were mixed"
+        )
     layout, mesh = next(iter(notes))
     if len(tensors) != mesh.tp * mesh.pp:
-        raise FormatError(f"{folder} has files of {len(tensors)} ranks, its metadata says {mesh.tp * mesh.pp} ({mesh})", "copy the folder again, whole")
+        raise FormatError(
+            f"{folder} has files of {len(tensors)} ranks, its metadata says {mesh.tp * mesh.pp} ({mesh})", "copy the folder again, whole"
+        )
     return Contents(mesh, tensors, layout=layout)
 
 
@@ -146,7 +152,9 @@ def whole_offsets(stored: Stored, whole: Stored) -> tuple[int, ...] | None:
         begin, here = _digits(at.offset, steps, whole.shape), _digits(block.offset, own, stored.shape)
         offset = tuple(b - h for b, h in zip(begin, here))
         long = [i for i, (start, stop) in enumerate(block.box) if stop - start > 1]  # the others' strides say nothing
-        if [_per_dim(at.strides[i], steps) for i in long] != [_per_dim(block.strides[i], own) for i in long] or (first is not None and offset != first):
+        if [_per_dim(at.strides[i], steps) for i in long] != [_per_dim(block.strides[i], own) for i in long] or (
+            first is not None and offset != first
+        ):
             return None
         first = offset
     return first

@@ -25,7 +25,9 @@ def faults_of(stored: Stored) -> list[str]:
 @lru_cache(maxsize=65536)
 def _faults(size: int, pad: int, shapes: tuple[tuple[Any, ...], ...]) -> list[tuple[str, tuple[int, ...]]]:
     """(text, parts named in it) of each fault. Layers and experts that lie alike are looked at once."""
-    spread = [(offset, axes((*strides, step), (*(stop - start for start, stop in box), count))) for box, offset, strides, count, step in shapes]
+    spread = [
+        (offset, axes((*strides, step), (*(stop - start for start, stop in box), count))) for box, offset, strides, count, step in shapes
+    ]
     faults: list[tuple[str, tuple[int, ...]]] = []
     for i, (offset, own) in enumerate(spread):
         stop = offset + span(own)

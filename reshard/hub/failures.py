@@ -18,6 +18,8 @@ from reshard.hub.patience import Slow, patiently
 from reshard.hub.wording import safe
 
 T = TypeVar("T")
+
+
 def asked(what: str, call: Callable[[], T], sleep: Callable[[float], object] | None = None) -> T:
     """`call()`, a request that the client makes and whose answer it reads, with patience.
 
@@ -38,7 +40,10 @@ def asked(what: str, call: Callable[[], T], sleep: Callable[[float], object] | N
 def unexpected(what: str, why: object) -> HubError:
     """The Hub answered a request for `what`, a URL's path, as no Hub does."""
     kind = f"{type(why).__name__}: " if isinstance(why, Exception) else ""
-    return HubError(f"{endpoint()}: unexpected answer for {safe(urlsplit(what).path)}: {kind}{safe(why)}", "check HF_ENDPOINT, and run the same command again")
+    return HubError(
+        f"{endpoint()}: unexpected answer for {safe(urlsplit(what).path)}: {kind}{safe(why)}",
+        "check HF_ENDPOINT, and run the same command again",
+    )
 
 
 def _is_of_xet(error: BaseException) -> bool:
@@ -59,7 +64,9 @@ def told(location: Location, what: str = ""):
             errors.HFValidationError, errors.XetDownloadError, errors.SafetensorsParsingError) as error:  # fmt: skip
         if type(error).__module__ == "hf_xet":  # OSErrors, of its own
             raise _of_xet(error, location) from None
-        if isinstance(error, OSError) and not isinstance(error, errors.HTTPError | ConnectionError | TimeoutError | errors.EntryNotFoundError | errors.FileMetadataError):
+        if isinstance(error, OSError) and not isinstance(
+            error, errors.HTTPError | ConnectionError | TimeoutError | errors.EntryNotFoundError | errors.FileMetadataError
+        ):
             raise  # a disk's, not the Hub's
         raise explain(error, location, what) from None
     except RuntimeError as error:  # hf_xet has no class of its own for these
@@ -80,18 +87,32 @@ def explain(error: BaseException, location: Location, what: str = "") -> HubErro
     status = error.response.status_code if isinstance(error, errors.HfHubHTTPError) else 0
     token = "a token was sent" if get_token() else "no token was sent"
     if isinstance(error, errors.GatedRepoError):
-        return HubError(f"{location} is gated, and this account has no access to it yet ({token})", f"ask for access at {url}, then `hf auth login`")
+        return HubError(
+            f"{location} is gated, and this account has no access to it yet ({token})", f"ask for access at {url}, then `hf auth login`"
+        )
     if isinstance(error, errors.DisabledRepoError):
         return HubError(f"{location} is disabled: {said}", f"see {url}")
     if isinstance(error, errors.RepositoryNotFoundError) or status == 401:
-        hint = "check the name, and that the token may read it" if get_token() else "check the name; a private model needs `hf auth login` or HF_TOKEN"
+        hint = (
+            "check the name, and that the token may read it"
+            if get_token()
+            else "check the name; a private model needs `hf auth login` or HF_TOKEN"
+        )
         return HubError(f"{location}: no such model, or no access to it ({token})", hint)
     if isinstance(error, errors.RevisionNotFoundError):
         return HubError(f"{location}: no branch, tag or commit {location.branch!r}", f"see {url}/tree/main")
-    if isinstance(error, errors.LocalEntryNotFoundError | errors.OfflineModeIsEnabled | errors.RevisionResolutionError | errors.CachedRepoTreeNotFoundError):
+    if isinstance(
+        error,
+        errors.LocalEntryNotFoundError | errors.OfflineModeIsEnabled | errors.RevisionResolutionError | errors.CachedRepoTreeNotFoundError,
+    ):
         if constants.HF_HUB_OFFLINE:
-            return HubError(f"{where} is not (wholly) in the Hub's cache, {constants.HF_HUB_CACHE}, and HF_HUB_OFFLINE is set", "unset HF_HUB_OFFLINE")
-        return HubError(f"{where}: {endpoint()} can't be reached, and the Hub's cache does not hold it", "check the network, and HF_ENDPOINT if you set it")
+            return HubError(
+                f"{where} is not (wholly) in the Hub's cache, {constants.HF_HUB_CACHE}, and HF_HUB_OFFLINE is set", "unset HF_HUB_OFFLINE"
+            )
+        return HubError(
+            f"{where}: {endpoint()} can't be reached, and the Hub's cache does not hold it",
+            "check the network, and HF_ENDPOINT if you set it",
+        )
     if isinstance(error, errors.EntryNotFoundError):
         return HubError(f"{where} is not there", f"see {url}/tree/{location.branch}")
     if isinstance(error, errors.FileMetadataError):
@@ -104,8 +125,15 @@ def explain(error: BaseException, location: Location, what: str = "") -> HubErro
         hint = "try again later" if get_token() else "log in (`hf auth login`) for a higher limit, or try again later"
         return HubError(f"{location}: the Hub's rate limit is used up: {said}", hint)
     if status == 403:
-        return HubError(f"{where}: not allowed ({token}): {said}", "the token needs the right to write here" if token.startswith("a ") else "`hf auth login`")
+        return HubError(
+            f"{where}: not allowed ({token}): {said}",
+            "the token needs the right to write here" if token.startswith("a ") else "`hf auth login`",
+        )
     if status:
         request = f" (request {safe(error.request_id)})" if error.request_id else ""
-        return HubError(f"{where}: the Hub answered {status}: {said}{request}", "try again later; what was done is kept" if status >= 500 else None)
-    return HubError(f"{where}: {endpoint()} can't be reached: {said or type(error).__name__}", "check the network, and HF_ENDPOINT if you set it")
+        return HubError(
+            f"{where}: the Hub answered {status}: {said}{request}", "try again later; what was done is kept" if status >= 500 else None
+        )
+    return HubError(
+        f"{where}: {endpoint()} can't be reached: {said or type(error).__name__}", "check the network, and HF_ENDPOINT if you set it"
+    )

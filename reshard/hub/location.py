@@ -54,5 +54,7 @@ def parse_target(text: str) -> Location:
     """A location to write to: its revision is a branch. Raises HubError."""
     location = parse(text)
     if location.is_commit:
-        raise HubError(f"{text}: {location.revision} is a commit; one pushes to a branch", f"hf://{location.repo} or hf://{location.repo}@BRANCH")
+        raise HubError(
+            f"{text}: {location.revision} is a commit; one pushes to a branch", f"hf://{location.repo} or hf://{location.repo}@BRANCH"
+        )
     return location

@@ -181,7 +181,7 @@ class _Side:
             return [_Stretch(-1, 1, tuple(slot for _, slot, _ in parts), tuple(Column((n,), p.block.offset) for p, _, n in parts))]
         ranges = {(p.first[-1], p.count) for p, _, _ in parts}
         if len(ranges) == 1:  # all parts run over the same tensors
-            (first, count), = ranges
+            ((first, count),) = ranges
             columns = tuple(Column((n,), p.block.offset, p.step if count > 1 else 0) for p, _, n in parts)
             return [_Stretch(first, count, tuple(slot for _, slot, _ in parts), columns)]
         return _merged(parts)
@@ -247,6 +247,8 @@ def _within(stretches: list[_Stretch], low: int, high: int) -> _Stretch | None:
     for s in stretches:
         if s.first <= low and high <= s.first + s.count:
             skip, count = low - s.first, high - low
-            columns = tuple(Column(c.stored[skip : skip + count] if len(c.stored) > 1 else c.stored, c.start + skip * c.step, c.step) for c in s.columns)
+            columns = tuple(
+                Column(c.stored[skip : skip + count] if len(c.stored) > 1 else c.stored, c.start + skip * c.step, c.step) for c in s.columns
+            )
             return _Stretch(low, count, s.slots, columns)
     return None

@@ -149,7 +149,9 @@ class Plan:
 
     @property
     def checks(self) -> list[Copy]:
-        return [copy for run in self.join.runs if self.work[run.pattern].checks for i in range(run.count) for copy in self.spelled(run, i)[1]]
+        return [
+            copy for run in self.join.runs if self.work[run.pattern].checks for i in range(run.count) for copy in self.spelled(run, i)[1]
+        ]
 
     @cached_property
     def bytes_read(self) -> int:
@@ -187,7 +189,9 @@ class Plan:
     @cached_property
     def fingerprint(self) -> str:
         """A digest of every stored tensor of both sides, every block in them, and what is compared: equal plans, and only they, share one."""
-        return hashlib.sha256(repr((self.compare, self.every_pair, digest(self.join.sources), digest(self.join.destinations))).encode()).hexdigest()
+        return hashlib.sha256(
+            repr((self.compare, self.every_pair, digest(self.join.sources), digest(self.join.destinations))).encode()
+        ).hexdigest()
 
     def only(self, files: Iterable[str]) -> "Plan":
         """What of the plan fills these output files."""
@@ -283,7 +287,9 @@ def typed(
                 wanted = dtype_of(stored, name, source)
                 found.setdefault(wanted, key)
                 if wanted != source and wanted not in FLOATS:
-                    problems.append(f"{where(stored)}: {label(key)} is {source} and cannot become {wanted}; only {', '.join(FLOATS)} are cast")
+                    problems.append(
+                        f"{where(stored)}: {label(key)} is {source} and cannot become {wanted}; only {', '.join(FLOATS)} are cast"
+                    )
         if len(found) > 1:
             kinds = ", ".join(f"{label(key)} is {dtype}" for dtype, key in found.items())
             problems.append(f"{where(stored)} fuses tensors of different dtypes: {kinds}")
@@ -303,7 +309,9 @@ def faults(destinations: Iterable[Stored]) -> list[str]:
         names.add((stored.rank, stored.name))
         problems += [f"{where(stored)}: {fault}" for fault in faults_of(stored)]
         if stored.pad and stored.size - stored.pad != max((end(b.offset, b.shape, b.strides) for _, b in stored.blocks), default=0):
-            problems.append(f"{where(stored)}: its padding would lie between its elements; only the first axis of its first dimension can be padded")
+            problems.append(
+                f"{where(stored)}: its padding would lie between its elements; only the first axis of its first dimension can be padded"
+            )
     return problems
 
 
@@ -334,7 +342,9 @@ def _counted(joined: Join, sizes: Callable[[Key], tuple[int, ...]] | None, check
         before = len(problems)
         for i, count in pattern.missing:
             stored = joined.destinations[run.destinations[i].at(0)[0]]
-            problems.append(f"{where(stored)}: {count} of {pattern.destinations[i].size} elements of {label(run.first)} are in no source file")
+            problems.append(
+                f"{where(stored)}: {count} of {pattern.destinations[i].size} elements of {label(run.first)} are in no source file"
+            )
         if pattern.overlapping:
             problems.append(f"{label(run.first)}: {where(sources[0])} and other ranks hold overlapping parts of it")
         problems += _unlike_dtypes(run, pattern, sources, check)
@@ -352,7 +362,9 @@ def _unlike_dtypes(run: Run, pattern: Pattern, sources: list[Stored], check: boo
     for i, slot in enumerate(pattern.sources):
         other = replicas.setdefault(slot.box, i)
         if other != i and check and pattern.sources[other].dtype != slot.dtype:
-            problems.append(f"{label(run.first)}: {where(sources[other])} holds it as {pattern.sources[other].dtype}, {where(sources[i])} as {slot.dtype}")
+            problems.append(
+                f"{label(run.first)}: {where(sources[other])} holds it as {pattern.sources[other].dtype}, {where(sources[i])} as {slot.dtype}"
+            )
         elif other == i and slot.dtype != first.dtype:
             problems.append(f"{label(run.first)}: {where(sources[0])} is {first.dtype}, {where(sources[i])} is {slot.dtype}")
     return problems

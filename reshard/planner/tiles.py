@@ -87,7 +87,11 @@ def groups(plan: Plan, sides: tuple[str, ...] = ("src", "dst")) -> list[Group]:
     for number in range(len(runs)):
         if plan.work[runs[number].pattern].copies:
             together[find(number)].append(number)
-    out = [Group(_begin(plan, members, i), tuple((n, i) for n in members)) for members in together.values() for i in range(runs[members[0]].count)]
+    out = [
+        Group(_begin(plan, members, i), tuple((n, i) for n in members))
+        for members in together.values()
+        for i in range(runs[members[0]].count)
+    ]
     return sorted(out, key=lambda group: (group.at, group.members))
 
 

@@ -62,7 +62,9 @@ def _read(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
             raise FormatError(f"{path}: {quote(name)} begins at byte {begin}, expected {at}: it {word}", NOT_SAFETENSORS)
         at = end
     if base + at != size:
-        raise FormatError(f"{path} has {size} bytes, its header describes {base + at}", "the file is truncated or has been added to; copy it again")
+        raise FormatError(
+            f"{path} has {size} bytes, its header describes {base + at}", "the file is truncated or has been added to; copy it again"
+        )
     return tensors, metadata
 
 
@@ -71,7 +73,9 @@ def _entry(path: Path, name: str, entry: object, base: int) -> tuple[TensorInfo,
         raise FormatError(f"{_where(path, name)} must have dtype, shape and data_offsets and nothing else", NOT_SAFETENSORS)
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPE_SIZE:
-        raise FormatError(f"{_where(path, name)} has dtype {quote(repr(dtype))}, which reshard does not know", f"known: {', '.join(DTYPE_SIZE)}")
+        raise FormatError(
+            f"{_where(path, name)} has dtype {quote(repr(dtype))}, which reshard does not know", f"known: {', '.join(DTYPE_SIZE)}"
+        )
     for label, numbers in (("shape", shape), ("data_offsets", offsets)):
         if not isinstance(numbers, list) or not _are_sizes(numbers):
             raise FormatError(f"{_where(path, name)} has {label} {quote(numbers)}, expected a list of sizes", NOT_SAFETENSORS)
@@ -82,7 +86,9 @@ def _entry(path: Path, name: str, entry: object, base: int) -> tuple[TensorInfo,
     for n in shape:
         need *= n
         if need >= 2**63:
-            raise FormatError(f"{_where(path, name)} has shape {quote(shape)}, which is 2**63 bytes or more; it spans {end - begin}", NOT_SAFETENSORS)
+            raise FormatError(
+                f"{_where(path, name)} has shape {quote(shape)}, which is 2**63 bytes or more; it spans {end - begin}", NOT_SAFETENSORS
+            )
     if end - begin != need:
         raise FormatError(f"{_where(path, name)} spans {end - begin} bytes, {dtype} {quote(shape)} needs {need}", NOT_SAFETENSORS)
     return TensorInfo(dtype, tuple(shape), base + begin), begin, end

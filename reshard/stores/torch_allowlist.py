@@ -15,7 +15,9 @@ from reshard.stores.torch_names import FLAT
 #: classes that may occur and are never needed: recorded as Opaque, by package or by full name
 _INERT_PACKAGES = frozenset(("megatron", "transformer_engine", "transformer_engine_torch", "numpy"))
 _INERT_MODULES = frozenset(("torch.nn.functional", "torch._C._nn"))
-_INERT = frozenset((("torch", "device"), ("_io", "BytesIO"), ("io", "BytesIO"), ("signal", "Signals"), ("torch.serialization", "_get_layout")))
+_INERT = frozenset(
+    (("torch", "device"), ("_io", "BytesIO"), ("io", "BytesIO"), ("signal", "Signals"), ("torch.serialization", "_get_layout"))
+)
 TENSOR_TYPES = frozenset((("torch", "Tensor"), ("torch.nn.parameter", "Parameter"), ("torch.nn.parameter", "Buffer")))
 
 

@@ -187,7 +187,9 @@ class Unpickler(pickle._Unpickler):
     # tensors
 
     def persistent_load(self, pid: object) -> Storage:
-        if not (isinstance(pid, tuple) and len(pid) == 5 and pid[0] == "storage" and isinstance(pid[1], Global) and isinstance(pid[2], str)):
+        if not (
+            isinstance(pid, tuple) and len(pid) == 5 and pid[0] == "storage" and isinstance(pid[1], Global) and isinstance(pid[2], str)
+        ):
             self._fail(f"its pickle refers to a {type(pid).__name__} where a storage is due")
         _, kind, key, _, count = pid
         if key in self.storages:

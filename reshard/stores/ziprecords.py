@@ -87,7 +87,9 @@ class Archive:
             if sign != b"PK\6\6":
                 raise self.error(f"no zip64 end record at {end64}")
         if self.start + at + size != limit or size > _DIRECTORY_LIMIT or count * _CENTRAL.size > size:
-            raise self.error(f"directory of {count} records is said to span bytes {at} to {at + size}, expected to end at {limit - self.start}")
+            raise self.error(
+                f"directory of {count} records is said to span bytes {at} to {at + size}, expected to end at {limit - self.start}"
+            )
         return self.start + at, size, count
 
     def _foreign(self) -> FormatError:

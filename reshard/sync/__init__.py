@@ -22,7 +22,22 @@ from reshard.sync.lora import adapter
 from reshard.sync.plan import SyncPlan, plan
 from reshard.sync.side import Sharding, Side, fsdp, layout
 
-__all__ = ["Cost", "Fp8", "PeerLost", "Sharding", "Side", "Sync", "SyncError", "SyncPlan", "adapter", "fsdp", "joined", "layout", "plan", "shardings"]
+__all__ = [
+    "Cost",
+    "Fp8",
+    "PeerLost",
+    "Sharding",
+    "Side",
+    "Sync",
+    "SyncError",
+    "SyncPlan",
+    "adapter",
+    "fsdp",
+    "joined",
+    "layout",
+    "plan",
+    "shardings",
+]
 
 
 def __getattr__(name: str):

@@ -76,7 +76,9 @@ class Cost:
 
     def __str__(self) -> str:
         shown = sorted(self.ranks.items())
-        rows = [(r, human(x.wants), human(x.has), human(x.sent), human(x.received), human(x.bound), human(x.gathered)) for r, x in shown[:64]]
+        rows = [
+            (r, human(x.wants), human(x.has), human(x.sent), human(x.received), human(x.bound), human(x.gathered)) for r, x in shown[:64]
+        ]
         lines = [
             f"{self.title}: {human(self.model)} of weights, {human(self.total)} on the wire, {self.seconds:.3g} s at {human(self.bandwidth)}/s each way per rank\n",
             table(rows, ("rank", "wants", "has", "sends", "receives", "least", "by all-gather + broadcast")),

@@ -13,7 +13,9 @@ from reshard.layout import Entry, Layout, Section, Tensor
 from reshard.layout.fusion import Group
 
 
-def adapter(layout: Layout, r: int, targets: Iterable[str] = ("q", "k", "v", "o", "gate", "up", "down"), *, name: str | None = None) -> Layout:
+def adapter(
+    layout: Layout, r: int, targets: Iterable[str] = ("q", "k", "v", "o", "gate", "up", "down"), *, name: str | None = None
+) -> Layout:
     """The adapter's own layout: nothing but its A and B of the tensors of `layout` named in `targets`.
 
     `name` is peft's adapter name as it stands in a model's parameter names (``default``); None leaves it out, as
@@ -29,7 +31,15 @@ def adapter(layout: Layout, r: int, targets: Iterable[str] = ("q", "k", "v", "o"
         stem = f"base_model.model.{entry.name.removesuffix('.weight')}"
         for kind, dims in (("A", (("lora",), base.dims[1])), ("B", (base.dims[0], ("lora",)))):
             axes = {axis for dim in dims for axis in dim}
-            tensor = Tensor(f"{target}_lora_{kind}", base.index, dims, tuple(a for a in base.split if a in axes), base.when, base.stage, place=base.place)
+            tensor = Tensor(
+                f"{target}_lora_{kind}",
+                base.index,
+                dims,
+                tuple(a for a in base.split if a in axes),
+                base.when,
+                base.stage,
+                place=base.place,
+            )
             tensors[tensor.name] = tensor
             full = f"{stem}.lora_{kind}.{name + '.' if name else ''}weight"
             entries.append(Entry(tensor.name, full, Group(None, (tensor.name,)), place=base.place))

@@ -145,7 +145,12 @@ def merged(copies: list[Copy]) -> list[Copy]:
             out.append(copy)
             step = None
             continue
-        if step is not None and copy.shape == last.shape[1:] and copy.src_strides == last.src_strides[1:] and copy.dst_strides == last.dst_strides[1:]:
+        if (
+            step is not None
+            and copy.shape == last.shape[1:]
+            and copy.src_strides == last.src_strides[1:]
+            and copy.dst_strides == last.dst_strides[1:]
+        ):
             count = last.shape[0]
             if (copy.src_offset, copy.dst_offset) == (last.src_offset + count * step[0], last.dst_offset + count * step[1]):
                 last.shape = (count + 1, *last.shape[1:])

@@ -31,7 +31,10 @@ def layout(config: Mapping | str | Path, descriptor: str | Path | None = None) -
     settings = config if isinstance(config, Mapping) else read_config(find_config(Path(config), None if Path(config).is_dir() else config))
     found = load_descriptor(Path(descriptor)) if descriptor else find_descriptor(settings)
     if found is None:
-        raise LayoutError(f"no layout descriptor for architecture {settings.get('architectures')}", "pass a descriptor of your own: layout(config, 'my.toml')")
+        raise LayoutError(
+            f"no layout descriptor for architecture {settings.get('architectures')}",
+            "pass a descriptor of your own: layout(config, 'my.toml')",
+        )
     return found.bind(model_config(settings))
 
 
@@ -146,10 +149,29 @@ class Side:
         holders = [tuple(p for p, n in zip(processes, numbers) if n == number) for number in range(len(placement.ranks))]
         constants = frozenset(name for rank in placement.ranks for name, _ in placement.constants(rank))
         replicas = f" × {len(processes) // len(holders)}" if len(processes) > len(holders) else ""
-        return cls(layout, format, tuple(map(tuple, stored)), tuple(holders), {}, _other_names(section, {s.name for member in stored for s in member}), constants, _ignored(layout, section), f"{format} {mesh}{replicas}", quantised)
+        return cls(
+            layout,
+            format,
+            tuple(map(tuple, stored)),
+            tuple(holders),
+            {},
+            _other_names(section, {s.name for member in stored for s in member}),
+            constants,
+            _ignored(layout, section),
+            f"{format} {mesh}{replicas}",
+            quantised,
+        )
 
     @classmethod
-    def sharded(cls, layout: Layout, shardings: Mapping[str, Sharding], *, dtype: str = "bf16", dtypes: Mapping[str, str] = {}, variants: Sequence[str] = ()) -> "Side":
+    def sharded(
+        cls,
+        layout: Layout,
+        shardings: Mapping[str, Sharding],
+        *,
+        dtype: str = "bf16",
+        dtypes: Mapping[str, str] = {},
+        variants: Sequence[str] = (),
+    ) -> "Side":
         """HF tensors as DTensors hold them: `shardings` by HF name, e.g. from ``shardings(model.named_parameters())``.
 
         Raises PlanError for names that the layout lacks, and for tensors of the layout that have no sharding.
@@ -186,7 +208,17 @@ class Side:
             lacks = any(problem.endswith(" has no sharding") for problem in problems)
             raise PlanError(problems, "named_parameters() leaves out buffers: shardings(model) of the module has them" if lacks else None)
         members = tuple(tuple(held[p]) for p in processes)
-        return cls(layout, "hf", members, tuple((p,) for p in processes), dict(shardings), others, frozenset(), _ignored(layout, section), f"DTensors on {len(processes)} ranks")
+        return cls(
+            layout,
+            "hf",
+            members,
+            tuple((p,) for p in processes),
+            dict(shardings),
+            others,
+            frozenset(),
+            _ignored(layout, section),
+            f"DTensors on {len(processes)} ranks",
+        )
 
 
 def fsdp(
@@ -205,7 +237,9 @@ def fsdp(
     whole (``["embed", "lm_head"]``)."""
     whole_over_tp = frozenset(outside_tp)
     if unknown := sorted(whole_over_tp - set(layout.descriptor.tensors)):
-        raise PlanError([f"{name} is no tensor of layout {layout.name}" for name in unknown], f"known are {', '.join(layout.descriptor.tensors)}")
+        raise PlanError(
+            [f"{name} is no tensor of layout {layout.name}" for name in unknown], f"known are {', '.join(layout.descriptor.tensors)}"
+        )
     processes = list(ranks)
     sizes = [("replicas", replicas), ("dp", dp), ("tp", tp)]
     if len(processes) != replicas * dp * tp:
@@ -306,7 +340,9 @@ def intervals(size: int, cuts: Sequence[tuple[int, int, int]]) -> list[tuple[int
         elif factor > 1:
             total = sum(high - low for low, high in held)
             runs = [chunk(total, factor, run) for run in range(factor)]
-            held = [r for low, high in runs for start, stop in [chunk(high - low, parts, index)] for r in _within(held, low + start, low + stop)]
+            held = [
+                r for low, high in runs for start, stop in [chunk(high - low, parts, index)] for r in _within(held, low + start, low + stop)
+            ]
         else:
             held = _within(held, *chunk(sum(high - low for low, high in held), parts, index))
     for parts, index in reversed(late):

@@ -141,7 +141,12 @@ def bind(given, side: Side, process: int, role: str) -> dict[int, Bound]:
                 problems.append(f"{name} and {names[0]} are one tensor in this model, here they lie apart")
     known = {_storage(t) for t in used.values()}
     for name, tensor in tensors.items():
-        if name in used or name in side.constants or any(fnmatchcase(name, pattern) for pattern in side.ignored) or _storage(tensor) in known:
+        if (
+            name in used
+            or name in side.constants
+            or any(fnmatchcase(name, pattern) for pattern in side.ignored)
+            or _storage(tensor) in known
+        ):
             continue
         problems.append(f"{name}: {side.title} has no such tensor on rank {process}")
     if problems:

@@ -58,7 +58,18 @@ def verify(
         from reshard.verify.exact import refuse_override
 
         refuse_override(device)
-    request = Request(Path(checkpoint), Path(reference), format, config and Path(config), layout and Path(layout), device, dtype, tuple(prompts), low_memory, told)
+    request = Request(
+        Path(checkpoint),
+        Path(reference),
+        format,
+        config and Path(config),
+        layout and Path(layout),
+        device,
+        dtype,
+        tuple(prompts),
+        low_memory,
+        told,
+    )
     check_reference(request.reference)
     if method == "permute":
         from reshard.verify.permute import verify_permuted
@@ -70,5 +81,8 @@ def verify(
 
     shards = open_shards(request.checkpoint, format)
     if nproc not in (None, len(shards.ranks)):
-        raise FormatError(f"{checkpoint} has {len(shards.ranks)} ranks ({shards.mesh}), --nproc says {nproc}", f"use --nproc {len(shards.ranks)}, or leave it out")
+        raise FormatError(
+            f"{checkpoint} has {len(shards.ranks)} ranks ({shards.mesh}), --nproc says {nproc}",
+            f"use --nproc {len(shards.ranks)}, or leave it out",
+        )
     return run_processes(request, len(shards.ranks))

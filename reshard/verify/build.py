@@ -13,15 +13,32 @@ from torch import nn
 from reshard.verify.attention import Heads, joined, sections, splits
 from reshard.verify.experts import fill
 from reshard.verify.model import Model
-from reshard.verify.parallel import (Fused, Gathered, Joined, Linear, NoHeads, Part, Receive, RowLinear, Send, Skipped, VocabEmbedding,
-                                     VocabHead)  # fmt: skip
+from reshard.verify.parallel import (
+    Fused,
+    Gathered,
+    Joined,
+    Linear,
+    NoHeads,
+    Part,
+    Receive,
+    RowLinear,
+    Send,
+    Skipped,
+    VocabEmbedding,
+    VocabHead,  # fmt: skip
+)
 from reshard.verify.slices import Slices
 from reshard.verify.tables import Row
 
+
 def build(s: Slices, m: Model) -> dict[str, Linear]:
     """Fill `m` with the tensors of `s`; what doesn't fit goes to ``s.problems``. Returns the layers made of slices, by path."""
-    computed = {id(tensor) for part in m.module.modules() for name, tensor in part._buffers.items() if name in part._non_persistent_buffers_set}
-    empty = {id(tensor): tensor for tensor in (*m.module.parameters(), *m.module.buffers()) if id(tensor) not in computed}  # kept: an id is an object's
+    computed = {
+        id(tensor) for part in m.module.modules() for name, tensor in part._buffers.items() if name in part._non_persistent_buffers_set
+    }
+    empty = {
+        id(tensor): tensor for tensor in (*m.module.parameters(), *m.module.buffers()) if id(tensor) not in computed
+    }  # kept: an id is an object's
     ends(s, m)
     depth = m.config.num_hidden_layers
     layers = defaultdict(list)
@@ -40,10 +57,14 @@ def build(s: Slices, m: Model) -> dict[str, Linear]:
     for name, tensor in (*m.module.named_parameters(), *m.module.named_buffers()):
         if id(tensor) in empty:
             s.problem(name.replace(".experts.inner.", ".experts."), "is missing")
-    predicted = range(depth, depth + (getattr(m.config, "num_nextn_predict_layers", None) or 0))  # layers for more tokens at once, which engines leave out
+    predicted = range(
+        depth, depth + (getattr(m.config, "num_nextn_predict_layers", None) or 0)
+    )  # layers for more tokens at once, which engines leave out
     beyond = {name for number in predicted for path in layers.get(number, ()) for name in s.modules[path].values()}
     for name in s.table.keys() - s.used - beyond:
-        known = f"in {type(m.module).__name__}" if s.table[name].row else f"in verify's table of {s.rows.engine}'s names for {s.rows.family}"
+        known = (
+            f"in {type(m.module).__name__}" if s.table[name].row else f"in verify's table of {s.rows.engine}'s names for {s.rows.family}"
+        )
         s.problem(name, f"has no place {known}")
     return linears
 
@@ -63,7 +84,9 @@ def ends(s: Slices, m: Model) -> None:
     at = last if last in heads else min(heads, default=last)  # the stage that computes logits: of tied models perhaps the first
     hidden, vocab = m.config.hidden_size, m.config.vocab_size
     if type(m.at(m.embedding)) is not nn.Embedding:
-        s.problem(f"{m.embedding}.weight", f"belongs to a {type(m.at(m.embedding)).__name__}, which does more than look up: verify can't cut it")
+        s.problem(
+            f"{m.embedding}.weight", f"belongs to a {type(m.at(m.embedding)).__name__}, which does more than look up: verify can't cut it"
+        )
     embedding: nn.Module = Receive(s.seat.before, hidden, s.dtype)
     if own == 0:
         name = held(0, names[::-1] if m.tied else names[1:]) or names[1]
@@ -120,7 +143,9 @@ def layer(s: Slices, m: Model, prefix: str, paths: list[str]) -> dict[str, Linea
         elif path in m.paths and isinstance(m.at(path), nn.Linear):
             linears[path] = _linear(s, m, path, row, kinds, heads.get(owner))
         elif path in m.paths and row.cut in ("column", "row"):
-            s.problem(next(iter(kinds.values())), f"belongs to a {type(m.at(path)).__name__}, which is no plain projection: verify can't cut it")
+            s.problem(
+                next(iter(kinds.values())), f"belongs to a {type(m.at(path)).__name__}, which is no plain projection: verify can't cut it"
+            )
         elif path in m.paths:
             _whole(s, m, path, kinds, heads.get(path))
     for path, names in experts.items():

@@ -64,7 +64,9 @@ def _complete(s: Slices, path: str, numbered: dict[int, list[str]], first: int, 
     expected = list(range(stop - first) if any(row.local for row in every) else range(first, stop))
     if sorted(found) != expected:
         s.problem(f"{path}.{min(found)}", f"and others are experts {sorted(found)} of this rank, it is dealt {expected}")
-    missing = [f"{path}.{expert}.{row.path.rpartition('.')[2]}.{row.kind}" for expert in sorted(found) for row in every if row not in found[expert]]
+    missing = [
+        f"{path}.{expert}.{row.path.rpartition('.')[2]}.{row.kind}" for expert in sorted(found) for row in every if row not in found[expert]
+    ]
     halves = {row.holds for row in every} & {("gate",), ("up",)}
     if len(halves) == 1:
         missing.append(f"{path}: gate or up of all experts")
@@ -89,7 +91,9 @@ def fill(s: Slices, m: Model, path: str, names: list[str]) -> None:
             numbered[held.expert].append(name)
     if numbered and _complete(s, path, numbered, first, stop):
         made |= stack_one_by_one(s, numbered, module)
-    copied = {parameter(row.holds, "bias" in row.kind) for row in {s.table[name].row for name in names} if row.copied and "bias" in row.kind}
+    copied = {
+        parameter(row.holds, "bias" in row.kind) for row in {s.table[name].row for name in names} if row.copied and "bias" in row.kind
+    }
     for kind in copied & made.keys():
         # outputs are summed, so each rank adds its share of its own copy; where rows don't say so, all ranks but the first hold zeros
         made[kind] = made[kind] / len({seat.rank.etp for seat in s.seats if seat.stage == s.seat.stage})
@@ -100,7 +104,10 @@ def fill(s: Slices, m: Model, path: str, names: list[str]) -> None:
         own, full = made[kind], module._parameters[kind]
         whole = [size for dim, size in enumerate(full.shape) if dim and size == hidden]
         if own.dim() != full.dim() or len(own) != stop - first or any(size not in own.shape[1:] for size in whole):
-            s.problem(shown, f"and the others of its layer make {kind} of {list(own.shape)}, the engine takes {stop - first} experts of slices of {list(full.shape[1:])}")
+            s.problem(
+                shown,
+                f"and the others of its layer make {kind} of {list(own.shape)}, the engine takes {stop - first} experts of slices of {list(full.shape[1:])}",
+            )
         module._parameters[kind] = nn.Parameter(own, requires_grad=False)
     module.num_experts = stop - first
     copies = sum((seat.rank.ep, seat.rank.etp) == (rank.ep, rank.etp) for seat in s.seats if seat.stage == s.seat.stage)

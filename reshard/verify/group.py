@@ -89,7 +89,10 @@ def process_groups(seats: list["Seat"], control) -> dict[tuple, object]:
     world = dist.group.WORLD
     every = tuple(range(dist.get_world_size()))
     wanted = dict.fromkeys(members for seat in seats for members in (seat.tensor, seat.stage))
-    groups = {members: None if len(members) == 1 else world if members == every else dist.new_group(members, timeout=SILENCE) for members in wanted}
+    groups = {
+        members: None if len(members) == 1 else world if members == every else dist.new_group(members, timeout=SILENCE)
+        for members in wanted
+    }
     return {**groups, CONTROL: control}
 
 

@@ -56,10 +56,14 @@ def empty_model(config) -> Model:
 
     try:
         with torch.device("meta"):
-            module = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager", experts_implementation="eager")
+            module = AutoModelForCausalLM.from_config(
+                config, dtype=torch.float32, attn_implementation="eager", experts_implementation="eager"
+            )
     except Exception as error:
         text = f"{type(error).__name__}: {error}".strip().splitlines()[0]
-        raise FormatError(f"transformers cannot make the model that config.json describes ({config.model_type}): {text}", "is config.json this model's?") from error
+        raise FormatError(
+            f"transformers cannot make the model that config.json describes ({config.model_type}): {text}", "is config.json this model's?"
+        ) from error
     for part in module.modules():
         for name in part._non_persistent_buffers_set:
             part._buffers[name] = torch.full_like(part._buffers[name], float("nan"), device="cpu")  # would be seen if it stayed

@@ -36,14 +36,20 @@ def page(report: Report) -> str:
         f'<h1>reshard verify: <span class="{kind}">{escape(report.verdict())}</span></h1>',
         _table([], [[f"<td>{name}</td>", f"<td>{value}</td>"] for name, value in facts]),
         "<h2>Logits against the original's</h2>",
-        _table(["", "max |Δlogit|", "of max |logit|", "mean KL", "same top-1", ""], [_result_row(report, i) for i in range(1 + len(report.controls))]),
+        _table(
+            ["", "max |Δlogit|", "of max |logit|", "mean KL", "same top-1", ""],
+            [_result_row(report, i) for i in range(1 + len(report.controls))],
+        ),
     ]
     if report.settings:
         body += ["<h2>Settings that are not the original's</h2>", _list(map(str, report.settings))]
     if report.unexercised:
         body += ["<h2>Not exercised</h2>", _list(report.unexercised)]
     if report.shards.points:
-        body += ["<h2>Error of every part, relative to its largest output</h2><p>Logarithmic; the dashed line is the tolerance.</p>", _errors(report)]
+        body += [
+            "<h2>Error of every part, relative to its largest output</h2><p>Logarithmic; the dashed line is the tolerance.</p>",
+            _errors(report),
+        ]
     if report.ranks:
         body += ["<h2>Memory of every rank</h2>", _memory(report)]
     return f"<!doctype html><html lang=en><meta charset=utf-8><title>reshard verify</title><style>{_STYLE}</style><body>{''.join(body)}</body></html>\n"
@@ -60,7 +66,11 @@ def _result_row(report: Report, index: int) -> list[str]:
     word = ("equal" if good else "different") if index == 0 else ("found" if good else "missed")
     name = ("planted: " if index else "") + result.name
     numbers = [f"{f.max_abs_diff:.2g}", f"{f.relative:.2g}", f"{f.mean_kl:.2g}", f"{f.top1_agreement:.0%}"]
-    return [f"<td>{escape(name)}</td>", *(f'<td class="n">{number}</td>' for number in numbers), f'<td class="{"ok" if good else "bad"}">{word}</td>']
+    return [
+        f"<td>{escape(name)}</td>",
+        *(f'<td class="n">{number}</td>' for number in numbers),
+        f'<td class="{"ok" if good else "bad"}">{word}</td>',
+    ]
 
 
 def _errors(report: Report) -> str:
@@ -74,7 +84,13 @@ def _errors(report: Report) -> str:
     rows = []
     for point in report.shards.points:
         bar = f'<span class="bar{" bad" if point.apart else ""}" style="width:{at(point.relative):.1f}%"></span>'
-        rows.append([f"<td><code>{escape(point.path)}</code></td>", f'<td class="n">{point.relative:.1e}</td>', f'<td class="w"><div class="scale">{bar}{line}</div></td>'])
+        rows.append(
+            [
+                f"<td><code>{escape(point.path)}</code></td>",
+                f'<td class="n">{point.relative:.1e}</td>',
+                f'<td class="w"><div class="scale">{bar}{line}</div></td>',
+            ]
+        )
     return _table(["output of", "error", ""], rows)
 
 
@@ -83,7 +99,13 @@ def _memory(report: Report) -> str:
     rows = []
     for rank in report.ranks:
         bar = f'<span class="bar" style="width:{100 * rank.held / most:.1f}%"></span>'
-        rows.append([f"<td>rank {rank.rank}</td>", *(f'<td class="n">{human(size)}</td>' for size in (rank.stored, rank.held, rank.peak)), f'<td class="w">{bar}</td>'])
+        rows.append(
+            [
+                f"<td>rank {rank.rank}</td>",
+                *(f'<td class="n">{human(size)}</td>' for size in (rank.stored, rank.held, rank.peak)),
+                f'<td class="w">{bar}</td>',
+            ]
+        )
     return _table(["", "stored", f"held in {report.dtype}", "peak of its process", "held, of the highest peak"], rows)
 
 

@@ -130,4 +130,8 @@ def _unexercised(config, positions: int, reached: tuple[int, int]) -> list[str]:
     """This proof runs no engine's arithmetic: what it leaves open beside positions."""
     used, every = reached
     idle = [f"{every - used} of {every} experts, that no token of the prompts went to"] if used < every else []
-    return [*unexercised(config, positions, Beyond()), *idle, "cuts of the vocabulary, and names and orders inside a rank: --method tp proves these"]
+    return [
+        *unexercised(config, positions, Beyond()),
+        *idle,
+        "cuts of the vocabulary, and names and orders inside a rank: --method tp proves these",
+    ]

@@ -15,6 +15,8 @@ from reshard.verify.trace import every_row, traced
 
 #: every number computed one way, by transformers' plain code, on every device
 EAGER = {"attn_implementation": "eager", "experts_implementation": "eager", "local_files_only": True}
+
+
 def placement(m: Model, device: torch.device, low_memory: bool) -> dict[str, torch.device | str | int]:
     """Where the parts of the original are: all on `device`, or with `low_memory` on disk until they are used there.
 
@@ -27,7 +29,9 @@ def placement(m: Model, device: torch.device, low_memory: bool) -> dict[str, tor
     base = m.module.base_model_prefix
     heavy = {m.embedding, m.head}
     here = (device.index or 0) if device.type == "cuda" else device.type  # as accelerate and safetensors name it
-    parts = {f"{base}.{name}": child for name, child in m.at(base).named_children()} | {name: child for name, child in m.module.named_children() if name != base}
+    parts = {f"{base}.{name}": child for name, child in m.at(base).named_children()} | {
+        name: child for name, child in m.module.named_children() if name != base
+    }
     out: dict[str, torch.device | str | int] = {}
     for path, child in parts.items():
         if path == m.layers:
@@ -44,9 +48,13 @@ def load_reference(folder: Path, dtype: torch.dtype, device: torch.device, low_m
     options = {"offload_folder": offload} if low_memory else {}
     try:
         where = placement(empty_model(AutoConfig.from_pretrained(folder, local_files_only=True)), device, low_memory)
-        model, seen = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **EAGER, output_loading_info=True, device_map=where, **options)
+        model, seen = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, **EAGER, output_loading_info=True, device_map=where, **options
+        )
     except torch.cuda.OutOfMemoryError as error:
-        raise FormatError(f"the original does not fit on {device}: {str(error).splitlines()[0]}", "use --dtype bf16, --low-memory or --device cpu") from None
+        raise FormatError(
+            f"the original does not fit on {device}: {str(error).splitlines()[0]}", "use --dtype bf16, --low-memory or --device cpu"
+        ) from None
     except (OSError, ValueError, RuntimeError, ImportError) as error:
         raise FormatError(f"transformers cannot load the reference {folder}: {str(error).strip().splitlines()[0]}",
                           "the reference is a Hugging Face checkpoint of a causal language model, with config.json") from None  # fmt: skip
@@ -61,7 +69,11 @@ def load_reference(folder: Path, dtype: torch.dtype, device: torch.device, low_m
 
 def computing_devices(model: nn.Module) -> list[torch.device]:
     """The devices that the parts of `model` compute on: that of their weights, or for what is streamed, accelerate's choice."""
-    hooks = [hook for part in model.modules() if (hook := getattr(part, "_hf_hook", None)) and getattr(hook, "execution_device", None) is not None]
+    hooks = [
+        hook
+        for part in model.modules()
+        if (hook := getattr(part, "_hf_hook", None)) and getattr(hook, "execution_device", None) is not None
+    ]
     chosen = [torch.device("cuda", at) if isinstance(at := hook.execution_device, int) else torch.device(at) for hook in hooks]
     return chosen or [tensor.device for tensor in model.parameters()]
 
@@ -98,4 +110,12 @@ def run_reference(folder: Path, ids: torch.Tensor, dtype: torch.dtype, device: t
             logits = model(ids.to(device), use_cache=False).logits
         experts = run_experts(m, dtype, device)
         every = sum(len(outputs_of) for outputs_of in experts.values())
-        return Original(logits.float().cpu(), {**rows, **outputs}, routed, experts, routing_vectors(m), router_rows(m), (sum(map(len, used.values())), every))
+        return Original(
+            logits.float().cpu(),
+            {**rows, **outputs},
+            routed,
+            experts,
+            routing_vectors(m),
+            router_rows(m),
+            (sum(map(len, used.values())), every),
+        )

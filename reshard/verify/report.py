@@ -99,7 +99,11 @@ class Report:
     def describe(self, traced: bool = False) -> str:
         """Verdict, figures and controls as text; with `traced`, every part's error."""
         sequences, positions = self.ids
-        where = f"{self.nproc} process{'es' * (self.nproc > 1)} on {self.device} ({self.backend})" if self.method == "tp" else f"one process on {self.device}"
+        where = (
+            f"{self.nproc} process{'es' * (self.nproc > 1)} on {self.device} ({self.backend})"
+            if self.method == "tp"
+            else f"one process on {self.device}"
+        )
         if self.shared > 1:
             where += f", up to {self.shared} ranks to a device"
         f = self.shards.figures
@@ -109,17 +113,25 @@ class Report:
         lines = [
             f"{self.checkpoint}  {self.format} {self.mesh}  {self.architecture}, {self.depth} layers",
             f"{self.reference}  the original, run by transformers",
-            f"{where}, {self.dtype}, {sequences} × {positions} tokens, {self.seconds:.1f} s" + (f"; {STATED}" if self.device != "cpu" else "") + "\n",
+            f"{where}, {self.dtype}, {sequences} × {positions} tokens, {self.seconds:.1f} s"
+            + (f"; {STATED}" if self.device != "cpu" else "")
+            + "\n",
             table(rows, head),
             f"\ntolerance {f.tolerance:.2g} ({least:.2g} of the largest logit, {f.max_abs_logit:.4g}): rounding in {self.dtype} over {self.depth} layers",
         ]
         if self.ranks:
-            lines.append(f"per rank: {_span([r.stored for r in self.ranks])} stored, {_span([r.held for r in self.ranks])} held in {self.dtype}")
+            lines.append(
+                f"per rank: {_span([r.stored for r in self.ranks])} stored, {_span([r.held for r in self.ranks])} held in {self.dtype}"
+            )
         if traced and self.shards.points:
             rows = [(p.path, f"{p.relative:.2g}", "apart" if p.apart else "") for p in self.shards.points]
             lines += ["", table(rows, ("output of", "off by (relative)", ""))]
         if self.settings:
-            lines += ["", f"{count(len(self.settings), 'setting')} beside the shards differ{'s' * (len(self.settings) == 1)}:", *(f"  {d}" for d in self.settings)]
+            lines += [
+                "",
+                f"{count(len(self.settings), 'setting')} beside the shards differ{'s' * (len(self.settings) == 1)}:",
+                *(f"  {d}" for d in self.settings),
+            ]
         if self.unexercised:
             lines += ["", "not exercised:", *(f"  {text}" for text in self.unexercised)]
         return "\n".join([*lines, "", self.verdict()])
@@ -132,7 +144,11 @@ class Report:
             return "INCONCLUSIVE: logits agree, but no defect could be planted in these shards, to show that one would be seen"
         if self.missed:
             return f"INCONCLUSIVE: logits agree, but so they do with a planted defect ({self.missed[0]}): this model hides it"
-        found = ", and the planted defect was found" if len(self.controls) == 1 else f", and all {len(self.controls)} planted defects were found"
+        found = (
+            ", and the planted defect was found"
+            if len(self.controls) == 1
+            else f", and all {len(self.controls)} planted defects were found"
+        )
         return f"passed: logits agree{found}"
 
     def _logits(self) -> str:
@@ -158,7 +174,9 @@ def unexercised(config, positions: int, beyond: Beyond) -> list[str]:
     if beyond.left:
         out.append(f"{count(len(beyond.left), 'tensor')} of layers that predict further tokens: {some(beyond.left)}")
     if beyond.scales:
-        out.append(f"{count(len(beyond.scales), 'scale')} of quantised caches that {'are' if len(beyond.scales) > 1 else 'is'} not 1: {some(beyond.scales)}")
+        out.append(
+            f"{count(len(beyond.scales), 'scale')} of quantised caches that {'are' if len(beyond.scales) > 1 else 'is'} not 1: {some(beyond.scales)}"
+        )
     return out
 
 

@@ -69,12 +69,25 @@ def _opened(request: Request, world: int):
     shards = open_shards(request.checkpoint, request.format)
     places = seats(shards.mesh, shards.ranks)
     if len(places) != world:
-        raise FormatError(f"{request.checkpoint} has {len(places)} ranks ({shards.mesh}), but {world} processes run", f"start {len(places)}, or leave --nproc out")
+        raise FormatError(
+            f"{request.checkpoint} has {len(places)} ranks ({shards.mesh}), but {world} processes run",
+            f"start {len(places)}, or leave --nproc out",
+        )
     config = read_config(request)
     return shards.named(table(config.get_text_config().model_type, shards.engine.name)), places, config
 
 
-def _verify(request, shards: Shards, places: list[Seat], number: int, config, differences: list[Difference], groups, device: torch.device, devices: list[Device]) -> Report | None:
+def _verify(
+    request,
+    shards: Shards,
+    places: list[Seat],
+    number: int,
+    config,
+    differences: list[Difference],
+    groups,
+    device: torch.device,
+    devices: list[Device],
+) -> Report | None:
     start, dtype, control = time.monotonic(), DTYPES[request.dtype], groups[CONTROL]
     try:
         problems = check(shards, places, number, config)
@@ -114,9 +127,13 @@ def _verify(request, shards: Shards, places: list[Seat], number: int, config, di
         if not differences:
             raise
         said = "; ".join(map(str, differences[:5]))
-        raise FormatError(f"the shards cannot be run by the settings beside them ({str(error).splitlines()[0]}): {said}", "correct these settings") from error
+        raise FormatError(
+            f"the shards cannot be run by the settings beside them ({str(error).splitlines()[0]}): {said}", "correct these settings"
+        ) from error
     experts = run_experts(m, dtype, device, counts)
-    direct = gather((experts if s.stage.index == 0 else {}, routing_vectors(m), router_rows(m)), control)  # a stage's ranks have the same sums
+    direct = gather(
+        (experts if s.stage.index == 0 else {}, routing_vectors(m), router_rows(m)), control
+    )  # a stage's ranks have the same sums
     for defect in controls(s, m):
         if number == 0:
             request.say(f"planting a defect: {defect.name}")
@@ -187,7 +204,9 @@ def read_config(request: Request):
     configs = [transformers_config(place) for place in (own, request.reference)]
     ours, theirs = (config.get_text_config().vocab_size for config in configs)
     if ours != theirs:
-        raise FormatError(f"{own} has a vocabulary of {ours}, the reference {request.reference} one of {theirs}", "is --reference the same model?")
+        raise FormatError(
+            f"{own} has a vocabulary of {ours}, the reference {request.reference} one of {theirs}", "is --reference the same model?"
+        )
     return configs[0]
 
 
@@ -206,7 +225,9 @@ def token_ids(request: Request, edges: list[int], config) -> torch.Tensor:
 def vocabulary_edges(shards: Shards) -> list[int]:
     """Where each rank's rows of the embedding end (of tied models perhaps stored as the output layer, whose rows are the same)."""
     tables = {rank.tp: shards.tables[rank.number] for rank in shards.ranks if rank.pp == 0}
-    rows = [next((held.info.shape[0] for held in tables[t].values() if held.row and held.row.cut == "vocabulary"), 0) for t in sorted(tables)]
+    rows = [
+        next((held.info.shape[0] for held in tables[t].values() if held.row and held.row.cut == "vocabulary"), 0) for t in sorted(tables)
+    ]
     return [sum(rows[: i + 1]) for i in range(len(rows))]
 
 
@@ -252,4 +273,3 @@ def _held(m: Model) -> int:
 def _peak(device: torch.device) -> int:
     """The most that this process has held on its device; on CPU with Python and torch, and on process 0 with the original."""
     return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-

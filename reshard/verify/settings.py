@@ -134,7 +134,9 @@ def transformers_config(place: Path):
         return AutoConfig.from_pretrained(place, local_files_only=True)
     except Exception as error:  # noqa: BLE001  whatever a wrong value makes transformers' checks say
         text = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise FormatError(f"transformers cannot read the config.json of {place if place.is_dir() else place.parent}: {text}", NOT_TRANSFORMERS) from None
+        raise FormatError(
+            f"transformers cannot read the config.json of {place if place.is_dir() else place.parent}: {text}", NOT_TRANSFORMERS
+        ) from None
 
 
 NOT_TRANSFORMERS = ("verify runs the original with transformers, which must know its model_type; for another model, "

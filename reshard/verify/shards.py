@@ -60,7 +60,9 @@ class Shards:
                     layer = None if layer is None else layer + self.first[rank.number]
                     name = f"{row.path}.{row.kind}".format(layer=layer, expert=expert)
                 if name in table:
-                    raise FormatError(f"{self.folder}: {quote(held.name)} and {quote(table[name].name)} are the same tensor ({name}) on rank {rank.number}")
+                    raise FormatError(
+                        f"{self.folder}: {quote(held.name)} and {quote(table[name].name)} are the same tensor ({name}) on rank {rank.number}"
+                    )
                 table[name] = held
             tables.append(table)
         return replace(self, tables=tables, rows=rows)
@@ -95,8 +97,18 @@ def open_shards(folder: Path, format: str | None = None) -> Shards:
                           "try --method permute, or convert it to one of " + ", ".join(engine_of()))  # fmt: skip
     contents = kind.read(folder)
     if contents.boxes is not None:
-        raise FormatError(f"{folder} holds pieces of whole tensors, not the ranks of an engine", "convert it first: reshard convert … --to tp --tp N")
-    quantised = next(((name, info) for table in contents.tensors for name, (_, info) in table.items() if info.dtype not in _FLOATS and not engine.kind_beside(name)), None)
+        raise FormatError(
+            f"{folder} holds pieces of whole tensors, not the ranks of an engine", "convert it first: reshard convert … --to tp --tp N"
+        )
+    quantised = next(
+        (
+            (name, info)
+            for table in contents.tensors
+            for name, (_, info) in table.items()
+            if info.dtype not in _FLOATS and not engine.kind_beside(name)
+        ),
+        None,
+    )
     if quantised:
         name, info = quantised
         raise FormatError(f"{folder}: {quote(name)} is {info.dtype}: verify does not compute with quantised weights")

@@ -75,7 +75,9 @@ class Slices:
             self.problem(name, f"has shape {list(shape)}, the engine takes {shown}")
             return False
         if total is not None and (found := self.along(name, expected.index(None))) and sum(found) != total:
-            self.problem(name, f"has {' + '.join(map(str, found))} = {sum(found)} on the ranks of its group, the engine takes {total} in all")
+            self.problem(
+                name, f"has {' + '.join(map(str, found))} = {sum(found)} on the ranks of its group, the engine takes {total} in all"
+            )
             return False
         return True
 

@@ -105,7 +105,10 @@ def engines(folder: Path = TABLES) -> dict[str, Engine]:
     for name, given in _read(folder / "engines.toml").items():
         where = f"engines.toml: [{name}]"
         given = _keys(given, {"formats", *BESIDE}, where)
-        beside = {kind: tuple(_regex(text) for pattern in _texts(given.get(kind, []), f"{where} {kind}") for text in _spelled(pattern)) for kind in BESIDE}
+        beside = {
+            kind: tuple(_regex(text) for pattern in _texts(given.get(kind, []), f"{where} {kind}") for text in _spelled(pattern))
+            for kind in BESIDE
+        }
         out[name] = Engine(name, _texts(given.get("formats"), f"{where} formats"), beside)
     return out
 
@@ -156,7 +159,9 @@ def rows_of(family: str, engine: str, folder: Path = TABLES) -> tuple[Row, ...]:
         if engine in _texts(group.get("engines"), f"{where} engines", tuple(known)):
             stored = group.get("stored", "")
             for key, words in _keys(group.get("rows"), None, f"{where} rows").items():
-                out += _row(key, {"cut": words} if isinstance(words, str) else words, stored, group.get("module", stored), f"{where} {key!r}")
+                out += _row(
+                    key, {"cut": words} if isinstance(words, str) else words, stored, group.get("module", stored), f"{where} {key!r}"
+                )
     return tuple(out)
 
 
@@ -180,10 +185,14 @@ def _row(key: str, words: object, stored: str, module: str, where: str) -> list[
         raise LayoutError(f"{where}: {len(words['parts'])} parts, but it holds {len(words.get('holds', ()))}", "name what each part holds")
     out = []
     for spelled, kind in product(_spelled(key), ("weight", "bias") if "{kind}" in key else ("",)):
-        pattern, target = (".".join(filter(None, (base, text.replace("{kind}", kind)))) for base, text in ((stored, spelled), (module, to or spelled)))
+        pattern, target = (
+            ".".join(filter(None, (base, text.replace("{kind}", kind)))) for base, text in ((stored, spelled), (module, to or spelled))
+        )
         braces, known = ([set(re.findall(r"\{[^}]*\}?|\}", text)) for text in (pattern, target)], {"{layer}", "{expert}"})
         if braces[0] != braces[1] or not braces[0] <= known:
-            raise LayoutError(f"{where}: {pattern} and {target} do not have the same braces", "{layer}, {expert}, {kind} and {one|other} are known")
+            raise LayoutError(
+                f"{where}: {pattern} and {target} do not have the same braces", "{layer}, {expert}, {kind} and {one|other} are known"
+            )
         path, _, name = target.rpartition(".")
         out.append(Row(pattern, path, name, where=where, **words))
     return out

@@ -43,7 +43,9 @@ def traced(m: Model) -> Iterator[dict[str, torch.Tensor]]:
     """The output of every layer with its direct parts, and of the final norm, after the forward in ``with``."""
     layers = [(f"{m.layers}.{i}", child) for i, child in m.at(m.layers).named_children()]
     parts = [(f"{path}.{name}", child) for path, layer in layers for name, child in layer.named_children()]
-    places = [place for place in (*parts, *layers, (m.norm, m.at(m.norm))) if not isinstance(place[1], (Receive, Send, Skipped, nn.Identity))]
+    places = [
+        place for place in (*parts, *layers, (m.norm, m.at(m.norm))) if not isinstance(place[1], (Receive, Send, Skipped, nn.Identity))
+    ]
     outputs: dict[str, torch.Tensor] = {}
 
     def keep(path: str, _, output) -> None:
