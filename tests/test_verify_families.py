@@ -33,26 +33,46 @@ def test_what_transformers_own_plan_cuts_passes(model_type, tmp_path):
 
 
 LAYOUT = """
-extends = "llama"
-description = "StarCoder2: Llama without a gate, biases everywhere, LayerNorm"
+extends = "decoder"
+description = "StarCoder2: grouped-query attention, an MLP without a gate, biases everywhere, LayerNorm"
 architectures = ["Starcoder2ForCausalLM"]
-[defaults]
-attention_bias = "use_bias"
-mlp_bias = "use_bias"
-[tensors]
-gate = { dims = "{layer} ffn* hidden", when = "false" }
-gate_bias = { dims = "{layer} ffn*", when = "false" }
-attn_norm_bias = "{layer} hidden"
-mlp_norm_bias = "{layer} hidden"
-norm_bias = "hidden"
-[hf]
-up = "model.layers.{layer}.mlp.c_fc.weight"
-up_bias = "model.layers.{layer}.mlp.c_fc.bias"
-down = "model.layers.{layer}.mlp.c_proj.weight"
-down_bias = "model.layers.{layer}.mlp.c_proj.bias"
-attn_norm_bias = "model.layers.{layer}.input_layernorm.bias"
-mlp_norm_bias = "model.layers.{layer}.post_attention_layernorm.bias"
-norm_bias = "model.norm.bias"
+vllm = false
+sglang = false
+megatron = false
+
+[conditions]
+qkv_bias = "use_bias"
+o_bias = "use_bias"
+
+[place.model]
+parts = ["ends", "last_norm_bias"]
+[place.layer]
+parts = ["gqa", "block"]
+
+[part.last_norm_bias]
+tensors.norm_bias = "hidden"
+hf.norm_bias = "norm.bias"
+
+[part.block]
+at = "mlp"
+[part.block.axes]
+ffn = "intermediate_size"
+[part.block.tensors]
+up = "ffn* hidden"
+up_bias = "ffn*"
+down = "hidden ffn*"
+down_bias = "hidden"
+attn_norm_bias = "hidden"
+mlp_norm = "hidden"
+mlp_norm_bias = "hidden"
+[part.block.hf]
+up = ".c_fc.weight"
+up_bias = ".c_fc.bias"
+down = ".c_proj.weight"
+down_bias = ".c_proj.bias"
+attn_norm_bias = "input_layernorm.bias"
+mlp_norm = "post_attention_layernorm.weight"
+mlp_norm_bias = "post_attention_layernorm.bias"
 """
 A, F = "model.layers.1.self_attn.", "model.layers.1.mlp."
 
