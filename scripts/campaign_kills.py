@@ -261,6 +261,14 @@ def every_call(lab: Lab, share: float) -> None:
                 if state != "new":
                     lab.wrong(f"{what}: it ended well, and the destination is {state}")
                 continue
+            if (
+                kind == "death"
+                and state == "new"
+                and not overwrite
+                and not (out / "journal.jsonl").exists()
+                and len(list(out.parent.iterdir())) == 1
+            ):
+                continue  # it died after its very last call: nothing is left to do, and the folder is a checkpoint like any other
             lab.again(pair, out, what, **more)
     keys = ("points", "died", "error", "ended well", "absent", "absent, restored", "old", "new", "OTHER")
     print(table([(kind, *(row[key] for key in keys)) for kind, row in rows.items()], ("kind", *keys)), flush=True)

@@ -7,7 +7,7 @@ the real folder. The steps, under the lock, and what a run that died between the
     the journal says ``publish``, with the folder's inode     partial complete; the same command publishes it
     rename partial → NAME, or exchange the two, in one step    NAME is new and has our journal: ``heal`` tidies up
     partial (the replaced folder) → old, and remove it
-    remove NAME's journal                                      done
+    let the lock go; remove NAME's journal                     done
 
 Where the file system can't exchange two folders, NAME → old and partial → NAME are two steps; a death between them leaves no
 NAME, and ``heal`` restores it from old.
@@ -133,10 +133,11 @@ class Place:
                     os.rename(left, self.old)
                 if self.old.is_dir() and not self.old.is_symlink():
                     shutil.rmtree(self.old)
-                (self.path / JOURNAL).unlink()
             elif not os.path.lexists(self.path) and self.old.is_dir():
                 os.rename(self.old, self.path)
                 notes.append(f"{self.given} was missing: an interrupted run had moved it to {self.old.name}, from where it was restored")
+        if first is not None:
+            self.tidy()
         return first
 
     def _published(self) -> dict | None:
@@ -191,7 +192,11 @@ class Place:
             sync_folder(self.path.parent)
         if replaces:
             shutil.rmtree(self.old, ignore_errors=True)
-        (self.path / JOURNAL).unlink()
+
+    def tidy(self) -> None:
+        """The last step, when the lock is let go: a folder without our journal is a checkpoint like any other."""
+        with contextlib.suppress(FileNotFoundError):  # another run came and healed it meanwhile
+            (self.path / JOURNAL).unlink()
 
     def add(self, names: Iterable[str], manifest: bytes, fsync: bool) -> None:
         """Move one rank's finished files to those of other ranks; the manifest, replaced last and in one step, makes them count."""

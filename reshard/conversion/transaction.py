@@ -128,6 +128,8 @@ def convert(
                 place.add([*names, *(name for name in small if name != MANIFEST)], merged(there, small[MANIFEST]), fsync)
             else:
                 place.publish(journal, overwrite, fsync)
+        if there is None:
+            place.tidy()
     return Report(place.given, names, source.bytes_read, output.bytes_written, time.monotonic() - began, len(work.done.files), source.checked,
                   received(job.source), work.resumed, notes)  # fmt: skip
 

@@ -115,6 +115,7 @@ def pull(
                 sync_folder(inside)
             with place.locked():
                 place.publish(journal, overwrite, True)
+            place.tidy()
     return Pulled(place.given, folder.revision, list(names), sum(names.values()), time.monotonic() - began)
 
 
