@@ -1,6 +1,7 @@
 """What tests need beside the package: the team's sample checkpoints next to the checkout, transformers, fixed seeds in CI."""
 
 import os
+import signal
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -16,6 +17,8 @@ if os.environ.get("CI"):
 
 
 def pytest_sessionstart(session):
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # started in the background of a script: children would ignore Ctrl-C too
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     if os.environ.get("CI") and not SAMPLES.is_dir():
         pytest.exit(f"CI needs the sample checkpoints in {SAMPLES}", returncode=3)
 

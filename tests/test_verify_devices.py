@@ -142,6 +142,7 @@ def test_forward_bytes_bound_what_a_forward_holds():
     assert forward_bytes((2, 32), 1000, 64, 256, 4, 4) < 1 << 27
 
 
+@pytest.mark.models
 def test_nvidias_override_is_refused(monkeypatch):
     """defects.md E14"""
     monkeypatch.setenv("NVIDIA_TF32_OVERRIDE", "1")
