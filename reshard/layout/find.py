@@ -43,7 +43,12 @@ def load_descriptor(path: Path) -> Descriptor:
     """Read, check and resolve one TOML file. Every mistake in it is a LayoutError that names file, table and key."""
     path = Path(path)
     with reading(f"layout {path}", LayoutError):
-        return _loaded(path)
+        try:
+            return _loaded(path)
+        except LayoutError as error:
+            if str(path) in str(error):
+                raise
+            raise LayoutError(f"layout {path}: {error}", error.hint) from None  # a part's own sentence, with the file that uses it
 
 
 def _loaded(path: Path) -> Descriptor:

@@ -308,7 +308,7 @@ def outcome(reader: Reader, folder: Path) -> tuple[str, str]:
         text = f"{error} {error.hint or ''}"
         if "content is malformed" in text:
             return "surprise", text
-        return ("refused", text) if str(folder) in text or folder.name in text else ("unnamed", text)
+        return ("refused", text) if str(folder) in text or folder.name in text or "layout m:" in text else ("unnamed", text)
     wrong = reader.judge(folder, found)
     return ("wrong", wrong) if wrong else ("right", "")
 
