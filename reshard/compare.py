@@ -9,6 +9,7 @@ from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
 from dataclasses import dataclass, replace
+from math import prod
 
 import numpy as np
 
@@ -19,7 +20,7 @@ from reshard.executor.casts import cast
 from reshard.executor.rearrange import GAP, mapped, strided
 from reshard.executor.sources import Source, Workspace
 from reshard.executor.threads import in_threads
-from reshard.geometry.block import Box, Key, Stored, end, volume
+from reshard.geometry.block import Box, Key, Stored, end
 from reshard.geometry.coverage import label
 from reshard.geometry.pieces import union_volume
 from reshard.layout import Mesh, Placement
@@ -72,7 +73,7 @@ def _bytes(side: Iterable[Stored], keys: Iterable[Key], sizes: Sizes) -> int:
     """Bytes of some tensors, whole, in the dtype that `side` holds them in."""
     wanted = set(keys)
     dtypes = {key: stored.dtype for stored in side for key, _ in stored.blocks if key in wanted} if wanted else {}
-    return sum(_volume(sizes(key)) * DTYPE_SIZE[dtype] for key, dtype in dtypes.items())
+    return sum(prod(sizes(key)) * DTYPE_SIZE[dtype] for key, dtype in dtypes.items())
 
 
 def compare(a: Checkpoint, b: Checkpoint, progress: Callable[[int], None] = lambda size: None) -> DiffReport:
@@ -101,7 +102,7 @@ def compare(a: Checkpoint, b: Checkpoint, progress: Callable[[int], None] = lamb
         why = _not_compared(lined_up.sizes, key, pattern, tally.compared[key])
         if why:
             difference = difference or Difference("", 0, None)
-            difference.elements += _volume(lined_up.sizes[0](key)) - tally.compared[key]
+            difference.elements += prod(lined_up.sizes[0](key)) - tally.compared[key]
             difference.why = "; ".join(text for text in (difference.why, why) if text)
         if difference:
             difference.name = name(key)
@@ -115,7 +116,7 @@ def _not_compared(sizes: tuple[Sizes, Sizes], key: Key, pattern: Pattern, compar
     first, second = (side(key) for side in sizes)
     if first != second:
         return f"sizes {list(first)} and {list(second)}"
-    whole = _volume(first)
+    whole = prod(first)
     if compared == whole:
         return ""
     held = [union_volume([slot.box for slot in slots]) for slots in (pattern.sources, pattern.destinations)]
@@ -212,10 +213,6 @@ def _view(source: Source, stored: Stored, box: Box, offset: int, strides: tuple[
     shape = tuple(stop - start for start, stop in box)
     needed = runs(offset, shape, strides, GAP // DTYPE_SIZE[stored.dtype])
     return strided(mapped(source, stored, offset, end(offset, shape, strides), needed), box, strides)
-
-
-def _volume(sizes: tuple[int, ...]) -> int:
-    return volume(tuple((0, size) for size in sizes))
 
 
 def hf_names(checkpoint: Checkpoint) -> dict[Key, str]:

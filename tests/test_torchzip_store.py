@@ -179,7 +179,7 @@ def leaves(tree: object, at: tuple = ()) -> dict:
     return {at: tree}
 
 
-@pytest.mark.skipif(not SAMPLES.is_dir(), reason="no samples")
+@pytest.mark.samples
 @pytest.mark.parametrize("pattern", ["megatron/*/legacy_tp2/**/*.pt", "meta/**/*.pth"])
 def test_samples_as_torch_reads_them(pattern):
     files = sorted(SAMPLES.glob(pattern))

@@ -56,22 +56,8 @@ class Pattern:
         for piece in self.pieces:
             for position in piece.destinations:
                 filled.setdefault(position, []).append(piece.box)
-        return _short(self.destinations, filled)
-
-    @cached_property
-    def lost(self) -> tuple[tuple[int, int], ...]:
-        """Source slots with elements that no destination takes, each with their number: counted, not inferred."""
-        taken: dict[int, list[Box]] = {}
-        for piece in self.pieces:
-            for position in piece.sources:
-                taken.setdefault(position, []).append(piece.box)
-        return _short(self.sources, taken)
-
-
-def _short(slots: Sequence[Slot], covered: dict[int, list[Box]]) -> tuple[tuple[int, int], ...]:
-    """The slots that boxes do not cover, each with how many of its elements are left."""
-    left = [slot.size - (union_volume(covered[i]) if i in covered else 0) for i, slot in enumerate(slots)]
-    return tuple((i, count) for i, count in enumerate(left) if count)
+        left = [slot.size - (union_volume(filled[i]) if i in filled else 0) for i, slot in enumerate(self.destinations)]
+        return tuple((i, count) for i, count in enumerate(left) if count)
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,6 +10,7 @@ from collections import defaultdict
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from math import prod
 
 from reshard.dtypes import DTYPE_SIZE, FLOATS
 from reshard.errors import PlanError
@@ -55,10 +56,6 @@ class Copy:
     src: Stored
     dst: Stored
     move: Move
-
-    @property
-    def src_bytes(self) -> int:
-        return self.move.size * DTYPE_SIZE[self.src.dtype]
 
 
 def move_between(source: Slot, destination: Slot, box: Box) -> Move:
@@ -156,15 +153,20 @@ class Plan:
     @cached_property
     def bytes_read(self) -> int:
         """Bytes taken from the sources: each source element that some rank needs, once, and replicas to compare."""
-        return self._sum(lambda pattern, work: work.read(pattern, checks=True))
+        return self._sum(self.bytes_of_one)
 
     @cached_property
     def least_bytes_read(self) -> int:
         """Bytes that any way of filling `destinations` must read: each source element that some rank needs, once."""
-        return self._sum(lambda pattern, work: work.read(pattern, checks=False))
+        return self._sum(work.read(pattern, checks=False) for pattern, work in zip(self.join.patterns, self.work))
 
-    def _sum(self, figure: Callable[[Pattern, Work], int]) -> int:
-        return sum(figure(p, w) * n for p, w, n in zip(self.join.patterns, self.work, self.join.counts))
+    @cached_property
+    def bytes_of_one(self) -> tuple[int, ...]:
+        """Per pattern, source bytes that one instance takes, replicas to compare among them."""
+        return tuple(work.read(pattern, checks=True) for pattern, work in zip(self.join.patterns, self.work))
+
+    def _sum(self, of_one: Iterable[int]) -> int:
+        return sum(size * count for size, count in zip(of_one, self.join.counts))
 
     @cached_property
     def bytes_held(self) -> int:
@@ -373,7 +375,7 @@ def _unlike_dtypes(run: Run, pattern: Pattern, sources: list[Stored], check: boo
 def _uncovered(run: Run, pattern: Pattern, shape: tuple[int, ...]) -> list[str]:
     """Whether the destination has a place for each element of a tensor of `shape`, and none outside of it."""
     boxes = frozenset(slot.box for slot in pattern.destinations)
-    whole, count = volume(tuple((0, size) for size in shape)), union_volume(boxes)
+    whole, count = prod(shape), union_volume(boxes)
     if not all(0 <= start < stop <= size for box in boxes for (start, stop), size in zip(box, shape, strict=True)):
         return [f"{label(run.first)}: the destination has elements of it past its sizes, {list(shape)}"]
     if count != whole:

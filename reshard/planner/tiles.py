@@ -57,8 +57,7 @@ class Group:
         return out
 
     def source_bytes(self, plan: Plan) -> int:
-        numbers = [plan.join.runs[number].pattern for number, _ in self.members]
-        return sum(plan.work[n].read(plan.join.patterns[n], checks=True) for n in numbers)
+        return sum(plan.bytes_of_one[plan.join.runs[number].pattern] for number, _ in self.members)
 
 
 def groups(plan: Plan, sides: tuple[str, ...] = ("src", "dst")) -> list[Group]:
@@ -123,10 +122,11 @@ class Portion:
 
     def without(self, finished: set[str]) -> "Portion":
         """What is left when the output files `finished` are."""
-        left = [tile.without(finished) for tile in self.tiles]
-        if all(len(a.copies) == len(b.copies) for a, b in zip(left, self.tiles)):
-            return self
-        return Portion(self.plan, left[0], left[0].source_bytes if left[0].copies else 0)
+        for tile in self.tiles:
+            left = tile.without(finished)
+            if len(left.copies) < len(tile.copies):
+                return Portion(self.plan, left, left.source_bytes if left.copies else 0)
+        return self
 
 
 def portions(plan: Plan) -> list[Portion]:
@@ -221,7 +221,6 @@ def tile_limit(plan: Plan, jobs: int, buffer: int) -> int:
 def peak_buffer(plan: Plan, jobs: int, buffer: int) -> int:
     """The most bytes that buffers take together while `plan` runs."""
     limit = tile_limit(plan, jobs, buffer)
-    largest = max((work.read(pattern, checks=True) for pattern, work in zip(plan.join.patterns, plan.work)), default=0)
-    if largest < limit:  # a small model: less than one whole tile
+    if max(plan.bytes_of_one, default=0) < limit:  # a small model: less than one whole tile
         limit = min(limit, max((group.source_bytes(plan) for group in groups(plan)), default=0))
     return 4 * jobs * limit
