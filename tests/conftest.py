@@ -17,8 +17,9 @@ if os.environ.get("CI"):
 
 
 def pytest_sessionstart(session):
-    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # started in the background of a script: children would ignore Ctrl-C too
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+    # Whoever starts the tests may ignore or block SIGINT (a script's background jobs, some CI runners); their children would inherit it.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT, signal.SIGTERM, signal.SIGCHLD})
     if os.environ.get("CI") and not SAMPLES.is_dir():
         pytest.exit(f"CI needs the sample checkpoints in {SAMPLES}", returncode=3)
 
