@@ -45,10 +45,10 @@ def match(checkpoint: Checkpoint, kind: formats.Format, contents: formats.Conten
     found = placed(sound(), contents.pieces, f" by layout {layout.name}")
     problems = [f"{s.name} is missing (rank {s.rank}), expected shape {list(s.shape)}" for s in found.missing if not s.entry.alias]
     problems = placement.problems + problems + found.problems + faults
-    ignore, omit = [*layout.filled(section.drop), *contents.ignore], layout.filled(section.omit)
+    buffers, omit = layout.buffers(section), layout.omitted(section)
     constants = {name for rank in placement.ranks for name, _ in placement.constants(rank)} if section.constants else set()
     for piece in found.rest:
-        computed = piece.name in constants or any(fnmatchcase(piece.name, pattern) for pattern in ignore)
+        computed = piece.name in constants or any(fnmatchcase(piece.name, pattern) for pattern in buffers)
         if not computed and not any(fnmatchcase(piece.name, pattern) for pattern in omit):
             problems.append(f"{piece.name} ({piece.file}) is not in layout {layout.name}")
             continue

@@ -174,8 +174,13 @@ class Plan:
         return sum(stored.size * DTYPE_SIZE[stored.dtype] for stored in self.destinations)
 
     @property
+    def padding(self) -> list[Stored]:
+        """Destinations with elements that no tensor fills."""
+        return [stored for stored in self.destinations if stored.padding]
+
+    @property
     def padded(self) -> list[str]:
-        return sorted({stored.name for stored in self.destinations if stored.padding})
+        return sorted({stored.name for stored in self.padding})
 
     def per_rank(self) -> list[dict[str, int]]:
         """What each destination rank reads if it reads alone, and holds, in bytes."""

@@ -157,7 +157,7 @@ class Side:
             {},
             _other_names(section, {s.name for member in stored for s in member}),
             constants,
-            _ignored(layout, section),
+            layout.buffers(section) + layout.omitted(section),
             f"{format} {mesh}{replicas}",
             quantised,
         )
@@ -216,7 +216,7 @@ class Side:
             dict(shardings),
             others,
             frozenset(),
-            _ignored(layout, section),
+            layout.buffers(section) + layout.omitted(section),
             f"DTensors on {len(processes)} ranks",
         )
 
@@ -317,12 +317,6 @@ def _other_names(section: Section, placed: set[str]) -> dict[tuple[str, ...], tu
 
 def _is_alias(name: str, others: Mapping[tuple[str, ...], tuple[str, ...]]) -> bool:
     return any(name in names for names in others.values())
-
-
-def _ignored(layout: Layout, section: Section) -> tuple[str, ...]:
-    """Buffers that are no weights: rotary caches, TransformerEngine's extra state, and what the layout drops."""
-    ours = layout.filled((*section.drop, *section.omit))
-    return ("*.inv_freq", "*.original_inv_freq", "*.cos_sin_cache", "*.cos_cached", "*.sin_cached", "*._extra_state", *ours)
 
 
 def intervals(size: int, cuts: Sequence[tuple[int, int, int]]) -> list[tuple[int, int]]:
