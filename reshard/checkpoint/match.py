@@ -43,8 +43,8 @@ def match(checkpoint: Checkpoint, kind: formats.Format, contents: formats.Conten
             yield s
 
     found = placed(sound(), contents.pieces, f" by layout {layout.name}")
-    problems = [f"{s.name} is missing (rank {s.rank}), expected shape {list(s.shape)}" for s in found.missing if not s.entry.alias]
-    problems = placement.problems + problems + found.problems + faults
+    missing = [f"{s.name} is missing (rank {s.rank}), expected shape {list(s.shape)}" for s in found.missing if not s.entry.alias]
+    problems = placement.problems + found.problems + faults + missing
     buffers, omit = layout.buffers(section), layout.omitted(section)
     constants = {name for rank in placement.ranks for name, _ in placement.constants(rank)} if section.constants else set()
     for piece in found.rest:
