@@ -5,6 +5,7 @@ from dataclasses import replace
 from fnmatch import fnmatchcase
 
 from reshard import formats
+from reshard.checkpoint.names import spelled
 from reshard.checkpoint.opened import Checkpoint
 from reshard.errors import PlanError
 from reshard.formats.pieces import Piece, placed
@@ -24,14 +25,17 @@ def match(checkpoint: Checkpoint, kind: formats.Format, contents: formats.Conten
     rules = kind.rules if contents.stages is None else replace(kind.rules, stages=lambda layers, stages: contents.stages)
     if contents.stages is not None and sum(map(len, contents.stages)) != layout.layers:
         raise PlanError([f"{checkpoint.path} holds {sum(map(len, contents.stages))} layers, config.json says {layout.layers}"])
+    name, pieces = kind.section, contents.pieces
+    if contents.nested:
+        name, pieces, checkpoint.beside = spelled(layout, kind, mesh, pieces)
     held: Held = {}
-    for piece in contents.pieces:
+    for piece in pieces:
         held.setdefault(piece.rank, {}).setdefault(piece.name, piece)
     names = frozenset().union(*held.values())
-    section = _as_written(layout, _prefixed(layout, layout.section(kind.section), rules, mesh, names), rules, mesh, held)
+    section = _as_written(layout, _prefixed(layout, layout.section(name), rules, mesh, names), rules, mesh, held)
     layout = checkpoint.layout = _as_found(checkpoint, section, rules, mesh, names)
     placement = Placement(layout, section, rules, mesh)
-    refuse_unheld(placement, kind.section)
+    refuse_unheld(placement, name)
     placement.pads = _pads(placement, held)
     faults: list[str] = []
 
@@ -42,7 +46,7 @@ def match(checkpoint: Checkpoint, kind: formats.Format, contents: formats.Conten
                     faults.append(f"{piece}: {fault}")
             yield s
 
-    found = placed(sound(), contents.pieces, f" by layout {layout.name}")
+    found = placed(sound(), pieces, f" by layout {layout.name}")
     missing = [f"{s.name} is missing (rank {s.rank}), expected shape {list(s.shape)}" for s in found.missing if not s.entry.alias]
     problems = placement.problems + found.problems + faults + missing
     buffers, omit = layout.buffers(section), layout.omitted(section)

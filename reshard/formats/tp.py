@@ -176,4 +176,12 @@ def _per_dim(stride: int, steps: tuple[int, ...]) -> tuple[int, int]:
     return dim, stride // steps[dim]
 
 
-FORMAT = Format("tp", "hf", Rules(grid, even_stages, even=False), _recognise, _read, _write)
+FORMAT = Format(
+    "tp",
+    "hf",
+    Rules(grid, even_stages, even=False),
+    _recognise,
+    _read,
+    _write,
+    usage='import reshard\n\nstate = reshard.load("hf://{id}", format="tp", tp={tp}, rank=0)',
+)
