@@ -2,6 +2,7 @@
 
 FORMATS = {
     "tp": "tp.FORMAT",
+    "transformers": "transformers.FORMAT",
     "dcp": "dcp.FORMAT",
     "vllm": "engine.VLLM",
     "sglang": "engine.SGLANG",

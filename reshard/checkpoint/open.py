@@ -82,7 +82,9 @@ def _matched(
     if disagreements:
         raise PlanError([f"{folder}: {text}" for text in disagreements],
                         f"{config_path} is of another model: name the config.json of the one that was trained, with --config")  # fmt: skip
-    checkpoint = Checkpoint(folder, kind.name, contents.mesh, bound, [], engine_version=contents.engine_version, config_path=config_path)
+    checkpoint = Checkpoint(
+        folder, kind.name, contents.mesh, bound, [], engine_version=contents.engine_version, config_path=config_path, writer=contents.writer
+    )
     manifest = read_manifest(folder) or {}
     checkpoint.native = manifest.get("dtypes", {})
     checkpoint.origin = (

@@ -36,12 +36,18 @@ class Checkpoint:
     dropped: list[str] = field(default_factory=list)
     dropped_bytes: int = 0
     left_out: list[Stored] = field(default_factory=list)
+    writer: str | None = None  # the program that wrote it, where its files show that
     beside: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     engine_version: str | None = None
     config_path: Path | None = None
     origin: Mapping[str, str] | None = None  # repo and revision on the Hub that it comes from, where that is known
     native: Mapping[str, str] = field(default_factory=dict)  # the model's dtype of tensors that this format's engine widened
     identities: Mapping[str, Identity] = field(default_factory=dict)  # of local files, by path, when their headers were read
+
+    @property
+    def holders(self) -> int:
+        """How many ranks' files it consists of."""
+        return len({stored.rank for stored in self.stored})
 
     def what_is_beside(self) -> str | None:
         """What stands beside the model in its files, in words; None where nothing does."""

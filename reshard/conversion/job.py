@@ -261,7 +261,7 @@ def place(source: Checkpoint, format: str, mesh: Mesh, engine_version: str | Non
                 [f"format {format} deals each tensor's rows out to ranks, which have no {mesh}"], "say how many with --tp, and nothing else"
             )
         mesh = Mesh()
-    placement = Placement(source.layout, section.for_version(version), kind.rules, mesh, engine=version)
+    placement = Placement(source.layout, section.for_version(version).spelled(kind.forms), kind.rules, mesh, engine=version)
     refuse_unheld(placement, kind.section)
     return placement
 

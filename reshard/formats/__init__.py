@@ -24,6 +24,7 @@ class Contents:
 
     `stages` is the layers of each pipeline stage where the files show them. `settings` is what each file says of the model's
     sizes. `nested`: names may stand below keys of a larger state, beside what is no model's.
+    `writer`: the program that wrote the files, where they show it.
     """
 
     mesh: Mesh
@@ -33,6 +34,7 @@ class Contents:
     stages: list[list[int]] | None = None
     settings: Mapping[str, Mapping[str, object]] = field(default_factory=dict)
     nested: bool = False
+    writer: str | None = None
 
 
 @dataclass(frozen=True)
@@ -69,6 +71,7 @@ class Format:
     disagreements: Callable[[Layout, Contents], list[str]] | None = None  # of a folder's own settings with config.json
     others: tuple[str, ...] = ()  # tables whose names its files may bear as well
     whole: bool = False  # cuts whole tensors itself, over as many ranks as the mesh's tp, where others have each rank placed
+    forms: tuple[str, ...] = ()  # of the descriptors' alternatives, those that it writes: the names of a model in memory
     usage: str = ""  # a command or Python that loads a folder of it: {folder}, {repo}, {id}, {tp}, {pp}
     small: tuple[str, ...] = ()  # names of files beside the weights without which a folder of this format is not whole
 

@@ -12,8 +12,9 @@ from pathlib import Path
 from reshard.errors import FormatError
 from reshard.foreign import quote
 from reshard.formats import Contents, Folder, Format, OutFile, Target, parts, safe_join
-from reshard.formats.pieces import Piece
-from reshard.geometry.block import Stored, chunk
+from reshard.formats.manifest import read_manifest
+from reshard.formats.pieces import Piece, dealt
+from reshard.geometry.block import Stored
 from reshard.geometry.regions import Chunk
 from reshard.layout import Mesh, Rules
 from reshard.layout.mesh import even_stages, grid
@@ -70,7 +71,9 @@ def _read(folder: Path) -> Contents:
                     stored.size,
                 )
             )
-    return Contents(Mesh(), pieces, nested=True)
+    manifest = read_manifest(folder)
+    writer = "reshard" if manifest else "Accelerate (HF Trainer, Axolotl)" if inside else "torch.distributed.checkpoint"
+    return Contents(Mesh(), pieces, manifest and manifest.get("layout"), nested=True, writer=writer)
 
 
 def _named(file: str) -> str:
@@ -115,11 +118,7 @@ def _write(target: Target, stored: list[Stored]) -> Folder:
     metadata = dcp.Metadata({s.name: dcp.Stored(s.dtype, s.shape, []) for s in stored})
     files, pieces = [], []
     for holder in range(count):
-        own = []  # what this rank has of each tensor: offsets, size
-        for s in stored:
-            low, high = chunk(s.shape[0], count, holder) if s.shape else (0, int(holder == 0))
-            if low < high:
-                own.append((s, (low, *(0 for _ in s.shape[1:])) if s.shape else (), (high - low, *s.shape[1:]) if s.shape else ()))
+        own = [(s, *part) for s in stored if (part := dealt(s.shape, count, holder))]
         sizes = [(s.name, dcp.nbytes(s.dtype, size)) for s, _, size in own]
         by_name = {each[0].name: each for each in own}
         for i, names in enumerate(parts(sizes, target.max_file)):
@@ -143,6 +142,7 @@ FORMAT = Format(
     _write,
     others=("meta",),
     whole=True,
+    forms=("memory", "stacked"),
     small=(_METADATA,),
     usage='import torch.distributed.checkpoint as dcp\n\nstate = model.state_dict()\ndcp.load(state, checkpoint_id="{folder}")',
 )
