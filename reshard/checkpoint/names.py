@@ -44,13 +44,15 @@ def spelled(
         )
     key = "model." if rival else key
     model, beside = [], {}
+    others = set()
     for piece in pieces:
         if piece.name.startswith(key) and not (key == "" and piece.name.partition(".")[0] in _TRAINERS):
             model.append(piece._replace(name=piece.name[len(key) :]) if key else piece)
             continue
         head = piece.name.partition(".")[0]
         count, size = beside.get(head, (0, 0))
-        beside[head] = count + 1, size + piece.nbytes
+        beside[head] = count + (piece.name not in others), size + piece.nbytes
+        others.add(piece.name)
     return section, model, beside
 
 

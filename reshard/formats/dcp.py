@@ -121,7 +121,7 @@ def _write(target: Target, stored: list[Stored]) -> Folder:
         own = [(s, *part) for s in stored if (part := dealt(s.shape, count, holder))]
         sizes = [(s.name, dcp.nbytes(s.dtype, size)) for s, _, size in own]
         by_name = {each[0].name: each for each in own}
-        for i, names in enumerate(parts(sizes, target.max_file)):
+        for i, names in enumerate(parts(sizes, target.max_file) if own else []):
             path, chosen = f"__{holder}_{i}.distcp", [by_name[name] for name in names]
             image, places = dcp.compose_items([(s.dtype, size) for s, _, size in chosen])
             for (s, offsets, size), (start, length, offset) in zip(chosen, places):

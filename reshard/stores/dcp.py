@@ -156,7 +156,13 @@ def locate(path: Path, items: Iterable[tuple[str, Item]]) -> list[TensorInfo]:
             if item.start + item.length > size:
                 raise FormatError(f"{path} has {size} bytes, {quote(name)} is said to lie at {item.start} to {item.start + item.length}",
                                   "the file is truncated, or of another checkpoint; copy the folder again, whole")  # fmt: skip
-            found = torchzip.read(path, item.start, item.length)
+            try:
+                found = torchzip.read(path, item.start, item.length)
+            except FormatError as error:
+                text = str(error).removeprefix(f"{path}: ")
+                raise FormatError(
+                    f"{path}: no item of {quote(name)} lies at bytes {item.start} to {item.start + item.length}: {text}", _DAMAGED
+                ) from None
         if not isinstance(found, TensorInfo):
             raise FormatError(f"{path} holds no tensor for {quote(name)} at byte {item.start} but a {type(found).__name__}", _DAMAGED)
         if found.shape != item.size:
