@@ -16,6 +16,7 @@ from reshard import formats
 from reshard.dtypes import DTYPE_SIZE
 from reshard.errors import FormatError, LayoutError, PlanError
 from reshard.foreign import quote
+from reshard.formats.constants import check_constants
 from reshard.formats.manifest import read_manifest
 from reshard.formats.quantised import codes_without_scales, refuse, scheme
 from reshard.geometry.block import Block, Stored, restride, row_major, singles
@@ -35,7 +36,7 @@ from reshard.layout import (
 )
 from reshard.layout.check import refuse_unheld
 from reshard.layout.fusion import slice_dim
-from reshard.stores.files import read_json, reading
+from reshard.stores.files import AnyPath, read_json, reading
 from reshard.stores.identity import Identity, identity, noting
 
 if TYPE_CHECKING:
@@ -52,7 +53,7 @@ class Checkpoint:
     want, and buffers that can be computed again; `dropped_bytes` is their size in the files.
     """
 
-    path: Path
+    path: AnyPath
     format: str
     mesh: Mesh
     layout: Layout
@@ -61,7 +62,7 @@ class Checkpoint:
     dropped_bytes: int = 0
     left_out: list[Stored] = field(default_factory=list)
     engine_version: str | None = None
-    config_path: Path | None = None
+    config_path: AnyPath | None = None
     origin: Mapping[str, str] | None = None  # repo and revision on the Hub that it comes from, where that is known
     native: Mapping[str, str] = field(default_factory=dict)  # the model's dtype of tensors that this format's engine widened
     identities: Mapping[str, Identity] = field(default_factory=dict)  # of local files, by path, when their headers were read
@@ -311,6 +312,7 @@ def _match(checkpoint: Checkpoint, kind: formats.Format, contents: formats.Conte
                 )
     if problems:
         raise PlanError(list(dict.fromkeys(problems)), _what_is_expected(checkpoint))
+    check_constants(checkpoint.path, placement, contents.tensors)
     checkpoint.stored = stored
     checkpoint.dropped = sorted(set(checkpoint.dropped))
 

@@ -19,6 +19,7 @@ from reshard.conversion.destination import Place, modes, sync_folder
 from reshard.conversion.fingerprint import conversion, fingerprint, options, source_state
 from reshard.conversion.job import Job, default_jobs
 from reshard.conversion.journal import Journal, notes_in, opened
+from reshard.conversion.lock import told
 from reshard.conversion.output import Output
 from reshard.conversion.resume import Work, check_leftover, give_up, resume, written_by
 from reshard.errors import CastError, DestinationError, FormatError
@@ -27,6 +28,7 @@ from reshard.executor.sources import Source
 from reshard.formats.manifest import NAME as MANIFEST
 from reshard.formats.manifest import merged, of_conversion, read_incomplete
 from reshard.planner.tiles import BUFFER, tile_limit
+from reshard.stores.files import AnyPath, failed
 from reshard.stores.identity import changed
 from reshard.text import human
 
@@ -95,7 +97,7 @@ def convert(
     jobs = jobs or default_jobs(job.source)
     files_mode, folders_mode = modes(job.source.path / file for file in job.source.files) if not job.source.remote else (0o666, 0o777)
     with opened(place.partial, str(place.given), lambda: place.make_partial(folders_mode)) as journal:
-        notes += check_leftover(journal.notes, first, job, place, overwrite)
+        notes += told(journal.lock) + check_leftover(journal.notes, first, job, place, overwrite)
         work = resume(journal, job, place.partial, first)
         source = job.source.source(job.batches if not work.resumed else (), jobs)
         left = [file for file in job.folder.files if file.path not in work.done.files]
@@ -214,10 +216,17 @@ def _check_space(job: Job, place: Place) -> None:
 
 
 def _small_files(job: Job) -> dict[str, bytes]:
-    small = {name: path.read_bytes() for name, path in job.companions.items()} | job.folder.small
+    small = {name: _content(path) for name, path in job.companions.items()} | job.folder.small
     if job.rank is not None:
         small[MANIFEST] = of_conversion(small[MANIFEST], conversion(job))
     return small
+
+
+def _content(path: AnyPath) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise failed(path, error) from None
 
 
 def _write_small(content: bytes, path: Path, fsync: bool, mode: int) -> None:
