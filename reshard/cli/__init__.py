@@ -1,6 +1,7 @@
 """The command line: parse, call the library, print. Results go to stdout, everything else to stderr."""
 
 import gc
+import io
 import json
 import signal
 import sys
@@ -27,6 +28,9 @@ for command in (convert, plan, inspect, diff, verify, layouts, pull, push, demo)
 
 def main(argv: list[str] | None = None) -> None:
     """Run the command line; errors become text (or JSON) and an exit code: 1 failed, 2 usage, 3 the answer is no, 130 interrupted."""
+    for stream in (sys.stdout, sys.stderr):  # a terminal that has no → gets its number
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     gc.disable()  # a plan is a million small objects and no cycle: the collector would only go over them again and again
     args = sys.argv[1:] if argv is None else argv
     as_json = "--json" in args
