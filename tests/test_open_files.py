@@ -67,6 +67,22 @@ def test_lock_file_of_a_dead_process_of_this_host_is_removed(model, tmp_path, mo
         assert not lock.exists() and reshard.diff(model, tmp_path / "out")
 
 
+@pytest.mark.parametrize("kind", ["bytes that are no text", "a gigabyte", "a named pipe", "a terminal's commands"])
+def test_lock_file_of_anybody_is_told_and_not_believed(model, tmp_path, monkeypatch, kind):
+    monkeypatch.setattr(fcntl, "flock", no_flock)
+    lock = tmp_path / ".out.reshard.lock"
+    if kind == "a named pipe":
+        os.mkfifo(lock)
+    elif kind == "a gigabyte":
+        with open(lock, "wb") as file:
+            file.truncate(1 << 30)
+    else:
+        lock.write_bytes(b"\xff\xfe\x00" if kind == "bytes that are no text" else b"\x1b[2J")
+    with pytest.raises(reshard.DestinationError, match="another run") as caught:
+        reshard.convert(model, tmp_path / "out", format="hf")
+    assert "wait for it to end" in caught.value.hint and len(caught.value.hint) < 500 and caught.value.hint.isprintable()
+
+
 def test_a_lock_of_the_kernel_needs_no_word(model, tmp_path, monkeypatch, capsys):
     """The other way about: with flock the report says nothing; without it the command line does."""
     assert reshard.convert(model, tmp_path / "with", format="hf").notes == []

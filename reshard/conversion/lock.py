@@ -13,7 +13,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from reshard.errors import DestinationError
+from reshard.errors import DestinationError, ReshardError
+from reshard.foreign import quote
+from reshard.stores.files import read_small
 
 _WAIT = 600  # seconds: how long a run waits for another that gives its folder its name
 _BUSY = (11, 13)  # EAGAIN (EWOULDBLOCK), and EACCES, which some systems say instead
@@ -115,7 +117,7 @@ def told(lock: Lock) -> list[str]:
 def _dead(path: Path) -> bool:
     """Whether the process that made lock file `path` ran on this host and has ended."""
     try:
-        owner = json.loads(path.read_bytes()[:1000])
+        owner = json.loads(_owner(path))
         if owner["host"] != os.uname().nodename:
             return False
         if owner["pid"] == os.getpid():
@@ -129,11 +131,16 @@ def _dead(path: Path) -> bool:
 
 
 def _whose(path: Path) -> str:
+    owner = quote(_owner(_beside(path)).decode(errors="replace"))
+    return f"wait for it to end; if {owner} has ended, delete {_beside(path)}" if owner else "wait for it to end"
+
+
+def _owner(path: Path) -> bytes:
+    """What lock file `path` says; nothing where it is none of ours."""
     try:
-        owner = _beside(path).read_text()[:200]
-    except OSError:
-        return "wait for it to end"
-    return f"wait for it to end; if {owner} has ended, delete {_beside(path)}"
+        return read_small(path, 1000)
+    except ReshardError:
+        return b""
 
 
 def _is(handle: int, path: Path) -> bool:
