@@ -1,6 +1,7 @@
 """What tests need beside the package: the team's sample checkpoints next to the checkout, transformers, fixed seeds in CI, and the same
 surroundings whoever starts them: what a runner sets, blocks or forbids must decide no test."""
 
+import locale
 import os
 import signal
 
@@ -33,6 +34,8 @@ def pytest_sessionstart(session):
             signal.signal(each, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_SETMASK, set())
     os.umask(0o022)
+    if locale.getpreferredencoding(False).lower().replace("-", "") != "utf8":
+        pytest.exit("the tests write names and texts that are no ASCII: set PYTHONUTF8=1, or a UTF-8 locale", returncode=3)
     if os.environ.get("CI") and not SAMPLES.is_dir():
         pytest.exit(f"CI needs the sample checkpoints in {SAMPLES}", returncode=3)
 

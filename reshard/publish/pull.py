@@ -23,7 +23,7 @@ from reshard.conversion.journal import Done, Journal, notes_in, opened
 from reshard.conversion.lock import told
 from reshard.errors import DestinationError, HubError
 from reshard.executor.sources import Workspace
-from reshard.executor.threads import in_threads
+from reshard.executor.threads import in_threads, one_interrupt
 from reshard.foreign import quote
 from reshard.hub.answers import Entry
 from reshard.hub.folder import HubPath, open_folder
@@ -78,6 +78,7 @@ def left_out(folder: HubPath) -> dict[str, int]:
     return {name: every[name] for name in sorted(every.keys() - wanted(folder).keys())}
 
 
+@one_interrupt()
 def pull(
     source: str,
     destination: str | Path,
