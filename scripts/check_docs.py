@@ -96,7 +96,11 @@ def check(page: Path, model: Path) -> int:
 
 def main() -> None:
     model, *names = sys.argv[1:]
-    pages = [Path(name).resolve() for name in names] or [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+    pages = [Path(name).resolve() for name in names] or [
+        ROOT / "README.md",
+        ROOT / "CONTRIBUTING.md",
+        *sorted((ROOT / "docs").rglob("*.md")),
+    ]
     found = sum([check(page, Path(model)) for page in pages])
     sys.exit(f"{found} differ" if found else 0)
 

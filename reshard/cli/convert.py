@@ -54,6 +54,7 @@ def run_conversion(
     dtype,
     engine_version,
     rank,
+    max_shard_size,
     dry_run,
     jobs,
     buffer,
@@ -68,7 +69,8 @@ def run_conversion(
     from reshard.conversion.transaction import convert as run
     from reshard.conversion.transaction import resumed
 
-    job = planned(source, to, tp, pp, ep, etp, dtype, engine_version, rank=rank, jobs=jobs, buffer=buffer, allow_overflow=allow_overflow)
+    options = {"rank": rank, "jobs": jobs, "buffer": buffer, "allow_overflow": allow_overflow, "max_file": max_shard_size}
+    job = planned(source, to, tp, pp, ep, etp, dtype, engine_version, **options)
     if push is not None and not dry_run:
         from reshard.publish.push import convert_and_push
 
