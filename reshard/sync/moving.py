@@ -1,7 +1,6 @@
 """One part of a plan, bound to tensors: made ready, and its sums compared when it has moved."""
 
 from dataclasses import dataclass
-from math import prod
 
 import torch
 
@@ -13,7 +12,7 @@ from reshard.sync.messages import RankPlan
 from reshard.sync.plan import SyncPlan
 from reshard.sync.sharing import Sharing
 from reshard.sync.staging import Copies, Staging, source_view, straight
-from reshard.sync.tensors import DTYPES, Bound
+from reshard.sync.tensors import DTYPES, Bound, Tensors
 from reshard.sync.transport import Wire
 
 
@@ -44,8 +43,8 @@ class Ready:
 
 def make(
     part: RankPlan,
-    source: dict[int, Bound],
-    into: dict[int, Bound],
+    source: Tensors,
+    into: Tensors,
     wire: Wire,
     sharing: Sharing,
     devices: Devices,
@@ -58,18 +57,18 @@ def make(
     for (sender, taker), copies in part.pairs.items():
         if taker == part.process and sender in sharing.peers.out_of:
             mapped.extend(straight(copies, sharing.memory[sender].view, into))
-            size += sum(prod(copy.shape) * DTYPE_SIZE[copy.src.dtype] for copy in copies)
+            size += sum(t.copy.move.size * DTYPE_SIZE[t.copy.src.dtype] for t in copies)
     sums = None
     if verify is not None:
         sent, taken = sent_and_taken(part)
         sums = Sums(sent, source), Sums(taken, into), Sums(replicated(verify, part.process) if source and first else {}, source)
     own = straight(part.local, lambda copy: source_view(copy, source), into)
-    return Ready(staging, mapped, own, sums, size, sum(copy.bytes for copy in part.local))
+    return Ready(staging, mapped, own, sums, size, sum(t.bytes for t in part.local))
 
 
-def room(part: RankPlan, device: torch.device) -> tuple[Bucket, dict[int, Bound]]:
+def room(part: RankPlan, device: torch.device) -> tuple[Bucket, Tensors]:
     """A buffer for the whole tensors that one part brings."""
-    wanted = {id(t.dst): t.dst for t in part.transfers if t.taker == part.process}
+    wanted = {t.copy.dst.id: t.copy.dst for t in part.transfers if t.taker == part.process}
     at, layout = 0, []
     for s in wanted.values():
         kind = DTYPES[s.dtype]
@@ -78,7 +77,7 @@ def room(part: RankPlan, device: torch.device) -> tuple[Bucket, dict[int, Bound]
         at = layout[-1][-1]
     flat = torch.empty(at, dtype=torch.uint8, device=device)
     tensors = [(name, flat[low:high].view(kind).view(shape)) for name, shape, kind, low, high in layout]
-    return Bucket(tensors, flat, layout), {id(s): Bound(s, t) for s, (_, t) in zip(wanted.values(), tensors)}
+    return Bucket(tensors, flat, layout), {s.id: Bound(s, t) for s, (_, t) in zip(wanted.values(), tensors)}
 
 
 def compare(sums: tuple[Sums, Sums, Sums], wire: Wire, devices: Devices, ready: Ready, failed: bool) -> None:

@@ -23,7 +23,7 @@ from reshard.sync.moving import Bucket, Ready, compare, make, room
 from reshard.sync.plan import SyncPlan
 from reshard.sync.sharing import Sharing
 from reshard.sync.staging import Copies, Staging
-from reshard.sync.tensors import Bound, bind, identity, named, unchanged
+from reshard.sync.tensors import Tensors, bind, identity, named, unchanged
 from reshard.sync.transport import Wire, attempt
 
 
@@ -33,7 +33,7 @@ class Binding:
 
     given: dict[str, torch.Tensor] = field(default_factory=dict)
     keys: list[tuple] = field(default_factory=list)
-    bound: dict[int, Bound] = field(default_factory=dict)
+    bound: Tensors = field(default_factory=dict)
     devices: frozenset[torch.device] = frozenset()
 
 
@@ -163,7 +163,7 @@ class Sync:
             self.abort(agreement.words(error))  # others may wait for messages that will not come
             raise
 
-    def _moved(self, source: dict[int, Bound], into: dict[int, Bound], mode: str, version: int, began: float) -> Iterator[Bucket]:
+    def _moved(self, source: Tensors, into: Tensors, mode: str, version: int, began: float) -> Iterator[Bucket]:
         taking = bool(self._sides)
         if taking:
             self.state = "mixed"
@@ -197,7 +197,7 @@ class Sync:
 
     # ------------------------------------------------------------------------------------------- agreement, before and after
 
-    def _begin(self, source, into, version, mode: str) -> tuple[dict[int, Bound], dict[int, Bound], str, int]:
+    def _begin(self, source, into, version, mode: str) -> tuple[Tensors, Tensors, str, int]:
         """Bind the tensors, and go on only if every rank can, for the same plan and version."""
         failure: Exception | None = None
         own, fill = Binding(), Binding()
@@ -238,7 +238,7 @@ class Sync:
             text = f"buckets() yields whole tensors under HF names; rank {me} takes no such"
             raise PlanError([text], 'make the plan for Side.placed(layout, "hf", ranks=…)')
 
-    def _prepare(self, table: torch.Tensor, mode: str, source: dict[int, Bound], into: dict[int, Bound], found: set[torch.device]) -> None:
+    def _prepare(self, table: torch.Tensor, mode: str, source: Tensors, into: Tensors, found: set[torch.device]) -> None:
         """Lay out messages, map memory, make buffers: what lasts until some rank's tensors move. All ranks come here together."""
         fresh, lies = Intent.column(table, "fresh"), Intent.column(table, "lies")
         before = self._wire.device, self._staged, self._sharing.peers, mode
@@ -332,13 +332,13 @@ class Sync:
         fast = [self._devices.accelerated(device) for device in found]
         return 1 if not any(fast) else 2 if len(found) == 1 else 3
 
-    def _make(self, part: RankPlan, source: dict[int, Bound], into: dict[int, Bound]) -> Ready:
+    def _make(self, part: RankPlan, source: Tensors, into: Tensors) -> Ready:
         first = part is self._parts[self._mode][0]
         return make(part, source, into, self._wire, self._sharing, self._devices, self.plan if self._verify else None, first)
 
     def _next_bucket(
-        self, part: RankPlan, source: dict[int, Bound], into: dict[int, Bound]
-    ) -> tuple[Bucket | None, dict[int, Bound], Ready]:
+        self, part: RankPlan, source: Tensors, into: Tensors
+    ) -> tuple[Bucket | None, Tensors, Ready]:
         """Room for the destination tensors of one part; all ranks have theirs before its bytes move."""
         failure, bucket, ready = None, None, None
         try:

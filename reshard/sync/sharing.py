@@ -13,7 +13,7 @@ from reshard.sync import agreement, mapping
 from reshard.sync.device import Devices
 from reshard.sync.mapping import Mapped, publish
 from reshard.sync.staging import Peers
-from reshard.sync.tensors import DTYPES, Bound
+from reshard.sync.tensors import DTYPES, Tensors
 from reshard.sync.transport import Wire
 
 
@@ -30,7 +30,7 @@ class Sharing:
         pairs: Collection[tuple[int, int]],
         source_places: list[int],
         into_places: list[int],
-        source: dict[int, Bound],
+        source: Tensors,
         failure: Exception | None,
     ) -> list[str]:
         """Map anew. `pairs` are this rank's (sender, taker); places are those of all ranks. All ranks call this together, also one

@@ -20,7 +20,7 @@ from reshard.geometry.block import Stored, chunk, restride, row_major, singles
 from reshard.layout import Layout, Mesh, Placement, Rank, Section, find_descriptor, load_descriptor, parse_version
 from reshard.layout.fusion import slice_dim
 from reshard.layout.mesh import stage_order
-from reshard.sync.fp8_blocks import Fp8, linear_tensors, scale_shape
+from reshard.sync.fp8_blocks import Fp8, linear_tensors, scale_shape, scales_name
 
 #: how one dimension of a device mesh cuts a tensor: None replicates, a number is Shard(dim), a pair is _StridedShard(dim, split_factor)
 Cut = None | int | tuple[int, int]
@@ -103,7 +103,7 @@ class Side:
         """The tensor of scales beside `stored`, where that is held in FP8 blocks."""
         if self.fp8 is None or stored.dtype != "F8_E4M3":
             return None
-        return Stored(stored.rank, stored.name + "_scale_inv", "F32", scale_shape(stored.shape, self.fp8.edge), (), stored.entry)
+        return Stored(stored.rank, scales_name(stored.name), "F32", scale_shape(stored.shape, self.fp8.edge), (), stored.entry)
 
     @classmethod
     def placed(

@@ -13,6 +13,7 @@ import torch
 from reshard.dtypes import torch_dtypes
 from reshard.errors import PlanError
 from reshard.geometry.block import Stored, end, row_major
+from reshard.sync.fp8_blocks import scales_name
 from reshard.sync.side import Cut, Sharding, Side, intervals
 
 DTYPES = torch_dtypes()
@@ -42,6 +43,16 @@ class Bound:
                 flat = torch.zeros(self.tensor.shape, dtype=torch.bool, device=self.tensor.device)
                 flat.view(-1)[low:high] = True
                 self.tensor[flat] = 0
+
+
+#: the tensors of one process on one side, by ``Stored.id``
+Tensors = dict[tuple[int, str], Bound]
+
+
+def scales_of(stored: tuple[int, str]) -> tuple[int, str]:
+    """The ``Stored.id`` of the scales beside a tensor in FP8 blocks."""
+    rank, name = stored
+    return rank, scales_name(name)
 
 
 def lying(stored: Stored, own: tuple[int, ...], shape, offset: int, strides, start: int = 0):
@@ -107,18 +118,15 @@ def _identity(name: str, tensor: torch.Tensor) -> tuple:
 _PLAIN = torch.Tensor, torch.nn.Parameter
 
 
-def bind(given, side: Side, process: int, role: str) -> dict[int, Bound]:
-    """Match `given` with what `process` holds on `side`: {id of the stored tensor: Bound}; a tensor's scales under minus its id.
-
-    Raises PlanError with all problems.
-    """
+def bind(given, side: Side, process: int, role: str) -> Tensors:
+    """Match `given` with what `process` holds on `side`, scales among it. Raises PlanError with all problems."""
     tensors = named(given)
-    wanted = [(id(s), s) for s in side.held_by(process)]
-    wanted += [(-at, scales) for at, s in wanted for scales in [side.scales(s)] if scales]
+    held = side.held_by(process)
+    scales = {found.id: found for s in held for found in [side.scales(s)] if found}
     problems: list[str] = []
-    out: dict[int, Bound] = {}
+    out: Tensors = {}
     used: dict[str, torch.Tensor] = {}
-    for at, s in wanted:
+    for s in (*held, *scales.values()):
         names = [name for name in (s.name, *side.other_names.get(s.entry.of, ())) if name in tensors]
         if not names:
             if s.size:
@@ -135,7 +143,7 @@ def bind(given, side: Side, process: int, role: str) -> dict[int, Bound]:
         elif local.is_meta:
             problems.append(f"{names[0]} is on the meta device: it holds nothing")
         else:
-            out[at] = Bound(s, local.detach(), at > 0 and s.padding > 0 and s.name not in side.partly)
+            out[s.id] = Bound(s, local.detach(), s.id not in scales and s.padding > 0 and s.name not in side.partly)
         for name in names[1:]:
             if _storage(tensors[name]) != _storage(tensor):
                 problems.append(f"{name} and {names[0]} are one tensor in this model, here they lie apart")
