@@ -18,7 +18,7 @@ import reshard
 from reshard import sync
 from reshard.demo import make_model
 from reshard.sync.messages import rank_plan, sent_as_it_lies, taken_as_it_lies
-from reshard.sync.side import intervals
+from reshard.sync.sharding import intervals
 
 
 @pytest.fixture(scope="module")

@@ -6,6 +6,7 @@ import torch
 
 from reshard.dtypes import DTYPE_SIZE
 from reshard.errors import SyncError
+from reshard.sync.agreement import Trial
 from reshard.sync.checks import Sums, differing, replicated, sent_and_taken
 from reshard.sync.device import Devices
 from reshard.sync.messages import RankPlan
@@ -39,6 +40,23 @@ class Ready:
     sums: tuple[Sums, Sums, Sums] | None  # sent, taken, held by replicas
     bytes_mapped: int
     bytes_local: int
+
+    def move(self, wire: Wire) -> None:
+        """Move one part's bytes. An error is raised when this rank has sent all that others wait for."""
+        trial = Trial()
+        trial.run(self.mapped.run, self.own.run)
+        with trial:
+            wire.run(self.staging)
+        trial.settle()
+
+    def run(self, wire: Wire, devices: Devices) -> None:
+        """Move one part's bytes, and compare them."""
+        trial = Trial()
+        with trial:
+            self.move(wire)
+        if self.sums:
+            compare(self.sums, wire, devices, self, trial.error is not None)
+        trial.settle()
 
 
 def make(
@@ -83,13 +101,11 @@ def room(part: RankPlan, device: torch.device) -> tuple[Bucket, Tensors]:
 def compare(sums: tuple[Sums, Sums, Sums], wire: Wire, devices: Devices, ready: Ready, failed: bool) -> None:
     """Exchange the sums of every tensor. Raises SyncError naming what differs. A rank that has `failed` before, or fails at this,
     sends sums of nothing, since others wait for them, and compares nothing."""
-    error: Exception | None = None
+    trial = Trial()
     values = [{pair: torch.zeros(len(own), dtype=torch.int64) for pair, own in kind.labels.items()} for kind in sums]
-    try:
+    with trial:
         devices.synchronize(ready.staging.devices)
         values = values if failed else [kind.run() for kind in sums]
-    except Exception as found:  # noqa: BLE001  raised when the sums have gone
-        error = found
     (sent, taken, held), me, doing = values, wire.rank, "comparing sums"
 
     def blank(own: torch.Tensor) -> torch.Tensor:
@@ -99,8 +115,7 @@ def compare(sums: tuple[Sums, Sums, Sums], wire: Wire, devices: Devices, ready: 
     wire.exchange([(taker, own.to(wire.control)) for (_, taker), own in sent.items()], list(arrived.items()), doing)
     copies = {other: blank(own) for (other, first), own in held.items() if first == me}
     wire.exchange([(first, own.to(wire.control)) for (other, first), own in held.items() if other == me], list(copies.items()), doing)
-    if error is not None:
-        raise error
+    trial.settle()
     if failed:
         return
     unlike = [
