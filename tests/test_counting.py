@@ -8,7 +8,8 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 import reshard
-from reshard import checkpoint, compare
+from reshard import compare
+from reshard.checkpoint import match
 from reshard.cli import main
 from reshard.demo import make_model
 from reshard.geometry import block
@@ -86,7 +87,7 @@ def test_diff_never_says_equal_under_a_broken_cutter(folders, monkeypatch, spoil
 def test_diffs_own_count_sees_what_a_broken_cutter_forgot(folders, monkeypatch, spoil):
     """issue, 1: with the check of opening taken out, so that diff's is what answers."""
     monkeypatch.setattr(fusion, "cut", lambda *at: spoil(block.cut(*at)))
-    monkeypatch.setattr(checkpoint, "faults_of", lambda stored: [])
+    monkeypatch.setattr(match, "faults_of", lambda stored: [])
     for a, b in PAIRS:
         assert not reshard.diff(folders / a, folders / b)
 

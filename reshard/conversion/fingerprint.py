@@ -12,6 +12,17 @@ from reshard.planner.plan import digest as digest_of
 from reshard.planner.tiles import MOST_PORTION, PORTION
 
 
+def first_note(job: Job) -> dict[str, object]:
+    """How the journal of `job` begins: whose work it is, for comparison and for messages."""
+    return {
+        "fingerprint": fingerprint(job),
+        "reshard": __version__,
+        "source": job.source.name,
+        "options": options(job),
+        "state": source_state(job),
+    }
+
+
 def fingerprint(job: Job) -> str:
     """A digest of all that decides the output's bytes and their division into portions.
 

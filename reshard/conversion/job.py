@@ -24,6 +24,7 @@ from reshard.planner.batches import peak as peak_of_fetching
 from reshard.planner.plan import Plan
 from reshard.planner.plan import plan as make_plan
 from reshard.planner.tiles import BUFFER, Portion, peak_buffer, portions
+from reshard.stores.files import AnyPath
 from reshard.stores.identity import Identity, identity
 from reshard.text import count, human, some, table
 
@@ -44,7 +45,7 @@ class Job:
     mesh: Mesh
     plan: Plan
     folder: Folder
-    companions: dict[str, Path]
+    companions: dict[str, AnyPath]
     engine_version: str | None
     dtype: str | None
     peak_buffer_bytes: int
@@ -304,7 +305,7 @@ def split_hint(placement: Placement) -> str:
     return f"tp sizes that fit this model here: {', '.join(works) or 'none'}" + ("; --to tp cuts unevenly" if placement.rules.even else "")
 
 
-def companion_files(source: Checkpoint) -> dict[str, Path]:
+def companion_files(source: Checkpoint) -> dict[str, AnyPath]:
     """config.json, tokenizer and their like: name in the destination → file at the source."""
     folder = source.config_path.parent if source.config_path else source.path
     patterns = [pattern for pattern in COMPANIONS if not (source.remote and pattern == "*.py")]  # code that nobody here asked for

@@ -12,7 +12,8 @@ from math import prod
 from pathlib import Path
 
 from reshard import formats
-from reshard.checkpoint import axes_in, find_config, model_config, read_config
+from reshard.checkpoint import find_config, model_config, read_config
+from reshard.checkpoint.match import axes_in
 from reshard.conversion.job import split_hint
 from reshard.dtypes import USER_WORDS
 from reshard.errors import LayoutError, PlanError
