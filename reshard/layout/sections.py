@@ -105,11 +105,14 @@ class Sections:
             text = text.replace(f"{{{name}}}", inner)
         if "count" not in self.places[place] and f"{{{place}}}" in text:
             raise LayoutError(f"{where}: {{{place}}} in its own prefix, but it has no count")
+        if not text.strip(".") and self.places[place].get("carry"):
+            raise LayoutError(f"{where}: what is carried needs a prefix", "without one it would be every tensor of the files")
         return text.strip(".")
 
     def section(self, format: str) -> Section:
         formats = self._names_of(format)
-        places = {use.place for use in self.uses}
+        carried = [place for place, keys in self.places.items() if keys.get("carry")]
+        places = {*carried, *(use.place for use in self.uses)}
         given = [found for place in self.places if (found := self._prefixes(place, formats))]
         labelled = self._collect(format)
         sections = [self._spelt(format, formats, labelled, choice) for choice in range(max(len(found.names) for found in given))]
@@ -217,7 +220,15 @@ class Sections:
         for form in forms:
             variants.append((form, None, _gathered(self._named(formats, labelled, newest._replace(form=form)))))
         drop, omit = (self._patterns(key, format, formats, newest) for key in ("drop", "omit"))
-        return replace(_gathered(base), drop=drop, omit=omit, args=self._args(format), variants=tuple(variants))
+        carried = [(place, self._prefix(place, formats, newest)) for place, keys in self.places.items() if keys.get("carry")]
+        return replace(
+            _gathered(base),
+            drop=drop,
+            omit=omit,
+            args=self._args(format),
+            variants=tuple(variants),
+            carried=tuple((place, prefix) for place, prefix in carried if prefix is not None),
+        )
 
     def _named(
         self, formats: tuple[str, ...], labelled: Mapping[str, Mapping[str, Labelled]], spelt: "Spelt"
