@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from reshard.errors import LayoutError
 from reshard.layout.entries import RawEntry
-from reshard.layout.expressions import both
+from reshard.layout.expressions import both, names_in
 from reshard.layout.files import Prefixes
 from reshard.layout.fusion import check_axes, fused_dim
 from reshard.layout.model import Constant, Entry, Section, parse_version
@@ -322,7 +322,10 @@ class Sections:
             table, prefix = use.part.formats.get(format), self._prefix(use.place, formats, spelt)
             for text in getattr(table, key) if table and prefix is not None else ():
                 name = self._name(RawEntry(f"{table.where} {key}", key, text, None), use.place, prefix, use, formats, spelt)
-                out.append(name.replace(f"{{{use.place}}}", "*"))
+                for field in fields_of(f"{table.where} {key}", name):
+                    if use.place in names_in(field):
+                        name = name.replace(f"{{{field}}}", "*")
+                out.append(name)
         for file in self.chain:
             table = file.own.formats.get(format)
             for text in getattr(table, key) if table else ():
