@@ -224,6 +224,7 @@ class Sections:
     ) -> dict[tuple[str, str], list]:
         """Per place and label, what one spelling holds: entries and constants with their names in full."""
         out: dict[tuple[str, str], list] = {}
+        pads = self._pads(formats)
         for place, labels in labelled.items():
             if (prefix := self._prefix(place, formats, spelt)) is None:
                 continue
@@ -232,7 +233,7 @@ class Sections:
                 for raw in spelt.chosen(found.entries):
                     name = self._name(raw, place, prefix, found.standing, formats, spelt) if raw.name else ""
                     if raw.constant is None:
-                        held.append(self._entry(raw, name, place))
+                        held.append(self._entry(raw, name, place, pads))
                     else:
                         when = both(found.standing.when, raw.when)
                         held.append(Constant(raw.label, name, raw.constant, raw.dtype, raw.shape, when, place))
@@ -253,7 +254,15 @@ class Sections:
                 raise LayoutError(f"{raw.where}: {raw.name!r} stands in the part's module, but part {part} has no at for {formats[0]}")
         return ".".join(filter(None, (prefix, module, raw.name.removeprefix("."))))
 
-    def _entry(self, raw: RawEntry, name: str, place: str) -> Entry:
+    def _pads(self, formats: tuple[str, ...]) -> dict[str, str]:
+        """What the format pads axes to wherever they stand; its own word before that of the one it is like."""
+        tables = [part.formats[format] for format in reversed(formats) for part in self._tables() if part.formats.get(format)]
+        pads = {axis: text for table in tables for axis, text in table.pad.items()}
+        for axis in pads:
+            self._known_axis(f"{self.where}: [{formats[0]}] pad", axis)
+        return pads
+
+    def _entry(self, raw: RawEntry, name: str, place: str, pads: Mapping[str, str]) -> Entry:
         names = {leaf: self.ids[self._leaf(leaf, place)] for leaf in raw.fusion.leaves()}
         fusion = raw.fusion.renamed(names)
         leaves = list(fusion.leaves())
@@ -287,11 +296,12 @@ class Sections:
                 self._known_axis(f"{where}: {key}", axis)
                 if axis not in every:
                     raise LayoutError(f"{where}: {key} names axis {axis!r}, which {', '.join(leaves)} do not have")
+        pad = tuple(({axis: text for axis, text in pads.items() if axis in every} | dict(raw.pad)).items())
         for leaf, _ in raw.aligned:
             if leaf not in names:
                 raise LayoutError(f"{where}: align names {leaf!r}, which is not in of = {str(raw.fusion)!r}")
         entry = Entry(
-            raw.label, name, fusion, raw.dims, raw.cut, raw.split, raw.pad, raw.align,
+            raw.label, name, fusion, raw.dims, raw.cut, raw.split, pad, raw.align,
             tuple((names[leaf], text) for leaf, text in raw.aligned), raw.when, raw.stage, bool(raw.copy and raw.form), raw.copy, raw.omit,
             raw.only_rank0, raw.view, raw.dtype, raw.transform, raw.scheme, place,
         )  # fmt: skip
