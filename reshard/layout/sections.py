@@ -12,7 +12,7 @@ from reshard.errors import LayoutError
 from reshard.layout.entries import RawEntry
 from reshard.layout.expressions import both
 from reshard.layout.files import Prefixes
-from reshard.layout.fusion import check_axes, fused_dim
+from reshard.layout.fusion import check_axes, fused_dim, stored_dims
 from reshard.layout.model import Constant, Entry, Section, parse_version
 from reshard.layout.values import fields_of
 
@@ -277,17 +277,19 @@ class Sections:
             raise LayoutError(f"{where}: {', '.join(leaves)} must be numbered alike, by {{expert}} or not")
         if "{expert}" in raw.name and "expert" not in tensors[0].index:
             raise LayoutError(f"{where}: {{expert}} in {raw.name!r}, but {leaves[0]} is not numbered by it")
+        stored = {axis for dim in raw.dims or () for axis in dim}
         for tensor in tensors:
-            if raw.dims is not None and sorted(axis for dim in raw.dims for axis in dim) != sorted(tensor.axes):
+            if raw.dims is not None and (set(tensor.axes) - stored or stored - {axis for t in tensors for axis in t.axes}):
                 raise LayoutError(f"{where}: dims must hold the axes of {tensor.name}: {' '.join(tensor.axes)}")
             if len(tensor.dims) != len(tensors[0].dims):
                 raise LayoutError(f"{where}: {tensor.name} has {len(tensor.dims)} dimensions, {leaves[0]} {len(tensors[0].dims)}")
         try:
-            dims = {fused_dim(t.dims, raw.dims) for t in tensors} if len(leaves) > 1 or fusion.axis else {0}
+            order = {t.name: stored_dims(t.dims, raw.dims) for t in tensors}
+            dims = {fused_dim(t.dims, order[t.name]) for t in tensors} if len(leaves) > 1 or fusion.axis else {0}
             if len(dims) > 1:
                 raise ValueError(f"{', '.join(leaves)} are not fused along one dimension")
             dim = dims.pop()
-            check_axes(fusion, {t.name: ((raw.dims or t.dims)[dim] if t.dims else ()) for t in tensors})
+            check_axes(fusion, {t.name: (order[t.name][dim] if t.dims else ()) for t in tensors})
         except ValueError as error:
             raise LayoutError(f"{where}: of = {str(raw.fusion)!r}: {error}") from None
         every = {axis for t in tensors for axis in t.axes}
