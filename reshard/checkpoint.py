@@ -33,6 +33,7 @@ from reshard.layout import (
     find_descriptor,
     load_descriptor,
 )
+from reshard.layout.carry import carrying, found, with_entries
 from reshard.layout.check import refuse_unheld
 from reshard.layout.fusion import slice_dim
 from reshard.stores.files import read_json, reading
@@ -270,20 +271,22 @@ def _match(checkpoint: Checkpoint, kind: formats.Format, contents: formats.Conte
     if contents.stages is not None and sum(map(len, contents.stages)) != layout.layers:
         raise PlanError([f"{checkpoint.path} holds {sum(map(len, contents.stages))} layers, config.json says {layout.layers}"])
     section = _as_written(layout, _prefixed(layout, layout.section(kind.section), rules, contents), rules, contents)
+    carried = found(section, contents.tensors)
+    section, checkpoint.layout = with_entries(section, carried), carrying(layout, carried)
     layout = checkpoint.layout = _as_found(checkpoint, section, rules, contents)
-    placement = Placement(layout, section, rules, mesh)
+    placement = Placement(layout, section, rules, mesh, platform=contents.engine_platform)
     refuse_unheld(placement, kind.section)
     placement.pads = _pads(placement, contents)
     problems: list[str] = []
     left = [dict(rank) for rank in contents.tensors]
     stored: list[Stored] = []
     for s in _pieces(placement, contents) if contents.boxes is not None else placement.stored(aliases=True):
-        found = left[s.rank].pop(s.name, None) if s.rank < len(left) else None
-        if found is None:
-            if not s.entry.alias:
+        held = left[s.rank].pop(s.name, None) if s.rank < len(left) else None
+        if held is None:
+            if not s.entry.alias and not copied(layout, s.entry):
                 problems.append(f"{s.name} is missing (rank {s.rank}), expected shape {list(s.shape)}")
             continue
-        file, info = found
+        file, info = held
         if info.shape != s.shape:
             problems.append(f"{s.name} ({file}): shape {list(info.shape)}, expected {list(s.shape)} by layout {layout.name}")
             continue
@@ -324,12 +327,20 @@ def _what_is_expected(checkpoint: Checkpoint) -> str:
     return f"is config.json ({checkpoint.config_path}) this model's? `reshard layouts show {checkpoint.layout.name}` tells what is expected"
 
 
+def copied(layout: Layout, entry: Entry) -> bool:
+    """Whether `entry` repeats tensors of another place (the embedding beside a prediction layer): files may lack it."""
+    return entry.copy and all(layout.descriptor.tensors[name].place != entry.place for name in entry.of)
+
+
 def _prefixed(layout: Layout, section: Section, rules, contents: formats.Contents) -> Section:
     """The section under those prefixes of its places under which the files have most names; the first where none has more."""
     if not section.prefixes:
         return section
     held = set().union(*contents.tensors)
-    found = [sum(s.name in held for s in Placement(layout, each, rules, contents.mesh).stored()) for each in (section, *section.prefixes)]
+    found = [
+        sum(s.name in held for s in Placement(layout, each, rules, contents.mesh, platform=contents.engine_platform).stored())
+        for each in (section, *section.prefixes)
+    ]
     return (section, *section.prefixes)[found.index(max(found))]
 
 
@@ -339,8 +350,11 @@ def _as_found(checkpoint: Checkpoint, section: Section, rules, contents: formats
     layout, held = checkpoint.layout, set().union(*contents.tensors)
     there, problems = set(), []
     for place in sorted(layout.absent):
-        entries = tuple(entry for entry in section.entries if entry.place == place and not entry.alias)
-        names = {s.name for s in Placement(layout.present([place]), Section(entries), rules, contents.mesh).stored()}
+        entries = tuple(e for e in section.entries if e.place == place and not e.alias and not copied(layout, e))
+        names = {
+            s.name
+            for s in Placement(layout.present([place]), Section(entries), rules, contents.mesh, platform=contents.engine_platform).stored()
+        }
         if names & held:
             there.add(place)
             problems += [f"{name} is missing, though others of place {place} are there" for name in sorted(names - held)]
@@ -349,12 +363,12 @@ def _as_found(checkpoint: Checkpoint, section: Section, rules, contents: formats
     layout = layout.present(there) if there else layout
     if not any(tensor.optional for tensor in layout.descriptor.tensors.values()):
         return layout
-    placement, lacking = Placement(layout, section, rules, contents.mesh), []
+    placement, lacking = Placement(layout, section, rules, contents.mesh, platform=contents.engine_platform), []
     for entry in section.entries:
         tensors = [layout.descriptor.tensors[name] for name in entry.of]
         if not entry.omit and all(tensor.optional for tensor in tensors):
             for number in placement.holding(entry):
-                probe = Placement(layout, Section((entry,)), rules, contents.mesh).stored(number=number)
+                probe = Placement(layout, Section((entry,)), rules, contents.mesh, platform=contents.engine_platform).stored(number=number)
                 if all(layout.holds(t.optional, t.place, number) for t in tensors) and not any(s.name in held for s in probe):
                     lacking += [(tensor.name, number) for tensor in tensors]
     return layout.without(tensors=lacking) if lacking else layout
@@ -367,7 +381,7 @@ def _as_written(layout: Layout, section: Section, rules, contents: formats.Conte
     for _, _, variant in section.variants:
         present = []
         for entry in variant.entries:
-            probe = Placement(layout, Section((entry,)), rules, contents.mesh)
+            probe = Placement(layout, Section((entry,)), rules, contents.mesh, platform=contents.engine_platform)
             first = next(probe.stored(), None)
             if first is not None and first.rank < len(names) and first.name in names[first.rank]:
                 present.append(entry)

@@ -84,7 +84,8 @@ def _read(name: str, folder: Path) -> Contents:
             tensors[-1].update({n: (file, info) for n, info in held.items()})
     if manifest:
         mesh = mesh_of(manifest)
-    return Contents(mesh, tensors, manifest and manifest.get("layout"), manifest and manifest.get("engine_version"))
+    said = manifest or {}
+    return Contents(mesh, tensors, said.get("layout"), said.get("engine_version"), said.get("engine_platform"))
 
 
 def _write(name: str, target: Target, stored: list[Stored]) -> Folder:

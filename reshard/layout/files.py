@@ -163,7 +163,7 @@ def parse_part(name: str, where: str, table: dict) -> Part:
     defaults, conditions, axes = (expressions(where, key, table.get(key, {})) for key in ("defaults", "conditions", "axes"))
     for kind, names in (("axes", axes), ("conditions", conditions)):
         for key in names:
-            if key in (*GIVEN, "platform", "true", "false", "null", "layer") or not re.fullmatch(r"[^\W\d]\w*", key, re.ASCII):
+            if key in (*GIVEN, "true", "false", "null", "layer") or not re.fullmatch(r"[^\W\d]\w*", key, re.ASCII):
                 hint = "use a word that no other table uses, of letters, digits and _"
                 raise LayoutError(f"{where}: [{kind}] {quote(repr(key))} can't be a name", hint)
     return Part(

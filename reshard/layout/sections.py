@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from reshard.errors import LayoutError
 from reshard.layout.entries import RawEntry
-from reshard.layout.expressions import both
+from reshard.layout.expressions import both, names_in
 from reshard.layout.files import Prefixes
 from reshard.layout.fusion import check_axes, fused_dim, stored_dims
 from reshard.layout.model import Constant, Entry, Section, parse_version
@@ -105,11 +105,14 @@ class Sections:
             text = text.replace(f"{{{name}}}", inner)
         if "count" not in self.places[place] and f"{{{place}}}" in text:
             raise LayoutError(f"{where}: {{{place}}} in its own prefix, but it has no count")
+        if not text.strip(".") and self.places[place].get("carry"):
+            raise LayoutError(f"{where}: what is carried needs a prefix", "without one it would be every tensor of the files")
         return text.strip(".")
 
     def section(self, format: str) -> Section:
         formats = self._names_of(format)
-        places = {use.place for use in self.uses}
+        carried = [place for place, keys in self.places.items() if keys.get("carry")]
+        places = {*carried, *(use.place for use in self.uses)}
         given = [found for place in self.places if (found := self._prefixes(place, formats))]
         labelled = self._collect(format)
         sections = [self._spelt(format, formats, labelled, choice) for choice in range(max(len(found.names) for found in given))]
@@ -217,7 +220,15 @@ class Sections:
         for form in forms:
             variants.append((form, None, _gathered(self._named(formats, labelled, newest._replace(form=form)))))
         drop, omit = (self._patterns(key, format, formats, newest) for key in ("drop", "omit"))
-        return replace(_gathered(base), drop=drop, omit=omit, args=self._args(format), variants=tuple(variants))
+        carried = [(place, self._prefix(place, formats, newest)) for place, keys in self.places.items() if keys.get("carry")]
+        return replace(
+            _gathered(base),
+            drop=drop,
+            omit=omit,
+            args=self._args(format),
+            variants=tuple(variants),
+            carried=tuple((place, prefix) for place, prefix in carried if prefix is not None),
+        )
 
     def _named(
         self, formats: tuple[str, ...], labelled: Mapping[str, Mapping[str, Labelled]], spelt: "Spelt"
@@ -323,7 +334,10 @@ class Sections:
             table, prefix = use.part.formats.get(format), self._prefix(use.place, formats, spelt)
             for text in getattr(table, key) if table and prefix is not None else ():
                 name = self._name(RawEntry(f"{table.where} {key}", key, text, None), use.place, prefix, use, formats, spelt)
-                out.append(name.replace(f"{{{use.place}}}", "*"))
+                for field in fields_of(f"{table.where} {key}", name):
+                    if use.place in names_in(field):
+                        name = name.replace(f"{{{field}}}", "*")
+                out.append(name)
         for file in self.chain:
             table = file.own.formats.get(format)
             for text in getattr(table, key) if table else ():
