@@ -12,7 +12,7 @@ from typing import NamedTuple
 from reshard.errors import LayoutError
 from reshard.foreign import quote
 from reshard.layout.expressions import names_in
-from reshard.layout.fusion import Group, fused_dim
+from reshard.layout.fusion import Group, fused_dim, stored_dims
 
 Dims = tuple[tuple[str, ...], ...]
 
@@ -81,9 +81,13 @@ class Entry:
         """What the names that it generates are told apart by: its place's number, experts."""
         return frozenset(used for text in re.findall(r"\{([^{}]+)\}", self.name) for used in names_in(text))
 
+    def dims_of(self, tensor: Tensor) -> Dims:
+        """The order in which `tensor` is stored: the entry's, as far as the tensor has the axes, or its own."""
+        return stored_dims(tensor.dims, self.dims)
+
     def dim(self, tensors: Mapping[str, Tensor]) -> int:
         """The stored dimension along which its tensors are fused."""
-        return fused_dim(tensors[self.of[0]].dims, self.dims)
+        return fused_dim(tensors[self.of[0]].dims, self.dims_of(tensors[self.of[0]]))
 
 
 class Constant(NamedTuple):

@@ -300,7 +300,7 @@ class Placement:
             left //= parts
             ranges[axis] = chunk(size, parts, index // left)
             index %= left
-        return Item(tensor.name, entry.dims or tensor.dims, tensor.axes, {axis: (ranges[axis], true[axis]) for axis in tensor.axes})
+        return Item(tensor.name, entry.dims_of(tensor), tensor.axes, {axis: (ranges[axis], true[axis]) for axis in tensor.axes})
 
     def _padded(self, entry: Entry, axis: str, size: int, scope: Scope) -> int:
         for padded, text in entry.pad:
@@ -318,7 +318,7 @@ class Placement:
         out = {}
         for name in entry.of:
             tensor = self.layout.descriptor.tensors[name]
-            stored = entry.dims or tensor.dims
+            stored = entry.dims_of(tensor)
             out[name] = tuple(tensor.axes.index(axis) for axis in stored[dim])
         return out
 

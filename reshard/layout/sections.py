@@ -12,7 +12,7 @@ from reshard.errors import LayoutError
 from reshard.layout.entries import RawEntry
 from reshard.layout.expressions import both, names_in
 from reshard.layout.files import Prefixes
-from reshard.layout.fusion import check_axes, fused_dim
+from reshard.layout.fusion import check_axes, fused_dim, stored_dims
 from reshard.layout.model import Constant, Entry, Section, parse_version
 from reshard.layout.values import fields_of
 
@@ -235,6 +235,7 @@ class Sections:
     ) -> dict[tuple[str, str], list]:
         """Per place and label, what one spelling holds: entries and constants with their names in full."""
         out: dict[tuple[str, str], list] = {}
+        pads = self._pads(formats)
         for place, labels in labelled.items():
             if (prefix := self._prefix(place, formats, spelt)) is None:
                 continue
@@ -243,7 +244,7 @@ class Sections:
                 for raw in spelt.chosen(found.entries):
                     name = self._name(raw, place, prefix, found.standing, formats, spelt) if raw.name else ""
                     if raw.constant is None:
-                        held.append(self._entry(raw, name, place))
+                        held.append(self._entry(raw, name, place, pads))
                     else:
                         when = both(found.standing.when, raw.when)
                         held.append(Constant(raw.label, name, raw.constant, raw.dtype, raw.shape, when, place))
@@ -264,7 +265,15 @@ class Sections:
                 raise LayoutError(f"{raw.where}: {raw.name!r} stands in the part's module, but part {part} has no at for {formats[0]}")
         return ".".join(filter(None, (prefix, module, raw.name.removeprefix("."))))
 
-    def _entry(self, raw: RawEntry, name: str, place: str) -> Entry:
+    def _pads(self, formats: tuple[str, ...]) -> dict[str, str]:
+        """What the format pads axes to wherever they stand; its own word before that of the one it is like."""
+        tables = [part.formats[format] for format in reversed(formats) for part in self._tables() if part.formats.get(format)]
+        pads = {axis: text for table in tables for axis, text in table.pad.items()}
+        for axis in pads:
+            self._known_axis(f"{self.where}: [{formats[0]}] pad", axis)
+        return pads
+
+    def _entry(self, raw: RawEntry, name: str, place: str, pads: Mapping[str, str]) -> Entry:
         names = {leaf: self.ids[self._leaf(leaf, place)] for leaf in raw.fusion.leaves()}
         fusion = raw.fusion.renamed(names)
         leaves = list(fusion.leaves())
@@ -279,17 +288,19 @@ class Sections:
             raise LayoutError(f"{where}: {', '.join(leaves)} must be numbered alike, by {{expert}} or not")
         if "{expert}" in raw.name and "expert" not in tensors[0].index:
             raise LayoutError(f"{where}: {{expert}} in {raw.name!r}, but {leaves[0]} is not numbered by it")
+        stored = {axis for dim in raw.dims or () for axis in dim}
         for tensor in tensors:
-            if raw.dims is not None and sorted(axis for dim in raw.dims for axis in dim) != sorted(tensor.axes):
+            if raw.dims is not None and (set(tensor.axes) - stored or stored - {axis for t in tensors for axis in t.axes}):
                 raise LayoutError(f"{where}: dims must hold the axes of {tensor.name}: {' '.join(tensor.axes)}")
             if len(tensor.dims) != len(tensors[0].dims):
                 raise LayoutError(f"{where}: {tensor.name} has {len(tensor.dims)} dimensions, {leaves[0]} {len(tensors[0].dims)}")
         try:
-            dims = {fused_dim(t.dims, raw.dims) for t in tensors} if len(leaves) > 1 or fusion.axis else {0}
+            order = {t.name: stored_dims(t.dims, raw.dims) for t in tensors}
+            dims = {fused_dim(t.dims, order[t.name]) for t in tensors} if len(leaves) > 1 or fusion.axis else {0}
             if len(dims) > 1:
                 raise ValueError(f"{', '.join(leaves)} are not fused along one dimension")
             dim = dims.pop()
-            check_axes(fusion, {t.name: ((raw.dims or t.dims)[dim] if t.dims else ()) for t in tensors})
+            check_axes(fusion, {t.name: (order[t.name][dim] if t.dims else ()) for t in tensors})
         except ValueError as error:
             raise LayoutError(f"{where}: of = {str(raw.fusion)!r}: {error}") from None
         every = {axis for t in tensors for axis in t.axes}
@@ -298,11 +309,12 @@ class Sections:
                 self._known_axis(f"{where}: {key}", axis)
                 if axis not in every:
                     raise LayoutError(f"{where}: {key} names axis {axis!r}, which {', '.join(leaves)} do not have")
+        pad = tuple(({axis: text for axis, text in pads.items() if axis in every} | dict(raw.pad)).items())
         for leaf, _ in raw.aligned:
             if leaf not in names:
                 raise LayoutError(f"{where}: align names {leaf!r}, which is not in of = {str(raw.fusion)!r}")
         entry = Entry(
-            raw.label, name, fusion, raw.dims, raw.cut, raw.split, raw.pad, raw.align,
+            raw.label, name, fusion, raw.dims, raw.cut, raw.split, pad, raw.align,
             tuple((names[leaf], text) for leaf, text in raw.aligned), raw.when, raw.stage, bool(raw.copy and raw.form), raw.copy, raw.omit,
             raw.only_rank0, raw.view, raw.dtype, raw.transform, raw.scheme, place,
         )  # fmt: skip
