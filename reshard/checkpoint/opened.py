@@ -10,6 +10,7 @@ from reshard.dtypes import DTYPE_SIZE
 from reshard.foreign import quote
 from reshard.geometry.block import Stored
 from reshard.layout import Layout, Mesh
+from reshard.stores.files import AnyPath
 from reshard.stores.identity import Identity
 from reshard.text import count, human
 
@@ -28,7 +29,7 @@ class Checkpoint:
     with the model, key → (tensors, bytes): its optimizer's state.
     """
 
-    path: Path
+    path: AnyPath
     format: str
     mesh: Mesh
     layout: Layout
@@ -39,7 +40,7 @@ class Checkpoint:
     writer: str | None = None  # the program that wrote it, where its files show that
     beside: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     engine_version: str | None = None
-    config_path: Path | None = None
+    config_path: AnyPath | None = None
     origin: Mapping[str, str] | None = None  # repo and revision on the Hub that it comes from, where that is known
     native: Mapping[str, str] = field(default_factory=dict)  # the model's dtype of tensors that this format's engine widened
     identities: Mapping[str, Identity] = field(default_factory=dict)  # of local files, by path, when their headers were read
