@@ -285,6 +285,8 @@ def join_to(source: Checkpoint, placement: Placement, dtype: str | None, ranks=N
 def native_dtypes(source: Checkpoint, plan: Plan) -> dict[str, str]:
     """The model's own dtype of each tensor that the destination's engine wants in another: noted, so that it comes back."""
     wanted = {key[0]: s.entry.dtype for s in plan.destinations if s.entry.dtype for key, _ in s.blocks}
+    if not wanted:
+        return {}
     held = {key[0]: s.dtype for s in source.stored for key, _ in s.blocks if key[0] in wanted}
     return {name: own for name in wanted for own in [source.native.get(name, held[name])] if own != wanted[name]}
 

@@ -87,9 +87,12 @@ def _index(path: Path) -> dict[str, list[str]]:
         raise FormatError(f"{path} has no weight_map of names to files", 'it should hold {"weight_map": {"tensor": "file", …}}')
     by_file: dict[str, list[str]] = defaultdict(list)
     for name, file in weight_map.items():
-        if not isinstance(file, str) or len(file.encode()) > 255:
+        if not isinstance(file, str):
             raise FormatError(f"{path} names {quote(repr(file))} as the file of {quote(name)}, expected the name of one")
         by_file[file].append(name)
+    for file, names in by_file.items():
+        if len(file.encode()) > 255:
+            raise FormatError(f"{path} names {quote(repr(file))} as the file of {quote(names[0])}, expected the name of one")
     return by_file
 
 

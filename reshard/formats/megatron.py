@@ -23,6 +23,7 @@ from reshard.formats.megatron_ranks import FOLDER, expert_cuts, folder_name, fol
 from reshard.geometry.block import Stored
 from reshard.layout import Layout, Mesh, Rank, Rules
 from reshard.layout.mesh import MOST_RANKS, even_stages
+from reshard.stores import FileImage
 
 TRACKER = "latest_checkpointed_iteration.txt"
 FILE = "model_optim_rng.pt"
@@ -220,10 +221,13 @@ def _write(target: Target, stored: list[Stored]) -> Folder:
 
     mesh, files = target.mesh, []
     args = argparse.Namespace(**megatron_args(target, stored))
+    images: dict[tuple, FileImage] = {}  # ranks whose tensors have the same names, dtypes and shapes have the same file but for values
     for rank, own in target.by_rank(stored):
-        model = {s.name: torchzip.TensorSpec(s.name, s.dtype, s.shape) for s in own.values()}
-        blob = {"args": args, "checkpoint_version": 3.0, "iteration": 0, "model": model}
-        files.append(OutFile(f"release/{folder_name(rank, mesh)}/{FILE}", torchzip.compose(blob), own, rank=rank.number))
+        specs = tuple([(s.name, s.dtype, s.shape) for s in own.values()])
+        if specs not in images:
+            model = {spec[0]: torchzip.TensorSpec(*spec) for spec in specs}
+            images[specs] = torchzip.compose({"args": args, "checkpoint_version": 3.0, "iteration": 0, "model": model})
+        files.append(OutFile(f"release/{folder_name(rank, mesh)}/{FILE}", images[specs], own, rank=rank.number))
     return Folder(files, {TRACKER: b"release"})
 
 

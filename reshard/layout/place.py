@@ -173,13 +173,15 @@ class Placement:
                 continue
             experts = self._experts(pattern, rank, number)
             if separate:
-                before, after = head.split("{expert}", 1)
-                dims = _viewed(entry, shape)
-                for i, expert in enumerate(experts):
-                    name = f"{before}{i if local else expert}{after}"
-                    yield Stored(
-                        rank.number, name, "", dims, tuple([Part((t, *lead, expert), block) for t, block in blocks]), entry, pad=pad
-                    )
+                dims, at = _viewed(entry, shape), rank.number
+                each = zip(self._numbered(head, range(len(experts)) if local else experts), experts)
+                if len(blocks) == 1:  # the most frequent of all: a model has tens of thousands
+                    ((t, block),) = blocks
+                    for name, expert in each:
+                        yield Stored(at, name, "", dims, (Part((t, *lead, expert), block),), entry, "", 0, pad)
+                    continue
+                for name, expert in each:
+                    yield Stored(at, name, "", dims, tuple([Part((t, *lead, expert), block) for t, block in blocks]), entry, "", 0, pad)
             else:
                 yield self._stack(pattern, rank, head, shape, blocks, pad, [((*lead, experts.start), len(experts))], (len(experts),))
 
@@ -220,6 +222,14 @@ class Placement:
         if self.rules.even and count % self.mesh.ep:
             self._problem(pattern.entry, f"cannot split {count} experts over ep={self.mesh.ep}")
         return range(*chunk(count, self.mesh.ep, rank.ep))
+
+    def _numbered(self, head: str, numbers: range) -> list[str]:
+        """`head` with each of `numbers` as {expert}; ranks that number alike share the texts."""
+        at = "names", head, numbers
+        if at not in self._patterns:
+            before, after = head.split("{expert}", 1)
+            self._patterns[at] = [f"{before}{number}{after}" for number in numbers]
+        return self._patterns[at]
 
     def _head(self, pattern: Pattern, number: int | None, printed: int | None) -> str:
         """Its name in full but for {expert}."""

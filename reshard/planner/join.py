@@ -146,11 +146,14 @@ class _Side:
 
     def __init__(self, stored: Sequence[Stored], slots: dict[SlotShape, int]):
         self.families: dict[Key, list[tuple[Part, int, int]]] = {}  # part, its slot, its stored tensor
+        like: SlotShape | None = None
+        slot = 0
         for number, s in enumerate(stored):
             for part in s.parts:
                 block = part.block
                 shape = (s.rank, s.dtype, block.box, block.strides)
-                slot = slots.setdefault(shape, len(slots))
+                if shape != like:  # experts follow each other and lie alike: comparing is cheaper than hashing
+                    slot, like = slots.setdefault(shape, len(slots)), shape
                 key = part.first
                 family = key if len(key) == 1 else key[:-1]
                 found = self.families.get(family)
@@ -180,8 +183,12 @@ def _merged(parts: list[tuple[Part, int, int]]) -> list[_Stretch]:
     index = {mark: i for i, mark in enumerate(marks)}
     covering: list[list[tuple[Part, int, int]]] = [[] for _ in marks]
     for item in parts:
-        first = item[0].first[-1]
-        for i in range(index[first], index[first + item[0].count]):
+        part = item[0]
+        first = part.first[-1]
+        if part.count == 1:
+            covering[index[first]].append(item)
+            continue
+        for i in range(index[first], index[first + part.count]):
             covering[i].append(item)
     out: list[_Stretch] = []
     pending: list[tuple[int, ...]] = []  # stored tensors of the stretch that is being put together, instance by instance
@@ -197,8 +204,8 @@ def _merged(parts: list[tuple[Part, int, int]]) -> list[_Stretch]:
         if not here:
             close()
             continue
-        slots = tuple(slot for _, slot, _ in here)
-        offsets = tuple(p.block.offset + (low - p.first[-1]) * p.step for p, _, _ in here)
+        slots = tuple([slot for _, slot, _ in here])
+        offsets = tuple([p.block.offset + (low - p.first[-1]) * p.step if p.step else p.block.offset for p, _, _ in here])
         if high - low > 1:
             close()
             columns = tuple(Column((n,), offset, p.step) for (p, _, n), offset in zip(here, offsets))
@@ -208,7 +215,7 @@ def _merged(parts: list[tuple[Part, int, int]]) -> list[_Stretch]:
             close()
         if not pending:
             start = (low, slots, offsets)
-        pending.append(tuple(n for _, _, n in here))
+        pending.append(tuple([n for _, _, n in here]))
     close()
     return out
 

@@ -202,7 +202,7 @@ class Plan:
 
     def located(self, places: Mapping[tuple[int, str], tuple[str, int]]) -> "Plan":
         """The plan with the file, and the byte in it, of each destination, by its ``Stored.id``."""
-        moved = tuple([Stored(s.rank, s.name, s.dtype, s.shape, s.parts, s.entry, *places[s.id], s.pad) for s in self.destinations])
+        moved = tuple([Stored(*s[:6], *places[s[:2]], s.pad) for s in self.destinations])
         return replace(self, join=replace(self.join, destinations=moved))
 
 
@@ -279,7 +279,14 @@ def typed(
 
     problems: list[str] = []
     out = []
+    sound: dict[tuple[object, ...], str] = {}  # the dtype of what holds these tensors for such an engine, where nothing is wrong with it
     for stored in destinations:
+        alike = tuple([part.first[0] for part in stored.parts]), stored.entry and stored.entry.dtype
+        dtype = sound.get(alike)
+        if dtype is not None:
+            out.append(Stored(stored.rank, stored.name, dtype, *stored[3:]))
+            continue
+        told = len(problems)
         found: dict[str, Key] = {}
         for part in stored.parts:
             name = part.first[0]
@@ -298,22 +305,29 @@ def typed(
         name = stored.entry.of[0] if stored.entry else ""
         # all padding on this rank: of the dtype that the tensor has elsewhere
         dtype = next(iter(found), None) or stored.dtype or dtype_of(stored, name, native.get(name) or any_of.get(name, "BF16"))
-        out.append(Stored(stored.rank, stored.name, dtype, stored.shape, stored.parts, stored.entry, stored.file, stored.start, stored.pad))
+        out.append(Stored(stored.rank, stored.name, dtype, *stored[3:]))
+        if found and len(problems) == told and mixed.isdisjoint(alike[0]):
+            sound[alike] = dtype
     return tuple(out), problems
 
 
 def faults(destinations: Iterable[Stored]) -> list[str]:
     """Names that stand twice, and stored tensors whose elements are not each under one block or declared padding."""
     problems, names = [], set()
+    sound = None  # the geometry of the one before, if nothing is wrong with it: experts follow each other and lie alike
     for stored in destinations:
-        if (stored.rank, stored.name) in names:
+        at = stored.rank, stored.name
+        if at in names:
             problems.append(f"{where(stored)}: two entries of the layout store something under this name")
-        names.add((stored.rank, stored.name))
-        problems += [f"{where(stored)}: {fault}" for fault in faults_of(stored)]
+        names.add(at)
+        geometry = stored.shape, stored.pad, [part[1:] for part in stored.parts]
+        if geometry == sound:
+            continue
+        found = faults_of(stored)
         if stored.pad and stored.size - stored.pad != max((end(b.offset, b.shape, b.strides) for _, b in stored.blocks), default=0):
-            problems.append(
-                f"{where(stored)}: its padding would lie between its elements; only the first axis of its first dimension can be padded"
-            )
+            found.append("its padding would lie between its elements; only the first axis of its first dimension can be padded")
+        problems += [f"{where(stored)}: {fault}" for fault in found]
+        sound = None if found else geometry
     return problems
 
 
