@@ -102,6 +102,9 @@ def written_by(job: Job, portions: list[Batch] | list[Portion], batches: set[int
         for tile in portions[number].tiles:
             for copy in tile.copies:
                 size[copy.dst.file] += copy.move.size * DTYPE_SIZE[copy.dst.dtype]
+            for each in tile.computed:
+                for stored, block in each.takers:
+                    size[stored.file] += block.size * DTYPE_SIZE[stored.dtype]
     return size
 
 
@@ -113,7 +116,5 @@ def give_up(job: Job, work: Work, journal: Journal, place: Place, error: Reshard
     if not job.source.remote or file is None:
         shutil.rmtree(place.partial)
         return
-    outputs = sorted({copy.dst.file for copy in job.plan.copies if copy.src.file == file})
-    journal.redo(
-        outputs, [n for n, portion in enumerate(work.portions) if any(c.src.file == file for tile in portion.tiles for c in tile.copies)]
-    )
+    made = {n: {into for tile in portion.tiles for source, into in tile.flows if source == file} for n, portion in enumerate(work.portions)}
+    journal.redo(sorted(set().union(*made.values())), [n for n, outputs in made.items() if outputs])

@@ -138,7 +138,7 @@ def _fill(copies: list[Copy], windows: Windows, write: Callable[[Stored, int, me
     views = [casts.cast(c, windows.view(c.src, c.move.box, c.move.src_offset, c.move.src_strides), counted) for c in copies]
     if sum(c.move.size for c in copies) < high - low:  # holes between them: each by itself, in runs
         for copy, view in zip(copies, views):
-            _scatter(view, copy.move.dst_offset, copy.move.dst_strides, dst, write)
+            scatter(view, copy.move.dst_offset, copy.move.dst_strides, dst, write)
         return
     buffer = np.frombuffer(space.take((high - low) * width), words_of(width))
     for copy, view in zip(copies, views):
@@ -153,7 +153,7 @@ def _bytes(array: np.ndarray) -> memoryview:
     return memoryview(array.reshape(-1).view(np.uint8))
 
 
-def _scatter(view: np.ndarray, offset: int, strides: tuple[int, ...], dst: Stored, write) -> None:
+def scatter(view: np.ndarray, offset: int, strides: tuple[int, ...], dst: Stored, write) -> None:
     """Write a view whose destination is not contiguous: one run per position of the outer axes."""
     depth = contiguous_from(view.shape, strides)
     inner = np.ascontiguousarray(view)

@@ -36,6 +36,10 @@ def run_tile(
     tile: Tile, source: Source, write: Callable[[Stored, int, memoryview], None], space: Workspace, casts: "Casts | None" = None
 ) -> int:
     """Move one tile. `write(stored, element, bytes)` stores a contiguous run. Returns bytes read from the source."""
+    if tile.computed:
+        from reshard.executor.compute import compute
+
+        return compute(tile, source, write, space, casts)
     runs = _runs_of(tile)
     if runs is not None:
         read = _pass_on(runs, source, write, space)
