@@ -104,11 +104,17 @@ def test_numbers_are_those_of_the_dumb_way_and_bytes_those_of_the_plan(tmp_path,
     monkeypatch.setattr(compute, "ELEMENTS", 300)
     codes, scales, into = cuts
     numbers, expected = model()
-    held = written(tmp_path, chunked("w.codes", codes, layers=2, dtype="F8_E4M3") + chunked("w.scale", scales, layers=2, dtype="F32"), numbers)
+    held = written(
+        tmp_path, chunked("w.codes", codes, layers=2, dtype="F8_E4M3") + chunked("w.scale", scales, layers=2, dtype="F32"), numbers
+    )
     plan = make_plan(held, chunked("w", into, lambda n: n, 2, transposed), values=VALUES, sizes=lambda key: SHAPES[key[0]])
     assert {s.dtype for s in plan.destinations} == {"BF16"}
     out, read = executed(plan, tmp_path)
-    assert read == plan.bytes_read == sum(each.source_bytes for run_ in plan.join.runs for i in range(run_.count) for each in plan.computed(run_, i))
+    assert (
+        read
+        == plan.bytes_read
+        == sum(each.source_bytes for run_ in plan.join.runs for i in range(run_.count) for each in plan.computed(run_, i))
+    )
     check(plan, out, expected)
     assert len(plan.join.patterns) == 1  # both layers
 
@@ -127,7 +133,9 @@ def test_tiles_are_cut_where_no_scale_is_read_twice():
 
 def test_replicas_are_computed_once_and_compared(tmp_path):
     numbers, expected = model(1)
-    two = chunked("w.codes", (1, 1, 1), dtype="F8_E4M3") + [s._replace(rank=1, name="again") for s in chunked("w.codes", (1, 1, 1), dtype="F8_E4M3")]
+    two = chunked("w.codes", (1, 1, 1), dtype="F8_E4M3") + [
+        s._replace(rank=1, name="again") for s in chunked("w.codes", (1, 1, 1), dtype="F8_E4M3")
+    ]
     held = written(tmp_path, two + chunked("w.scale", (1, 1), dtype="F32"), numbers)
     into = chunked("w", (1, 1, 1)) + [s._replace(rank=1) for s in chunked("w", (1, 1, 1))]
     plan = make_plan(held, into, values=VALUES, sizes=lambda key: SHAPES[key[0]])
@@ -144,7 +152,9 @@ def test_replicas_are_computed_once_and_compared(tmp_path):
 
 def test_what_no_source_holds_is_told_by_operand():
     scales = chunked("w.scale", (3, 1), dtype="F32")[:2]
-    with pytest.raises(PlanError, match=r"w of layer 0 is computed from w\.scale of layer 0, of which 9 of 27 elements are in no source file"):
+    with pytest.raises(
+        PlanError, match=r"w of layer 0 is computed from w\.scale of layer 0, of which 9 of 27 elements are in no source file"
+    ):
         make_plan(chunked("w.codes", (1, 1, 1), dtype="F8_E4M3") + scales, chunked("w", (1, 1, 1)), values=VALUES, complete=False)
     with pytest.raises(PlanError, match="of which 27 of 27"):
         make_plan(chunked("w.codes", (1, 1, 1), dtype="F8_E4M3"), chunked("w", (1, 1, 1)), values=VALUES, complete=False)
@@ -159,7 +169,9 @@ def test_some_layers_are_computed_and_others_copied(tmp_path):
     numbers["w", 1] = expected["w", 1] = RNG.normal(size=SHAPES["w"]).astype(ml_dtypes.bfloat16)
     plain = [s for s in chunked("w", (2, 1, 1), layers=2, dtype="BF16") if s.parts[0].first[1] == 1]
     quantised = chunked("w.codes", (3, 1, 1), dtype="F8_E4M3") + chunked("w.scale", (1, 1), dtype="F32")
-    plan = make_plan(written(tmp_path, quantised + plain, numbers), chunked("w", (3, 1, 1), layers=2), values=VALUES, sizes=lambda key: SHAPES[key[0]])
+    plan = make_plan(
+        written(tmp_path, quantised + plain, numbers), chunked("w", (3, 1, 1), layers=2), values=VALUES, sizes=lambda key: SHAPES[key[0]]
+    )
     out, read = executed(plan, tmp_path)
     assert read == plan.bytes_read
     check(plan, out, expected)

@@ -14,6 +14,7 @@ from reshard.foreign import quote
 from reshard.formats.manifest import read_manifest
 from reshard.formats.quantised import codes_without_scales, refuse, scheme
 from reshard.layout import Descriptor, Mesh, Placement, architectures, builtin_descriptors, find_descriptor, load_descriptor
+from reshard.layout.schemes import quantised
 from reshard.stores.files import reading
 from reshard.stores.identity import identity, noting
 
@@ -82,6 +83,8 @@ def _matched(
     if disagreements:
         raise PlanError([f"{folder}: {text}" for text in disagreements],
                         f"{config_path} is of another model: name the config.json of the one that was trained, with --config")  # fmt: skip
+    names = {name for rank in contents.tensors for name in rank}
+    bound = quantised(bound, kind.section, names) if quantised_as else bound
     checkpoint = Checkpoint(folder, kind.name, contents.mesh, bound, [], engine_version=contents.engine_version, config_path=config_path)
     manifest = read_manifest(folder) or {}
     checkpoint.native = manifest.get("dtypes", {})
@@ -91,10 +94,10 @@ def _matched(
     try:
         match(checkpoint, kind, contents)
     except PlanError:
-        if quantised_as:  # one sentence instead of a line for each scale
+        if quantised_as and checkpoint.layout.scheme == "none":  # one sentence instead of a line for each scale
             raise refuse(folder, quantised_as, contents) from None
         raise
-    without = None if own else codes_without_scales(folder, settings, checkpoint.stored)
+    without = None if own else codes_without_scales(folder, settings, checkpoint.stored, checkpoint.layout.operands)
     if without:
         raise without
     return checkpoint

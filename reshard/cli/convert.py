@@ -16,10 +16,12 @@ def opened(path: str, from_=None, layout=None, config=None, cache=False):
     return open_checkpoint(path, format=from_, layout=layout, config=config, cache=cache)
 
 
-def planned(source, to, tp, pp, ep, etp, dtype, engine_version, **options):
+def planned(source, to, tp, pp, ep, etp, dtype, dequantise, engine_version, **options):
     from reshard.api import plan
 
-    return plan(source, format=to, tp=tp, pp=pp, ep=ep, etp=etp, dtype=dtype, engine_version=engine_version, **options)
+    return plan(
+        source, format=to, tp=tp, pp=pp, ep=ep, etp=etp, dtype=dtype, dequantise=dequantise, engine_version=engine_version, **options
+    )
 
 
 @click.command()
@@ -52,6 +54,7 @@ def run_conversion(
     ep,
     etp,
     dtype,
+    dequantise,
     engine_version,
     rank,
     dry_run,
@@ -68,7 +71,9 @@ def run_conversion(
     from reshard.conversion.transaction import convert as run
     from reshard.conversion.transaction import resumed
 
-    job = planned(source, to, tp, pp, ep, etp, dtype, engine_version, rank=rank, jobs=jobs, buffer=buffer, allow_overflow=allow_overflow)
+    job = planned(
+        source, to, tp, pp, ep, etp, dtype, dequantise, engine_version, rank=rank, jobs=jobs, buffer=buffer, allow_overflow=allow_overflow
+    )
     if push is not None and not dry_run:
         from reshard.publish.push import convert_and_push
 
@@ -153,9 +158,9 @@ def say_pushed(done, result: dict, as_json: bool, quiet: bool) -> None:
 @rank_option
 @click.option("--bandwidth", type=Size(), help="Bytes per second, such as 25GB/s: adds the time it takes.")
 @json_option
-def plan(src, to, tp, pp, ep, etp, dtype, engine_version, from_, layout, config, rank, bandwidth, as_json):
+def plan(src, to, tp, pp, ep, etp, dtype, dequantise, engine_version, from_, layout, config, rank, bandwidth, as_json):
     """Tell which bytes a conversion of SRC would read and write, per rank. Writes nothing."""
-    job = planned(opened(src, from_, layout, config), to, tp, pp, ep, etp, dtype, engine_version, rank=rank)
+    job = planned(opened(src, from_, layout, config), to, tp, pp, ep, etp, dtype, dequantise, engine_version, rank=rank)
     if as_json:
         extra = {"seconds_at_bandwidth": (job.bytes_read + job.bytes_written) / bandwidth} if bandwidth else {}
         click.echo(json.dumps({"ok": True, **job.to_json(), "ranks": job.ranks(), **extra}))

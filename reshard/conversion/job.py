@@ -4,7 +4,7 @@
 """
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,7 +17,7 @@ from reshard.formats import Folder, Target
 from reshard.formats.manifest import NAME as MANIFEST
 from reshard.formats.manifest import manifest_bytes
 from reshard.geometry.block import Stored
-from reshard.layout import Mesh, Placement, Rank
+from reshard.layout import Layout, Mesh, Placement, Rank
 from reshard.layout.check import omitted, refuse_unheld
 from reshard.planner.batches import GAP, JOBS, Batch, batches, workers
 from reshard.planner.batches import peak as peak_of_fetching
@@ -42,6 +42,7 @@ class Job:
     source: Checkpoint
     format: str
     mesh: Mesh
+    layout: Layout  # that the destination follows: the source's, or what that was before it was quantised
     plan: Plan
     folder: Folder
     companions: dict[str, Path]
@@ -52,6 +53,10 @@ class Job:
     rank: int | None = None  # the one that is written, where there are others
     max_file: int | None = None
     identities: dict[str, Identity] = field(default_factory=dict)  # of the companions, by path
+
+    @property
+    def dequantises(self) -> bool:
+        return self.layout is self.source.layout.plain
 
     @property
     def section(self) -> str:
@@ -180,9 +185,11 @@ def prepare(
     jobs: int | None = None,
     buffer: int = BUFFER,
     allow_overflow: bool = False,
+    dequantise: bool = False,
 ) -> Job:
     """Plan the conversion of `source`, for all ranks or for `rank` alone (replicas in the source are then not compared).
 
+    `dequantise`: the weights of a quantised checkpoint are computed from their codes and scales.
     `allow_overflow`: a value that has no room in its new dtype becomes infinite, and is counted, instead of ending the run.
     Raises PlanError with every problem found; nothing is written.
     """
@@ -190,7 +197,7 @@ def prepare(
     jobs = jobs or default_jobs(source)
     if format == "hf" and (mesh.tp, mesh.pp, mesh.ep) != (1, 1, 1):
         raise PlanError([f"format hf is whole: it has no {mesh}"], "leave --tp, --pp and --ep out, or use --to tp")
-    placement = place(source, format, mesh, engine_version)
+    placement = place(source, format, mesh, engine_version, dequantise)
     ranks = placement.ranks if rank is None else [one_rank(placement, rank)]
     plan = join_to(source, placement, dtype, ranks, complete=rank is None)
     without = not_held(source, placement)
@@ -203,16 +210,17 @@ def prepare(
     alone = rank is not None and len(placement.ranks) > 1
     folder.small[MANIFEST] = manifest_bytes(format, placement.mesh, source.layout.name, engine_version, sizes, native, source.origin,
                                             (rank, len(placement.ranks)) if alone else None, left_out(source, without))  # fmt: skip
-    if dtype:
-        config = dict(read_config(source.config_path))
-        key = "dtype" if "dtype" in config or "torch_dtype" not in config else "torch_dtype"
-        config[key] = TABLE[USER_WORDS[dtype]].torch
+    if dtype or dequantise:
+        config = without_quantisation(read_config(source.config_path)) if dequantise else dict(read_config(source.config_path))
+        if dtype:
+            key = "dtype" if "dtype" in config or "torch_dtype" not in config else "torch_dtype"
+            config[key] = TABLE[USER_WORDS[dtype]].torch
         folder.small["config.json"] = (json.dumps(config, indent=2) + "\n").encode()
     companions = {name: path for name, path in companion_files(source).items() if name not in folder.small}
     fetched = batches(plan) if source.remote else None
     peak = peak_buffer(plan, jobs, buffer) if fetched is None else peak_of_fetching(workers(jobs, buffer))
     seen = {str(path): identity(path.stat()) for path in companions.values() if isinstance(path, Path)}
-    return Job(source, format, placement.mesh, plan, folder, companions, engine_version, dtype, peak, fetched, rank if alone else None, max_file, seen,
+    return Job(source, format, placement.mesh, placement.layout, plan, folder, companions, engine_version, dtype, peak, fetched, rank if alone else None, max_file, seen,
                counting(allow_overflow), without)  # fmt: skip
 
 
@@ -230,6 +238,13 @@ def not_held(source: Checkpoint, placement: Placement) -> tuple[Stored, ...]:
     return tuple(s for s in source.stored if s.parts and all(key in gone for key, _ in s.blocks))
 
 
+def without_quantisation(config: Mapping[str, object]) -> dict[str, object]:
+    """`config` of a model whose weights are numbers again."""
+    kept = {key: value for key, value in config.items() if key not in ("quantization_config", "compression_config")}
+    nested = kept.get("text_config")
+    return kept | {"text_config": without_quantisation(nested)} if isinstance(nested, dict) else kept
+
+
 def counting(allow_overflow: bool) -> "Casts | None":
     if not allow_overflow:
         return None
@@ -243,14 +258,20 @@ def default_jobs(source: Checkpoint) -> int:
     return JOBS if source.remote else 2
 
 
-def place(source: Checkpoint, format: str, mesh: Mesh, engine_version: str | None = None) -> Placement:
-    """Where `format` puts the tensors of `source`'s model on `mesh`."""
-    kind = formats.get(format)
-    section = source.layout.section(kind.section)
+def place(source: Checkpoint, format: str, mesh: Mesh, engine_version: str | None = None, dequantise: bool = False) -> Placement:
+    """Where `format` puts the tensors of `source`'s model on `mesh`; of a quantised one its codes and scales, or (`dequantise`) its weights."""
+    kind, layout = formats.get(format), source.layout
+    if dequantise:
+        if layout.plain is None:
+            raise PlanError([f"{source.path} is not quantised: there is nothing to dequantise"], "leave out --dequantise")
+        layout = layout.plain
+    elif layout.plain is not None and kind.section not in layout.descriptor.formats:
+        raise PlanError([f"format {format} cannot hold weights quantised as {layout.scheme}"], "use --dequantise")
+    section = layout.section(kind.section)
     if mesh.ep > 1 and not source.layout.sizes.get("expert"):
         raise PlanError([f"ep={mesh.ep}, but {source.layout.name} is a model without experts"], "leave out --ep")
     version = kind.release(engine_version) if engine_version is not None else None
-    placement = Placement(source.layout, section.for_version(version), kind.rules, mesh, engine=version)
+    placement = Placement(layout, section.for_version(version), kind.rules, mesh, engine=version)
     refuse_unheld(placement, kind.section)
     return placement
 
@@ -279,6 +300,7 @@ def join_to(source: Checkpoint, placement: Placement, dtype: str | None, ranks=N
         omitted=omitted(placement),
         complete=complete,
         check=complete,
+        values=source.layout.values,
     )
 
 

@@ -53,9 +53,9 @@ def _options_text(chosen: dict) -> str:
     words = {"format": "to"}
     usual = (None, 0, 1)
     given = [
-        f"--{words.get(key, key).replace('_', '-')} {value}"
+        f"--{words.get(key, key).replace('_', '-')}{'' if value is True else f' {value}'}"
         for key, value in chosen.items()
-        if value not in usual or (key == "rank" and value is not None)
+        if value is True or value not in usual or (key == "rank" and value is not None)
     ]
     return " ".join(given)[:200] or "other options"
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from reshard.dtypes import numbers_of
 from reshard.geometry.block import Box
-from reshard.planner.values import Over, Value
+from reshard.planner.values import Operand, Over, Value
 
 Array = np.ndarray[Any, Any]
 
@@ -40,7 +40,7 @@ class Given:
         that lie over none of the result's stay, last."""
         array, operand = self.arrays[number], self.value.operands[number]
         rank, own = len(self.box), [axis for axis, over in enumerate(operand.axes) if not over.axes]
-        if not own and operand.axes == type(operand).alike(operand.name, tuple(over.size for over in operand.axes)).axes:
+        if len(operand.axes) == rank and operand.axes == Operand.alike(operand.name, tuple(over.size for over in operand.axes)).axes:
             return array
         at = [_index(over, self.box, low, rank) for over, (low, _) in zip(operand.axes, self.boxes[number])]
         tail = len(own)

@@ -6,7 +6,7 @@ placement on the two sides of a join.
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import prod
 
 from reshard.errors import LayoutError
@@ -66,7 +66,7 @@ class Placement:
         self.stages = self.rules.stages(self.layout.layers, self.mesh.pp)
         self.etp = expert_cut(self.mesh, self.ranks)
         engine = list(self.engine or (999,))
-        self._given = {"tp": self.mesh.tp, "pp": self.mesh.pp, "ep": self.mesh.ep, "engine": engine, "scheme": "none"}
+        self._given = {"tp": self.mesh.tp, "pp": self.mesh.pp, "ep": self.mesh.ep, "engine": engine, "scheme": self.layout.scheme}
         self._scopes: dict[tuple[str, int | None], Scope] = {}
 
     def scope(self, place: str = "", number: int | None = None) -> Scope:
@@ -282,6 +282,8 @@ class Placement:
 
     def _item(self, entry: Entry, tensor: Tensor, scope: Scope, index: int, count: int) -> Item:
         """What this rank holds of `tensor`: per axis (its range in the padded axis, the true size)."""
+        if tensor.name in self.layout.operands:
+            return self._operand(entry, tensor, scope, index, count)
         true = {axis: scope[axis] for axis in tensor.axes}
         for axis, size in true.items():
             if not size:  # a tensor of no elements is a mistake in config.json: nothing could be said of its place
@@ -308,6 +310,20 @@ class Placement:
             ranges[axis] = chunk(size, parts, index // left)
             index %= left
         return Item(tensor.name, entry.dims or tensor.dims, tensor.axes, {axis: (ranges[axis], true[axis]) for axis in tensor.axes})
+
+    def _operand(self, entry: Entry, tensor: Tensor, scope: Scope, index: int, count: int) -> Item:
+        """What this rank holds of codes or scales: what goes with its part of the tensor that they are of."""
+        name, operand = self.layout.operands[tensor.name]
+        own = self.layout.descriptor.tensors[name]
+        held = self._item(replace(entry, dims=None), own, scope, index, count).held
+        box = tuple(held[axis][0] for axis in own.axes)
+        ranges = [over.extent(box) for over in operand.axes] if all(start < stop for start, stop in box) else [(0, 0)] * len(operand.axes)
+        if not all(over.whole(box) for over in operand.axes) or (entry.cut == "whole" and self.mesh.tp > 1):
+            self._problem(
+                entry, f"{name} cut over {count} ranks is cut inside the blocks of {tensor.name.removeprefix(f'{name}.')}, {operand.grain}"
+            )
+        sizes = {axis: (extent, over.size) for axis, extent, over in zip(tensor.axes, ranges, operand.axes)}
+        return Item(tensor.name, tensor.dims, tensor.axes, sizes)
 
     def _padded(self, entry: Entry, axis: str, size: int, scope: Scope) -> int:
         for padded, text in entry.pad:

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 from reshard.dtypes import DTYPE_SIZE
 from reshard.geometry.block import Stored
-from reshard.planner.copies import abreast
-from reshard.planner.plan import Copy, Plan
+from reshard.planner.copies import Copy, abreast
+from reshard.planner.plan import Plan
 from reshard.planner.tiles import Tile, groups, tile_limit
 
 GAP = 256 << 10  # bytes

@@ -64,9 +64,7 @@ class Pattern:
         if self.value is None:
             return ()
         own = [[i for i, slot in enumerate(self.sources) if slot.operand == operand.name] for operand in self.value.operands]
-        return tuple(
-            {box: tuple(mine[i] for i in at) for box, at in by_box([self.sources[i].box for i in mine]).items()} for mine in own
-        )
+        return tuple({box: tuple(mine[i] for i in at) for box, at in by_box([self.sources[i].box for i in mine]).items()} for mine in own)
 
     @cached_property
     def overlapping(self) -> bool:
@@ -153,8 +151,8 @@ def join(sources: Iterable[Stored], destinations: Iterable[Stored], values: Mapp
     from those that the destinations do not want."""
     sources, destinations = tuple(sources), tuple(destinations)
     slots: dict[SlotShape, int] = {}
-    names = {part.first[0] for s in destinations for part in s.parts} if values else set()
-    held, wanted = _Side(sources, slots, _users(values, names)), _Side(destinations, slots)
+    users = _users(values, {part.first[0] for s in destinations for part in s.parts} if values else set())
+    held, wanted = _Side(sources, slots, users), _Side(destinations, slots)
     table = [Slot(*shape) for shape in slots]
     numbers: dict[tuple[tuple[int, ...], tuple[int, ...], Value | None], int] = {}
     runs: list[Run] = []
@@ -168,8 +166,9 @@ def join(sources: Iterable[Stored], destinations: Iterable[Stored], values: Mapp
                 only[here is None].extend(operand_key(name, key) if name else key for name in operands or {""} for key in keys)
                 continue
             value = values[family[0]] if operands and "" not in operands else None
-            if value:
-                used.update(operand_key(name, _key(family, first + i)) for name in operands for i in range(count))
+            if value or family[0] in users:
+                names = operands if value else {family[0]}
+                used.update(operand_key(name, _key(family, first + i)) for name in names for i in range(count))
             number = numbers.setdefault((here.slots, there.slots, value), len(numbers))
             runs.append(Run(_key(family, first), count, number, here.columns, there.columns))
     patterns = tuple(Pattern(tuple(table[i] for i in a), tuple(table[i] for i in b), value) for a, b, value in numbers)

@@ -264,9 +264,11 @@ def typed(
     for s in sources:
         for part in s.parts:
             held[part.first[0]].add(s.dtype)
-    computed = {name: value.dtype or next(iter(held[value.operands[0].name])) for name, value in values.items() if value.operands[0].name in held}
-    for name, dtype in computed.items():
-        held[name].add(dtype)
+    computed = {
+        name: value.dtype or next(iter(held[value.operands[0].name])) for name, value in values.items() if value.operands[0].name in held
+    }
+    for name, own_dtype in computed.items():
+        held[name].add(own_dtype)
     mixed = {name for name, dtypes in held.items() if len(dtypes) > 1}
     own = {key: s.dtype for s in reversed(sources) for key, _ in s.blocks if key[0] in mixed} if mixed else {}
     any_of = {name: next(iter(dtypes)) for name, dtypes in held.items()}
@@ -288,7 +290,9 @@ def typed(
         found: dict[str, Key] = {}
         for part in stored.parts:
             name = part.first[0]
-            for key, source in ((key, own.get(key, computed.get(name))) for key, _ in part.each()) if name in mixed else ((part.first, any_of.get(name)),):
+            for key, source in (
+                ((key, own.get(key, computed.get(name))) for key, _ in part.each()) if name in mixed else ((part.first, any_of.get(name)),)
+            ):
                 if source is None:
                     continue  # told as missing
                 wanted = dtype_of(stored, name, source)

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from reshard.dtypes import DTYPE_SIZE
 from reshard.geometry.block import Box, Key, Stored, end
 from reshard.geometry.pieces import union_volume
-from reshard.planner.copies import Computed
-from reshard.planner.plan import Copy, Plan
+from reshard.planner.copies import Computed, Copy
+from reshard.planner.plan import Plan
 
 BUFFER = 128 * 10**6  # bytes: of all buffers together, unless said otherwise
 _TILE = 16 << 20  # bytes: large enough that Python costs nothing

@@ -42,6 +42,20 @@ class Over:
         low, high = low - low % self.closed, high + -high % self.closed
         return low // self.grain, min(-(-high // self.grain), self.size)
 
+    def whole(self, box: Box) -> bool:
+        """Whether `box` takes elements of the operand that nothing outside of it takes."""
+        if not self.axes or self.grain == 1:
+            return True
+        flat, inside, total = 0, True, prod(self.sizes)
+        for axis, size in zip(self.axes, self.sizes):
+            start, stop = box[axis]
+            if not inside and (start, stop) != (0, size):
+                return False  # not one range
+            flat, inside = flat * size + start, inside and stop - start == 1
+        low = flat
+        high = low + prod(box[axis][1] - box[axis][0] for axis in self.axes)
+        return low % self.grain == 0 and (high % self.grain == 0 or high == total)
+
     def step(self, box: Box, axis: int) -> tuple[int, int]:
         """Where `box` may be cut along `axis` so that no element of the operand is on both sides: at (the first place, and every so many)."""
         if axis not in self.axes:
@@ -66,6 +80,7 @@ class Operand:
 
     name: str
     axes: tuple[Over, ...]
+    grain: str = ""  # how many elements of each dimension share one, for people
 
     @classmethod
     def alike(cls, name: str, shape: tuple[int, ...]) -> "Operand":
