@@ -83,7 +83,7 @@ def _matched(
     if disagreements:
         raise PlanError([f"{folder}: {text}" for text in disagreements],
                         f"{config_path} is of another model: name the config.json of the one that was trained, with --config")  # fmt: skip
-    names = {name for rank in contents.tensors for name in rank}
+    names = {piece.name for piece in contents.pieces}
     bound = quantised(bound, kind.section, names) if quantised_as else bound
     checkpoint = Checkpoint(folder, kind.name, contents.mesh, bound, [], engine_version=contents.engine_version, config_path=config_path)
     manifest = read_manifest(folder) or {}
@@ -105,7 +105,7 @@ def _matched(
 
 def unknown_architecture(settings: Mapping[str, object], contents: formats.Contents) -> LayoutError:
     """The error for a model that no descriptor lists: which family comes closest, and what it leaves unexplained."""
-    names = {name for rank in contents.tensors for name in rank}
+    names = {piece.name for piece in contents.pieces}
     best: tuple[int, str, list[str]] | None = None
     for family, descriptor in builtin_descriptors().items():
         try:

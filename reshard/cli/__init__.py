@@ -9,6 +9,7 @@ import click
 
 from reshard import __version__
 from reshard.cli.convert import convert, plan
+from reshard.cli.doctor import doctor
 from reshard.cli.hub import pull, push
 from reshard.cli.look import demo, diff, inspect, layouts
 from reshard.cli.verify import verify
@@ -21,13 +22,15 @@ def cli():
     """Move a model's weights from the shape they are in to the shape they must be in."""
 
 
-for command in (convert, plan, inspect, diff, verify, layouts, pull, push, demo):
+for command in (convert, plan, inspect, diff, verify, layouts, pull, push, demo, doctor):
     cli.add_command(command)
 
 
 def main(argv: list[str] | None = None) -> None:
     """Run the command line; errors become text (or JSON) and an exit code: 1 failed, 2 usage, 3 the answer is no, 130 interrupted."""
     gc.disable()  # a plan is a million small objects and no cycle: the collector would only go over them again and again
+    if sys.platform == "win32":
+        sys.exit("reshard needs a POSIX system (file locks, renames in one step): use Linux, macOS, or WSL on Windows")
     args = sys.argv[1:] if argv is None else argv
     as_json = "--json" in args
     try:

@@ -57,6 +57,7 @@ def run_conversion(
     dequantise,
     engine_version,
     rank,
+    max_shard_size,
     dry_run,
     jobs,
     buffer,
@@ -71,9 +72,8 @@ def run_conversion(
     from reshard.conversion.transaction import convert as run
     from reshard.conversion.transaction import resumed
 
-    job = planned(
-        source, to, tp, pp, ep, etp, dtype, dequantise, engine_version, rank=rank, jobs=jobs, buffer=buffer, allow_overflow=allow_overflow
-    )
+    options = {"rank": rank, "jobs": jobs, "buffer": buffer, "allow_overflow": allow_overflow, "max_file": max_shard_size}
+    job = planned(source, to, tp, pp, ep, etp, dtype, dequantise, engine_version, **options)
     if push is not None and not dry_run:
         from reshard.publish.push import convert_and_push
 

@@ -11,6 +11,7 @@ import click
 from reshard.cli.convert import opened
 from reshard.cli.options import FORMATS, Place, json_option, source_options
 from reshard.cli.progress import progress_bar
+from reshard.dtypes import USER_WORDS
 from reshard.errors import ReshardError
 from reshard.foreign import printable
 from reshard.text import count, human, table
@@ -76,23 +77,28 @@ def split_dim(descriptor, entry, tp: int) -> int | None:
 @click.argument("b", type=Place())
 @click.option("--config", type=Place(exists=True), help="config.json of the model, or its folder, where neither A nor B has one.")
 @click.option("--layout", type=click.Path(exists=True, dir_okay=False), help="A layout descriptor of your own, for both.")
+@click.option("--from-a", type=click.Choice(FORMATS), help="Format of A, where its files don't tell.")
+@click.option("--from-b", type=click.Choice(FORMATS), help="Format of B, where its files don't tell.")
+@click.option("--dtype", type=click.Choice(list(USER_WORDS)), help="Compare floating-point tensors as this: confirms a cast.")
+@click.option("--atol", type=click.FloatRange(0), default=0.0, metavar="X", help="Elements within X of each other are equal.")
 @json_option
 @click.option("-q", "--quiet", is_flag=True)
-def diff(a, b, config, layout, as_json, quiet):
+def diff(a, b, config, layout, from_a, from_b, dtype, atol, as_json, quiet):
     """Tell whether A and B hold the same parameters, bit for bit, whatever their layouts. Exit code 3: they differ."""
     from reshard.api import diff as run
     from reshard.api import open_pair
 
-    left, right = open_pair(a, b, layout=layout, config=config)
+    left, right = open_pair(a, b, layout=layout, config=config, formats=(from_a, from_b))
     with progress_bar(left.bytes + right.bytes, quiet or as_json) as tell:
-        report = run(left, right, progress=tell)
+        report = run(left, right, dtype=dtype, atol=atol, progress=tell)
     if as_json:
         differing = [d.to_json() for d in report.differing]
         click.echo(json.dumps({"ok": True, "equal": report.equal, "tensors": report.tensors, "differing": differing,
                                "missing_in_a": report.missing_in_a, "missing_in_b": report.missing_in_b,
                                "bytes_missing_in_a": report.bytes_missing_in_a, "bytes_missing_in_b": report.bytes_missing_in_b}))  # fmt: skip
     elif report.equal:
-        click.echo(f"equal: {report.tensors} tensors, bit for bit")
+        how = f"as {dtype}" if dtype else "" if atol else "bit for bit"
+        click.echo(f"equal: {report.tensors} tensors, {', '.join(filter(None, [how, f'within {atol:g}' if atol else '']))}")
     else:
         sides = (a, report.missing_in_a, report.bytes_missing_in_a), (b, report.missing_in_b, report.bytes_missing_in_b)
         for word, names, size in sides:

@@ -96,6 +96,11 @@ def run_options(command):
         json_option,
         click.option("--overwrite", is_flag=True, help="Replace what the destination holds."),
         click.option(
+            "--max-shard-size",
+            type=Size(),
+            help="Bytes of a weight file, at most, where one tensor is no larger; default: usual for the format.",
+        ),
+        click.option(
             "--allow-overflow", is_flag=True, help="With --dtype: store a value that has no room in it as infinity, instead of refusing."
         ),
         click.option("--no-fsync", is_flag=True, help="Don't wait until the files are durable."),

@@ -247,6 +247,11 @@ class _Side:
 def _merged(parts: list[tuple[Part, int, int]]) -> list[_Stretch]:
     """Stretches of parts that run over different tensors: cut wherever one begins or ends, then joined where only the
     stored tensors differ (experts that are tensors of their own)."""
+    numbers, alike = [part.first[-1] for part, _, _ in parts], {(part.block.offset, part.count, slot) for part, slot, _ in parts}
+    if len(alike) == 1 and numbers == list(range(numbers[0], numbers[0] + len(numbers))):  # nearly always: each on one rank, in order
+        ((offset, count, slot),) = alike
+        if count == 1:
+            return [_Stretch(numbers[0], len(parts), (slot,), (Column(tuple([number for _, _, number in parts]), offset),))]
     marks = sorted({edge for part, _, _ in parts for edge in (part.first[-1], part.first[-1] + part.count)})
     index = {mark: i for i, mark in enumerate(marks)}
     covering: list[list[tuple[Part, int, int]]] = [[] for _ in marks]

@@ -15,7 +15,7 @@ from math import prod
 from reshard.dtypes import DTYPE_SIZE, FLOATS
 from reshard.errors import PlanError
 from reshard.geometry.block import Block, Box, Key, Stored, end, overlap, volume
-from reshard.geometry.coverage import faults_of, label
+from reshard.geometry.coverage import faults_of, label, unlike
 from reshard.geometry.pieces import union_volume
 from reshard.planner.copies import Computed, Copy, Lying, Move
 from reshard.planner.join import Join, Pattern, Run, Slot, join
@@ -163,8 +163,13 @@ class Plan:
         return sum(stored.size * DTYPE_SIZE[stored.dtype] for stored in self.destinations)
 
     @property
+    def padding(self) -> list[Stored]:
+        """Destinations with elements that no tensor fills."""
+        return [stored for stored in self.destinations if stored.padding]
+
+    @property
     def padded(self) -> list[str]:
-        return sorted({stored.name for stored in self.destinations if stored.padding})
+        return sorted({stored.name for stored in self.padding})
 
     def per_rank(self) -> list[dict[str, int]]:
         """What each destination rank reads if it reads alone, and holds, in bytes."""
@@ -189,10 +194,9 @@ class Plan:
         wanted = set(files)
         return replace(self, join=join(self.join.sources, [s for s in self.destinations if s.file in wanted], dict(self.join.values)))
 
-    def located(self, places: Mapping[tuple[int, str], tuple[str, int]]) -> "Plan":
-        """The plan with the file, and the byte in it, of each destination, by its ``Stored.id``."""
-        moved = tuple([Stored(*s[:6], *places[s[:2]], s.pad) for s in self.destinations])
-        return replace(self, join=replace(self.join, destinations=moved))
+    def located(self, destinations: Iterable[Stored]) -> "Plan":
+        """The plan with its destinations, in the same order, at their places in files."""
+        return replace(self, join=replace(self.join, destinations=tuple(destinations)))
 
 
 def digest(side: Iterable[Stored]) -> str:
@@ -315,21 +319,18 @@ def typed(
 
 def faults(destinations: Iterable[Stored]) -> list[str]:
     """Names that stand twice, and stored tensors whose elements are not each under one block or declared padding."""
-    problems, names = [], set()
-    sound = None  # the geometry of the one before, if nothing is wrong with it: experts follow each other and lie alike
+    problems = []
+    names: set[tuple[int, str]] = set()
     for stored in destinations:
         at = stored.rank, stored.name
         if at in names:
             problems.append(f"{where(stored)}: two entries of the layout store something under this name")
         names.add(at)
-        geometry = stored.shape, stored.pad, [part[1:] for part in stored.parts]
-        if geometry == sound:
-            continue
+    for stored in unlike(destinations):
         found = faults_of(stored)
         if stored.pad and stored.size - stored.pad != max((end(b.offset, b.shape, b.strides) for _, b in stored.blocks), default=0):
             found.append("its padding would lie between its elements; only the first axis of its first dimension can be padded")
         problems += [f"{where(stored)}: {fault}" for fault in found]
-        sound = None if found else geometry
     return problems
 
 

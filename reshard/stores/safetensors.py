@@ -7,8 +7,10 @@ import json
 import os
 import struct
 from collections.abc import Sequence
+from itertools import chain
 from math import prod
 from pathlib import Path
+from typing import Any
 
 from reshard.dtypes import DTYPE_SIZE, FILE_ORDER
 from reshard.errors import FormatError
@@ -51,23 +53,10 @@ def _read(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise FormatError(f"{path}: __metadata__ must hold text only", NOT_SAFETENSORS)
-    base, tensors, ends = 8 + length, {}, []
-    known: dict[tuple, tuple[int, tuple[int, ...]]] = {}  # bytes and shape by dtype and sizes: most tensors are like one before
-    for name, entry in header.items():
-        try:
-            dtype, sizes, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
-            need, shape = known[(dtype, *sizes)]
-            sound = len(entry) == 3 and 0 <= begin and end - begin == need and {*map(type, sizes), type(begin), type(end)} == {int}
-        except (LookupError, TypeError, ValueError):
-            sound = False
-        if not sound:
-            dtype, shape, begin, end = _entry(path, name, entry)
-            known[(dtype, *shape)] = end - begin, shape
-        tensors[name] = TensorInfo(dtype, shape, base + begin)
-        ends.append((begin, end, name))
+    base = 8 + length
+    tensors, spans = _alike(header, base) or _each(path, header, base)
     at = 0
-    ends.sort()
-    for begin, end, name in ends:
+    for begin, end, name in spans:
         if begin != at:
             word = "overlaps the tensor before it" if begin < at else "leaves a hole before it"
             raise FormatError(f"{path}: {quote(name)} begins at byte {begin}, expected {at}: it {word}", NOT_SAFETENSORS)
@@ -77,6 +66,36 @@ def _read(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
             f"{path} has {size} bytes, its header describes {base + at}", "the file is truncated or has been added to; copy it again"
         )
     return tensors, metadata
+
+
+def _alike(header: dict[str, Any], base: int) -> tuple[dict[str, TensorInfo], list[tuple[int, int, str]]] | None:
+    """The tensors of a sound header, all looked at together: most are of a few dtypes and shapes. None where something is amiss, for
+    ``_each`` to tell."""
+    entries = list(header.values())
+    try:
+        dtypes, offsets = [entry["dtype"] for entry in entries], [entry["data_offsets"] for entry in entries]
+        shapes = [tuple(entry["shape"]) for entry in entries]
+        kinds = set(zip(dtypes, shapes))
+        ends = [(begin, end) for begin, end in offsets]
+        numbers = {*map(type, chain.from_iterable(shapes)), *map(type, chain.from_iterable(ends))}
+        sizes = {(dtype, shape): DTYPE_SIZE[dtype] * prod(shape) for dtype, shape in kinds}
+        sound = numbers <= {int} and set(map(len, entries)) <= {3} and all(n >= 0 for _, shape in kinds for n in shape)
+        if not sound or [end - begin for begin, end in ends] != [sizes[kind] for kind in zip(dtypes, shapes)]:
+            return None
+    except (LookupError, TypeError, ValueError):
+        return None
+    tensors = dict(zip(header, map(TensorInfo, dtypes, shapes, [base + begin for begin, _ in ends])))
+    return tensors, sorted([(begin, end, name) for (begin, end), name in zip(ends, header)])
+
+
+def _each(path: Path, header: dict[str, Any], base: int) -> tuple[dict[str, TensorInfo], list[tuple[int, int, str]]]:
+    """The tensors of a header, one by one; raises FormatError at the first that is wrong."""
+    tensors, spans = {}, []
+    for name, entry in header.items():
+        dtype, shape, begin, end = _entry(path, name, entry)
+        tensors[name] = TensorInfo(dtype, shape, base + begin)
+        spans.append((begin, end, name))
+    return tensors, sorted(spans)
 
 
 def _entry(path: Path, name: str, entry: object) -> tuple[str, tuple[int, ...], int, int]:
