@@ -5,10 +5,10 @@ from pathlib import Path
 
 from reshard.errors import FormatError
 from reshard.hub import is_remote
-from reshard.stores.files import read_json
+from reshard.stores.files import AnyPath, read_json
 
 
-def folder_of(path: str | Path, cache: bool = False):
+def folder_of(path: str | Path, cache: bool = False) -> AnyPath:
     """`path` as a pathlib.Path, or as a HubPath if it names a place on the Hub."""
     if not is_remote(path):
         return Path(path)
@@ -17,7 +17,7 @@ def folder_of(path: str | Path, cache: bool = False):
     return open_folder(str(path), cache)
 
 
-def find_config(folder: Path, config: str | Path | None) -> Path:
+def find_config(folder: AnyPath, config: str | Path | None) -> AnyPath:
     if config is not None:
         path = folder_of(config)
         path = path / "config.json" if path.is_dir() else path
@@ -30,7 +30,7 @@ def find_config(folder: Path, config: str | Path | None) -> Path:
     return path
 
 
-def read_config(path: Path) -> Mapping[str, object]:
+def read_config(path: AnyPath) -> Mapping[str, object]:
     settings = read_json(path)
     if not isinstance(settings, dict):
         raise FormatError(f"{path} holds a {type(settings).__name__}, expected an object")

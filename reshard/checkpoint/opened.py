@@ -10,6 +10,7 @@ from reshard.dtypes import DTYPE_SIZE
 from reshard.foreign import quote
 from reshard.geometry.block import Stored
 from reshard.layout import Layout, Mesh
+from reshard.stores.files import AnyPath
 from reshard.stores.identity import Identity
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ class Checkpoint:
     want, and buffers that can be computed again; `dropped_bytes` is their size in the files.
     """
 
-    path: Path
+    path: AnyPath
     format: str
     mesh: Mesh
     layout: Layout
@@ -35,7 +36,7 @@ class Checkpoint:
     dropped_bytes: int = 0
     left_out: list[Stored] = field(default_factory=list)
     engine_version: str | None = None
-    config_path: Path | None = None
+    config_path: AnyPath | None = None
     origin: Mapping[str, str] | None = None  # repo and revision on the Hub that it comes from, where that is known
     native: Mapping[str, str] = field(default_factory=dict)  # the model's dtype of tensors that this format's engine widened
     identities: Mapping[str, Identity] = field(default_factory=dict)  # of local files, by path, when their headers were read

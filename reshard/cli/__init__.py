@@ -1,6 +1,7 @@
 """The command line: parse, call the library, print. Results go to stdout, everything else to stderr."""
 
 import gc
+import io
 import json
 import signal
 import sys
@@ -14,6 +15,7 @@ from reshard.cli.hub import pull, push
 from reshard.cli.look import demo, diff, inspect, layouts
 from reshard.cli.verify import verify
 from reshard.errors import ReshardError
+from reshard.executor.threads import one_interrupt
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -26,8 +28,12 @@ for command in (convert, plan, inspect, diff, verify, layouts, pull, push, demo,
     cli.add_command(command)
 
 
+@one_interrupt()
 def main(argv: list[str] | None = None) -> None:
     """Run the command line; errors become text (or JSON) and an exit code: 1 failed, 2 usage, 3 the answer is no, 130 interrupted."""
+    for stream in (sys.stdout, sys.stderr):  # a terminal that has no → gets its number
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     gc.disable()  # a plan is a million small objects and no cycle: the collector would only go over them again and again
     if sys.platform == "win32":
         sys.exit("reshard needs a POSIX system (file locks, renames in one step): use Linux, macOS, or WSL on Windows")
@@ -56,7 +62,7 @@ def main(argv: list[str] | None = None) -> None:
             click.echo(f"Error: {error}" + (f"\n\nhint: {hint}" if hint else ""), err=True)
         sys.exit(1)
     except (KeyboardInterrupt, click.Abort):
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C, while threads come to their end, has nothing to add
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # nor has a further one anything to add while Python ends
         click.echo("interrupted; run the same command to go on where it stopped", err=True)
         sys.exit(130)
 

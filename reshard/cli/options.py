@@ -1,5 +1,7 @@
 """Arguments and options that commands share, and what they are converted to."""
 
+from pathlib import Path
+
 import click
 
 from reshard.errors import ReshardError
@@ -73,6 +75,11 @@ def target_options(command, required=True):
     command = click.option(
         "--engine-version", metavar="V", help="Release of vLLM or SGLang that will read the files; the newest known by default."
     )(command)
+    command = click.option(
+        "--engine-platform",
+        type=click.Choice(["cuda", "rocm", "cpu"]),
+        help="What that engine runs on, where names or shapes hang on it; cuda by default.",
+    )(command)
     command = click.option("--dtype", type=click.Choice(["bf16", "fp16", "fp32"]), help="Store floating-point tensors as this.")(command)
     command = click.option("--dequantise", is_flag=True, help="Compute the weights of a quantised checkpoint from its codes and scales.")(
         command
@@ -85,6 +92,7 @@ rank_option = click.option("--rank", type=click.IntRange(0), help="Only what thi
 cache_option = click.option(
     "--cache", is_flag=True, help="Download SRC's files into the Hub's cache first, for others too, and read them there."
 )
+report_option = click.option("--report", type=click.Path(dir_okay=False, writable=True, path_type=Path), help="Write an HTML page too.")
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 
 

@@ -26,6 +26,7 @@ from reshard.planner.plan import Plan
 from reshard.planner.plan import plan as make_plan
 from reshard.planner.tiles import BUFFER, Portion, peak_buffer, portions
 from reshard.stores.beside import is_side_file
+from reshard.stores.files import AnyPath
 from reshard.stores.identity import Identity, identity
 from reshard.text import count, human, some, table
 
@@ -43,8 +44,9 @@ class Job:
     layout: Layout  # that the destination follows: the source's, or what that was before it was quantised
     plan: Plan
     folder: Folder
-    companions: dict[str, Path]
+    companions: dict[str, AnyPath]
     engine_version: str | None
+    engine_platform: str | None
     dtype: str | None
     peak_buffer_bytes: int
     batches: list[Batch] | None = None  # of a remote source: what is fetched together
@@ -157,7 +159,7 @@ class Job:
             "dropped": self.dropped,
             "dropped_bytes": source.dropped_bytes,
             "left_out": self.left_out,
-            "left_out_bytes": source.left_out_bytes,
+            "left_out_bytes": left_out(source, self.not_held)["bytes"],
             "padded": self.plan.padded,
         }
 
@@ -178,6 +180,7 @@ def prepare(
     mesh: Mesh,
     dtype: str | None = None,
     engine_version: str | None = None,
+    engine_platform: str | None = None,
     max_file: int | None = None,
     rank: int | None = None,
     jobs: int | None = None,
@@ -195,7 +198,7 @@ def prepare(
     jobs = jobs or default_jobs(source)
     if format == "hf" and (mesh.tp, mesh.pp, mesh.ep) != (1, 1, 1):
         raise PlanError([f"format hf is whole: it has no {mesh}"], "leave --tp, --pp and --ep out, or use --to tp")
-    placement = place(source, format, mesh, engine_version, dequantise)
+    placement = place(source, format, mesh, engine_version, engine_platform, dequantise)
     ranks = placement.ranks if rank is None else [one_rank(placement, rank)]
     plan = join_to(source, placement, dtype, ranks, complete=rank is None)
     without = not_held(source, placement)
@@ -211,7 +214,7 @@ def prepare(
     native = native_dtypes(source, plan)
     alone = rank is not None and len(placement.ranks) > 1
     folder.small[MANIFEST] = manifest_bytes(format, placement.mesh, source.layout.name, engine_version, sizes, native, source.origin,
-                                            (rank, len(placement.ranks)) if alone else None, left_out(source, without))  # fmt: skip
+                                            (rank, len(placement.ranks)) if alone else None, left_out(source, without), engine_platform)  # fmt: skip
     if dtype or dequantise:
         config = without_quantisation(read_config(source.config_path)) if dequantise else dict(read_config(source.config_path))
         if dtype:
@@ -222,7 +225,7 @@ def prepare(
     fetched = batches(plan) if source.remote else None
     peak = peak_buffer(plan, jobs, buffer) if fetched is None else peak_of_fetching(workers(jobs, buffer))
     seen = {str(path): identity(path.stat()) for path in companions.values() if isinstance(path, Path)}
-    return Job(source, format, placement.mesh, placement.layout, plan, folder, companions, engine_version, dtype, peak, fetched, rank if alone else None, max_file, seen,
+    return Job(source, format, placement.mesh, placement.layout, plan, folder, companions, engine_version, engine_platform, dtype, peak, fetched, rank if alone else None, max_file, seen,
                counting(allow_overflow), without)  # fmt: skip
 
 
@@ -260,7 +263,14 @@ def default_jobs(source: Checkpoint) -> int:
     return JOBS if source.remote else 2
 
 
-def place(source: Checkpoint, format: str, mesh: Mesh, engine_version: str | None = None, dequantise: bool = False) -> Placement:
+def place(
+    source: Checkpoint,
+    format: str,
+    mesh: Mesh,
+    engine_version: str | None = None,
+    engine_platform: str | None = None,
+    dequantise: bool = False,
+) -> Placement:
     """Where `format` puts the tensors of `source`'s model on `mesh`; of a quantised one its codes and scales, or (`dequantise`) its weights."""
     kind, layout = formats.get(format), source.layout
     if dequantise:
@@ -273,7 +283,8 @@ def place(source: Checkpoint, format: str, mesh: Mesh, engine_version: str | Non
     if mesh.ep > 1 and not source.layout.sizes.get("expert"):
         raise PlanError([f"ep={mesh.ep}, but {source.layout.name} is a model without experts"], "leave out --ep")
     version = kind.release(engine_version) if engine_version is not None else None
-    placement = Placement(layout, section.for_version(version), kind.rules, mesh, engine=version)
+    kind.check_platform(engine_platform)
+    placement = Placement(layout, section.for_version(version), kind.rules, mesh, engine=version, platform=engine_platform)
     refuse_unheld(placement, kind.section)
     return placement
 
@@ -337,7 +348,7 @@ def split_hint(placement: Placement) -> str:
     return f"tp sizes that fit this model here: {', '.join(works) or 'none'}" + ("; --to tp cuts unevenly" if placement.rules.even else "")
 
 
-def companion_files(source: Checkpoint) -> dict[str, Path]:
+def companion_files(source: Checkpoint) -> dict[str, AnyPath]:
     """config.json, tokenizer and their like: name in the destination → file at the source."""
     folder = source.config_path.parent if source.config_path else source.path
     # code that nobody here asked for is not taken from the Hub

@@ -209,11 +209,14 @@ class Layout:
 
     def without(self, places: Iterable[str] = (), tensors: Iterable[tuple[str, int | None]] = ()) -> "Layout":
         """This layout of a checkpoint that lacks optional places and tensors."""
-        return replace(self, absent=self.absent | frozenset(places), lacking=self.lacking | frozenset(tensors), _cache={})
+        places, tensors = frozenset(places), frozenset(tensors)
+        plain = self.plain and self.plain.without(places, tensors)
+        return replace(self, absent=self.absent | places, lacking=self.lacking | tensors, plain=plain, _cache={})
 
     def present(self, places: Iterable[str]) -> "Layout":
         """This layout of a checkpoint that has optional `places`."""
-        return replace(self, absent=self.absent - frozenset(places), _cache={})
+        places = frozenset(places)
+        return replace(self, absent=self.absent - places, plain=self.plain and self.plain.present(places), _cache={})
 
 
 def bind(descriptor: Descriptor, config: Mapping[str, object]) -> Layout:

@@ -100,14 +100,15 @@ def quantised(layout: Layout, format: str, names: Container[str]) -> Layout:
     scheme = next((each for each in schemes() if settings is not None and holds(each.quantised, settings)), None)
     if scheme is None or settings is None or any(format not in kind.names for kind in scheme.kinds):
         return layout
-    there = set(_found(layout, scheme, format, names))
+    every = layout.present(layout.absent)  # optional places are looked for later
+    there = set(_found(every, scheme, format, names))
     if not there:
         return layout
     tensors, axes, values = dict(layout.descriptor.tensors), dict(layout.descriptor.axes), {}
     lacking = set(layout.lacking)
     for name in sorted({name for name, _ in there}):
         tensor = tensors[name]
-        numbers = [number for number in layout.numbers(tensor.place) if layout.exists(tensor, number)]
+        numbers = [number for number in every.numbers(tensor.place) if every.exists(tensor, number)]
         shapes = {layout.shape(tensor, number) for number in numbers if (name, number) in there}
         if len(shapes) > 1 or len(tensor.dims) != 2:
             raise PlanError([f"{name} is quantised, but {'its size differs from layer to layer' if len(shapes) > 1 else 'is no matrix'}"])

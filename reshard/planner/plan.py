@@ -109,10 +109,10 @@ class Plan:
         key, work = run.key(i), self.work[run.pattern]
         here = [(self.join.sources[n], start) for n, start in (column.at(i) for column in run.sources)]
         there = [(self.join.destinations[n], start) for n, start in (column.at(i) for column in run.destinations)]
-        copies = [_copy(key, here[a], there[b], move) for a, b, move in work.copies]
+        copies = [copy_at(key, here[a], there[b], move) for a, b, move in work.copies]
         slots = self.join.patterns[run.pattern].sources
         keys = [operand_key(slots[a].operand, key) if slots[a].operand else key for a, _, _ in work.checks]
-        return copies, [_copy(own, here[a], here[b], move) for own, (a, b, move) in zip(keys, work.checks)]
+        return copies, [copy_at(own, here[a], here[b], move) for own, (a, b, move) in zip(keys, work.checks)]
 
     def computed(self, run: Run, i: int) -> list[Computed]:
         """The boxes that are computed of one instance of a run."""
@@ -208,7 +208,8 @@ def digest(side: Iterable[Stored]) -> str:
     return out.hexdigest()
 
 
-def _copy(key: Key, here: tuple[Stored, int], there: tuple[Stored, int], move: Move) -> Copy:
+def copy_at(key: Key, here: tuple[Stored, int], there: tuple[Stored, int], move: Move) -> Copy:
+    """The copy whose `move` is relative to an element of each side: the stored tensor, and where in it the slot begins."""
     (src, a), (dst, b) = here, there
     return Copy(key, src, dst, Move(move.box, move.size, a + move.src_offset, move.src_strides, b + move.dst_offset, move.dst_strides))
 

@@ -9,26 +9,25 @@ import struct
 from collections.abc import Sequence
 from itertools import chain
 from math import prod
-from pathlib import Path
 from typing import Any
 
 from reshard.dtypes import DTYPE_SIZE, FILE_ORDER
 from reshard.errors import FormatError
 from reshard.foreign import LIMIT, parse, quote
 from reshard.stores import FileImage, TensorInfo
-from reshard.stores.files import is_lfs_pointer, open_file, reading
+from reshard.stores.files import AnyPath, is_lfs_pointer, open_file, reading
 
 _KEYS = {"dtype", "shape", "data_offsets"}
 NOT_SAFETENSORS = "this is no safetensors file, or it is damaged; copy it again"
 
 
-def read(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
+def read(path: AnyPath) -> tuple[dict[str, TensorInfo], dict[str, str]]:
     """Tensors and metadata of a file, from its header. Raises FormatError for anything the format forbids."""
     with reading(path):
         return _read(path)
 
 
-def _read(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
+def _read(path: AnyPath) -> tuple[dict[str, TensorInfo], dict[str, str]]:
     with open_file(path) as file:
         size = file.seek(0, os.SEEK_END)
         file.seek(0)
@@ -80,6 +79,7 @@ def _alike(header: dict[str, Any], base: int) -> tuple[dict[str, TensorInfo], li
         numbers = {*map(type, chain.from_iterable(shapes)), *map(type, chain.from_iterable(ends))}
         sizes = {(dtype, shape): DTYPE_SIZE[dtype] * prod(shape) for dtype, shape in kinds}
         sound = numbers <= {int} and set(map(len, entries)) <= {3} and all(n >= 0 for _, shape in kinds for n in shape)
+        sound = sound and all(DTYPE_SIZE[dtype] * prod([n or 1 for n in shape]) < 2**63 for dtype, shape in kinds)
         if not sound or [end - begin for begin, end in ends] != [sizes[kind] for kind in zip(dtypes, shapes)]:
             return None
     except (LookupError, TypeError, ValueError):
@@ -88,7 +88,7 @@ def _alike(header: dict[str, Any], base: int) -> tuple[dict[str, TensorInfo], li
     return tensors, sorted([(begin, end, name) for (begin, end), name in zip(ends, header)])
 
 
-def _each(path: Path, header: dict[str, Any], base: int) -> tuple[dict[str, TensorInfo], list[tuple[int, int, str]]]:
+def _each(path: AnyPath, header: dict[str, Any], base: int) -> tuple[dict[str, TensorInfo], list[tuple[int, int, str]]]:
     """The tensors of a header, one by one; raises FormatError at the first that is wrong."""
     tensors, spans = {}, []
     for name, entry in header.items():
@@ -98,7 +98,7 @@ def _each(path: Path, header: dict[str, Any], base: int) -> tuple[dict[str, Tens
     return tensors, sorted(spans)
 
 
-def _entry(path: Path, name: str, entry: object) -> tuple[str, tuple[int, ...], int, int]:
+def _entry(path: AnyPath, name: str, entry: object) -> tuple[str, tuple[int, ...], int, int]:
     """Dtype, shape, first byte and the one past the last, each checked."""
     if not isinstance(entry, dict) or entry.keys() != _KEYS:
         raise FormatError(f"{_where(path, name)} must have dtype, shape and data_offsets and nothing else", NOT_SAFETENSORS)
@@ -125,7 +125,7 @@ def _entry(path: Path, name: str, entry: object) -> tuple[str, tuple[int, ...], 
     return dtype, tuple(shape), begin, end
 
 
-def _where(path: Path, name: str) -> str:
+def _where(path: AnyPath, name: str) -> str:
     return f"{path}: {quote(name)}"
 
 
