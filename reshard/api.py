@@ -100,7 +100,14 @@ def load(
         raise TypeError(f"load() got an unexpected option {next(iter(options))!r}")
     placement = place(ckpt, format, Mesh(tp, pp, ep, etp), engine_version, engine_platform)
     return load_rank(
-        ckpt, placement, one_rank(placement, rank), dtype, device_of(device), jobs=jobs, buffer=buffer, allow_overflow=allow_overflow
+        ckpt,
+        placement,
+        one_rank(placement.ranks, placement.mesh, rank),
+        dtype,
+        device_of(device),
+        jobs=jobs,
+        buffer=buffer,
+        allow_overflow=allow_overflow,
     )
 
 

@@ -85,7 +85,9 @@ def _matched(
                         f"{config_path} is of another model: name the config.json of the one that was trained, with --config")  # fmt: skip
     names = {piece.name for piece in contents.pieces}
     bound = quantised(bound, kind.section, names) if quantised_as else bound
-    checkpoint = Checkpoint(folder, kind.name, contents.mesh, bound, [], engine_version=contents.engine_version, config_path=config_path)
+    checkpoint = Checkpoint(
+        folder, kind.name, contents.mesh, bound, [], engine_version=contents.engine_version, config_path=config_path, writer=contents.writer
+    )
     manifest = read_manifest(folder) or {}
     checkpoint.native = manifest.get("dtypes", {})
     checkpoint.origin = (

@@ -125,6 +125,7 @@ class Job:
             lines.append(
                 f"dropped: {count(len(computed), 'buffer')}, {human(source.dropped_bytes - source.left_out_bytes)}: {some(computed)}"
             )
+        lines += [told] if (told := source.what_is_beside()) else []
         lines += [f"padded: {some(plan.padded)}"] if plan.padded else []
         return "\n".join(lines)
 
@@ -160,6 +161,7 @@ class Job:
             "dropped_bytes": source.dropped_bytes,
             "left_out": self.left_out,
             "left_out_bytes": left_out(source, self.not_held)["bytes"],
+            "beside": {key: {"tensors": number, "bytes": size} for key, (number, size) in source.beside.items()},
             "padded": self.plan.padded,
         }
 
@@ -199,22 +201,23 @@ def prepare(
     if format == "hf" and (mesh.tp, mesh.pp, mesh.ep) != (1, 1, 1):
         raise PlanError([f"format hf is whole: it has no {mesh}"], "leave --tp, --pp and --ep out, or use --to tp")
     placement = place(source, format, mesh, engine_version, engine_platform, dequantise)
-    ranks = placement.ranks if rank is None else [one_rank(placement, rank)]
-    plan = join_to(source, placement, dtype, ranks, complete=rank is None)
+    every = kind.rules.ranks(mesh) if kind.whole else placement.ranks  # those whose files there are
+    ranks = every if rank is None else [one_rank(every, mesh, rank)]
+    plan = join_to(source, placement, dtype, None if kind.whole else ranks, complete=rank is None)
     without = not_held(source, placement)
     engine_version = engine_version or kind.newest
-    target = Target(placement, ranks, engine_version, max_file)
+    target = Target(placement, ranks, engine_version, max_file, mesh if kind.whole else None)
     folder = kind.write(target, plan.destinations)
     here = placed(plan.destinations, folder.pieces, complete=rank is None)
     if all(piece.region is None for piece in folder.pieces):
         plan = plan.located(here.stored)
     else:  # tensors that the format cuts itself: each of its pieces is a destination, counted like any
-        plan = join_to(source, placement, dtype, ranks, rank is None, here.stored)
+        plan = join_to(source, placement, dtype, None, rank is None, here.stored)
     sizes = {file.path: file.image.size for file in folder.files}
     native = native_dtypes(source, plan)
-    alone = rank is not None and len(placement.ranks) > 1
-    folder.small[MANIFEST] = manifest_bytes(format, placement.mesh, source.layout.name, engine_version, sizes, native, source.origin,
-                                            (rank, len(placement.ranks)) if alone else None, left_out(source, without), engine_platform)  # fmt: skip
+    alone = rank is not None and len(every) > 1
+    folder.small[MANIFEST] = manifest_bytes(format, target.mesh, source.layout.name, engine_version, sizes, native, source.origin,
+                                            (rank, len(every)) if alone else None, left_out(source, without), engine_platform)  # fmt: skip
     if dtype or dequantise:
         config = without_quantisation(read_config(source.config_path)) if dequantise else dict(read_config(source.config_path))
         if dtype:
@@ -225,7 +228,7 @@ def prepare(
     fetched = batches(plan) if source.remote else None
     peak = peak_buffer(plan, jobs, buffer) if fetched is None else peak_of_fetching(workers(jobs, buffer))
     seen = {str(path): identity(path.stat()) for path in companions.values() if isinstance(path, Path)}
-    return Job(source, format, placement.mesh, placement.layout, plan, folder, companions, engine_version, engine_platform, dtype, peak, fetched, rank if alone else None, max_file, seen,
+    return Job(source, format, target.mesh, placement.layout, plan, folder, companions, engine_version, engine_platform, dtype, peak, fetched, rank if alone else None, max_file, seen,
                counting(allow_overflow), without)  # fmt: skip
 
 
@@ -284,15 +287,23 @@ def place(
         raise PlanError([f"ep={mesh.ep}, but {source.layout.name} is a model without experts"], "leave out --ep")
     version = kind.release(engine_version) if engine_version is not None else None
     kind.check_platform(engine_platform)
-    placement = Placement(layout, section.for_version(version), kind.rules, mesh, engine=version, platform=engine_platform)
+    if kind.whole:
+        if mesh != Mesh(mesh.tp):
+            raise PlanError(
+                [f"format {format} deals each tensor's rows out to ranks, which have no {mesh}"], "say how many with --tp, and nothing else"
+            )
+        mesh = Mesh()
+    placement = Placement(
+        layout, section.for_version(version).spelled(kind.forms), kind.rules, mesh, engine=version, platform=engine_platform
+    )
     refuse_unheld(placement, kind.section)
     return placement
 
 
-def one_rank(placement: Placement, number: int) -> Rank:
-    if not 0 <= number < len(placement.ranks):
-        raise PlanError([f"rank {number} does not exist on {placement.mesh}"], f"ranks are 0 to {len(placement.ranks) - 1}")
-    return placement.ranks[number]
+def one_rank(ranks: list[Rank], mesh: Mesh, number: int) -> Rank:
+    if not 0 <= number < len(ranks):
+        raise PlanError([f"rank {number} does not exist on {mesh}"], f"ranks are 0 to {len(ranks) - 1}")
+    return ranks[number]
 
 
 def join_to(

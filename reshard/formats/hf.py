@@ -162,4 +162,13 @@ def _depth(stored: Stored, target: Target) -> int:
     return -1 if tensor.stage == "first" else target.placement.layout.layers
 
 
-FORMAT = Format("hf", "hf", Rules(grid, even_stages, even=False), _recognise, _read, _write, small=_INDEXES)
+FORMAT = Format(
+    "hf",
+    "hf",
+    Rules(grid, even_stages, even=False),
+    _recognise,
+    _read,
+    _write,
+    small=_INDEXES,
+    usage="from transformers import AutoModelForCausalLM\n\nmodel = AutoModelForCausalLM.from_pretrained({repo})",
+)

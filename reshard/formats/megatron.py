@@ -241,4 +241,5 @@ FORMAT = Format(
     _write,
     disagreements=_disagreements,
     small=(TRACKER,),
+    usage="--load {folder} --ckpt-format torch --use-checkpoint-args --tensor-model-parallel-size {tp} --pipeline-model-parallel-size {pp}",
 )

@@ -30,7 +30,7 @@ from reshard.stores.torch_names import (
 )
 from reshard.stores.ziprecords import COPY, Archive
 
-_PICKLE_LIMIT = 256 << 20
+PICKLE_LIMIT = 256 << 20
 _LONGEST_NAME = 500  # of a module and of a class
 #: bounds on what a pickle may unfold to, so that a caller may walk the tree by plain recursion
 _DEPTH_LIMIT, _NODE_LIMIT = 200, 20_000_000
@@ -49,7 +49,7 @@ class Unpickler(pickle._Unpickler):
                                           pickle.EXT4, pickle.NEXT_BUFFER, pickle.READONLY_BUFFER, pickle.BYTEARRAY8)}  # fmt: skip
 
     def __init__(self, archive: Archive):
-        content = archive.content("data.pkl", _PICKLE_LIMIT)
+        content = archive.content("data.pkl", PICKLE_LIMIT)
         super().__init__(io.BytesIO(content))
         self.archive = archive
         self.budget = Budget((1 << 20) + 4 * len(content), "its calls copy bytes and items,")
