@@ -1,5 +1,7 @@
 """Arguments and options that commands share, and what they are converted to."""
 
+from pathlib import Path
+
 import click
 
 from reshard.errors import ReshardError
@@ -73,6 +75,11 @@ def target_options(command, required=True):
     command = click.option(
         "--engine-version", metavar="V", help="Release of vLLM or SGLang that will read the files; the newest known by default."
     )(command)
+    command = click.option(
+        "--engine-platform",
+        type=click.Choice(["cuda", "rocm", "cpu"]),
+        help="What that engine runs on, where names or shapes hang on it; cuda by default.",
+    )(command)
     command = click.option("--dtype", type=click.Choice(["bf16", "fp16", "fp32"]), help="Store floating-point tensors as this.")(command)
     command = mesh_options(command)
     return click.option("--to", "to", type=click.Choice(FORMATS), required=required, help="Format of the result.")(command)
@@ -82,6 +89,7 @@ rank_option = click.option("--rank", type=click.IntRange(0), help="Only what thi
 cache_option = click.option(
     "--cache", is_flag=True, help="Download SRC's files into the Hub's cache first, for others too, and read them there."
 )
+report_option = click.option("--report", type=click.Path(dir_okay=False, writable=True, path_type=Path), help="Write an HTML page too.")
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 
 
@@ -92,6 +100,11 @@ def run_options(command):
         click.option("-q", "--quiet", is_flag=True, help="No progress, no summary."),
         json_option,
         click.option("--overwrite", is_flag=True, help="Replace what the destination holds."),
+        click.option(
+            "--max-shard-size",
+            type=Size(),
+            help="Bytes of a weight file, at most, where one tensor is no larger; default: usual for the format.",
+        ),
         click.option(
             "--allow-overflow", is_flag=True, help="With --dtype: store a value that has no room in it as infinity, instead of refusing."
         ),

@@ -16,6 +16,7 @@ from reshard.errors import PlanError
 from reshard.formats import Folder, Target
 from reshard.formats.manifest import NAME as MANIFEST
 from reshard.formats.manifest import manifest_bytes
+from reshard.formats.pieces import placed
 from reshard.geometry.block import Stored
 from reshard.layout import Mesh, Placement, Rank
 from reshard.layout.check import omitted, refuse_unheld
@@ -24,15 +25,13 @@ from reshard.planner.batches import peak as peak_of_fetching
 from reshard.planner.plan import Plan
 from reshard.planner.plan import plan as make_plan
 from reshard.planner.tiles import BUFFER, Portion, peak_buffer, portions
+from reshard.stores.beside import is_side_file
+from reshard.stores.files import AnyPath
 from reshard.stores.identity import Identity, identity
 from reshard.text import count, human, some, table
 
 if TYPE_CHECKING:
     from reshard.executor.casts import Casts
-
-#: files beside the weights that every folder gets, when the source has them
-COMPANIONS = ("config.json", "generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*",
-              "merges.txt", "chat_template*", "preprocessor_config.json", "processor_config.json", "LICENSE*", "*.tiktoken", "spiece.model", "*.py")  # fmt: skip
 
 
 @dataclass
@@ -44,8 +43,9 @@ class Job:
     mesh: Mesh
     plan: Plan
     folder: Folder
-    companions: dict[str, Path]
+    companions: dict[str, AnyPath]
     engine_version: str | None
+    engine_platform: str | None
     dtype: str | None
     peak_buffer_bytes: int
     batches: list[Batch] | None = None  # of a remote source: what is fetched together
@@ -154,7 +154,7 @@ class Job:
             "dropped": self.dropped,
             "dropped_bytes": source.dropped_bytes,
             "left_out": self.left_out,
-            "left_out_bytes": source.left_out_bytes,
+            "left_out_bytes": left_out(source, self.not_held)["bytes"],
             "padded": self.plan.padded,
         }
 
@@ -175,6 +175,7 @@ def prepare(
     mesh: Mesh,
     dtype: str | None = None,
     engine_version: str | None = None,
+    engine_platform: str | None = None,
     max_file: int | None = None,
     rank: int | None = None,
     jobs: int | None = None,
@@ -190,19 +191,23 @@ def prepare(
     jobs = jobs or default_jobs(source)
     if format == "hf" and (mesh.tp, mesh.pp, mesh.ep) != (1, 1, 1):
         raise PlanError([f"format hf is whole: it has no {mesh}"], "leave --tp, --pp and --ep out, or use --to tp")
-    placement = place(source, format, mesh, engine_version)
+    placement = place(source, format, mesh, engine_version, engine_platform)
     ranks = placement.ranks if rank is None else [one_rank(placement, rank)]
     plan = join_to(source, placement, dtype, ranks, complete=rank is None)
     without = not_held(source, placement)
     engine_version = engine_version or kind.newest
     target = Target(placement, ranks, engine_version, max_file)
     folder = kind.write(target, plan.destinations)
-    plan = plan.located({s.id: (file.path, file.image.tensors[name].offset) for file in folder.files for name, s in file.tensors.items()})
+    here = placed(plan.destinations, folder.pieces, complete=rank is None)
+    if all(piece.region is None for piece in folder.pieces):
+        plan = plan.located(here.stored)
+    else:  # tensors that the format cuts itself: each of its pieces is a destination, counted like any
+        plan = join_to(source, placement, dtype, ranks, rank is None, here.stored)
     sizes = {file.path: file.image.size for file in folder.files}
     native = native_dtypes(source, plan)
     alone = rank is not None and len(placement.ranks) > 1
     folder.small[MANIFEST] = manifest_bytes(format, placement.mesh, source.layout.name, engine_version, sizes, native, source.origin,
-                                            (rank, len(placement.ranks)) if alone else None, left_out(source, without))  # fmt: skip
+                                            (rank, len(placement.ranks)) if alone else None, left_out(source, without), engine_platform)  # fmt: skip
     if dtype:
         config = dict(read_config(source.config_path))
         key = "dtype" if "dtype" in config or "torch_dtype" not in config else "torch_dtype"
@@ -212,7 +217,7 @@ def prepare(
     fetched = batches(plan) if source.remote else None
     peak = peak_buffer(plan, jobs, buffer) if fetched is None else peak_of_fetching(workers(jobs, buffer))
     seen = {str(path): identity(path.stat()) for path in companions.values() if isinstance(path, Path)}
-    return Job(source, format, placement.mesh, plan, folder, companions, engine_version, dtype, peak, fetched, rank if alone else None, max_file, seen,
+    return Job(source, format, placement.mesh, plan, folder, companions, engine_version, engine_platform, dtype, peak, fetched, rank if alone else None, max_file, seen,
                counting(allow_overflow), without)  # fmt: skip
 
 
@@ -243,14 +248,15 @@ def default_jobs(source: Checkpoint) -> int:
     return JOBS if source.remote else 2
 
 
-def place(source: Checkpoint, format: str, mesh: Mesh, engine_version: str | None = None) -> Placement:
+def place(source: Checkpoint, format: str, mesh: Mesh, engine_version: str | None = None, engine_platform: str | None = None) -> Placement:
     """Where `format` puts the tensors of `source`'s model on `mesh`."""
     kind = formats.get(format)
     section = source.layout.section(kind.section)
     if mesh.ep > 1 and not source.layout.sizes.get("expert"):
         raise PlanError([f"ep={mesh.ep}, but {source.layout.name} is a model without experts"], "leave out --ep")
     version = kind.release(engine_version) if engine_version is not None else None
-    placement = Placement(source.layout, section.for_version(version), kind.rules, mesh, engine=version)
+    kind.check_platform(engine_platform)
+    placement = Placement(source.layout, section.for_version(version), kind.rules, mesh, engine=version, platform=engine_platform)
     refuse_unheld(placement, kind.section)
     return placement
 
@@ -261,11 +267,18 @@ def one_rank(placement: Placement, number: int) -> Rank:
     return placement.ranks[number]
 
 
-def join_to(source: Checkpoint, placement: Placement, dtype: str | None, ranks=None, complete: bool = True) -> Plan:
-    """The plan that fills `placement` (or some of its ranks) from `source`."""
+def join_to(
+    source: Checkpoint,
+    placement: Placement,
+    dtype: str | None,
+    ranks: list[Rank] | None = None,
+    complete: bool = True,
+    cut: list[Stored] | None = None,
+) -> Plan:
+    """The plan that fills `placement` (or some of its ranks, or what was `cut` of its tensors) from `source`."""
     if dtype is not None and dtype not in USER_WORDS:
         raise PlanError([f"unknown dtype {dtype!r}"], f"use one of {', '.join(USER_WORDS)}")
-    destinations = list(placement.stored(ranks))
+    destinations = list(placement.stored(ranks)) if cut is None else cut
     if placement.problems:
         raise PlanError(placement.problems, split_hint(placement))
     keep = [t.name for t in source.layout.descriptor.tensors.values() if t.dtype]
@@ -304,11 +317,11 @@ def split_hint(placement: Placement) -> str:
     return f"tp sizes that fit this model here: {', '.join(works) or 'none'}" + ("; --to tp cuts unevenly" if placement.rules.even else "")
 
 
-def companion_files(source: Checkpoint) -> dict[str, Path]:
+def companion_files(source: Checkpoint) -> dict[str, AnyPath]:
     """config.json, tokenizer and their like: name in the destination → file at the source."""
     folder = source.config_path.parent if source.config_path else source.path
-    patterns = [pattern for pattern in COMPANIONS if not (source.remote and pattern == "*.py")]  # code that nobody here asked for
-    found = {path.name: path for pattern in patterns for path in sorted(folder.glob(pattern)) if path.is_file()}
+    # code that nobody here asked for is not taken from the Hub
+    found = {path.name: path for path in folder.iterdir() if is_side_file(path.name, code=not source.remote) and path.is_file()}
     if source.config_path:
         found["config.json"] = source.config_path
     return dict(sorted(found.items()))

@@ -112,13 +112,19 @@ class Mapped:
 
     def __init__(self, published: list, dtypes: dict, devices: Devices):
         handles, rows = published
-        self._storages = [open_storage(handle, devices) for handle in handles]
+        self._storages: list[torch.UntypedStorage] = []
+        try:
+            for handle in handles:
+                self._storages.append(open_storage(handle, devices))
+        except Exception:
+            give_back(handles[len(self._storages) :])
+            raise
         self._dtypes = dtypes
         self._at = {(rank, name): (number, offset, tuple(strides)) for rank, name, number, offset, strides in rows}
 
     def view(self, copy: Copy) -> torch.Tensor:
         """The elements of `copy` at its source, in the peer's memory."""
-        number, start, own = self._at[copy.src.id]
+        number, start, own = self._at[copy.src.rank, copy.src.name]
         storage, move = self._storages[number], copy.move
         flat = torch.empty(0, dtype=self._dtypes[copy.src.dtype], device=storage.device).set_(storage)
         if own == row_major(copy.src.shape):
@@ -140,6 +146,18 @@ def open_storage(handle: list, devices: Devices) -> torch.UntypedStorage:
         return torch.UntypedStorage.from_file(f"/proc/{pid}/fd/{fd}", shared=True, nbytes=size)
     except RuntimeError as error:
         raise SyncError(f"cannot map the memory of process {pid}: {str(error).splitlines()[0]}", 'use transport="p2p"') from None
+
+
+def give_back(handles: list) -> None:
+    """Tell the sender that nobody holds these: torch keeps what it has published until each handle was opened and let go."""
+    for kind, *rest in handles:
+        if kind == "cuda":
+            _, _, _, _, _, counter, at, *_ = rest
+            _release_cuda(bytes.fromhex(counter), at)
+
+
+def _release_cuda(counter: bytes, at: int) -> None:
+    torch.UntypedStorage._release_ipc_counter(counter, at, device="cuda")
 
 
 def _open_cuda(*handle) -> torch.UntypedStorage:

@@ -9,11 +9,10 @@ from itertools import permutations, product
 from math import prod
 
 from reshard import formats
-from reshard.checkpoint import axes_in
 from reshard.errors import PlanError
 from reshard.geometry.block import Block, Key, Stored, chunk, restride, row_major
+from reshard.geometry.regions import slice_dim
 from reshard.layout import Layout, Mesh, Placement, Section
-from reshard.layout.fusion import slice_dim
 
 #: how one dimension of a device mesh cuts a tensor: None replicates, a number is Shard(dim), a pair is _StridedShard(dim, split_factor)
 Cut = None | int | tuple[int, int]
@@ -132,7 +131,7 @@ def fsdp(
 def _split_dim(layout: Layout, whole: Stored) -> int | None:
     """The dimension of an HF tensor that its layout's tensor parallelism cuts."""
     tensor = layout.descriptor.tensors[whole.entry.of[0]]
-    dims = whole.entry.dims or tensor.dims
+    dims = whole.entry.dims_of(tensor)
     lead = len(whole.shape) - len(dims)
     return next((lead + d for d, axes in enumerate(dims) if tensor.split and tensor.split[0] in axes), None)
 
@@ -189,9 +188,7 @@ def _within(held: list[tuple[int, int]], low: int, high: int) -> list[tuple[int,
     return out
 
 
-def local_part(
-    placement: Placement, whole: Stored, sharding: Sharding, coordinate: tuple[int, ...]
-) -> tuple[tuple[int, ...], list[tuple[Key, Block]]]:
+def local_part(whole: Stored, sharding: Sharding, coordinate: tuple[int, ...]) -> tuple[tuple[int, ...], list[tuple[Key, Block]]]:
     """Shape and blocks of one place's part of an HF tensor."""
     shape, blocks, dims = whole.shape, list(whole.blocks), len(whole.shape)
     for cut in sharding.cuts:
@@ -202,11 +199,11 @@ def local_part(
         cuts = sharding.along(dim, dims, coordinate)
         if not cuts:
             continue
-        axes, parts, ranges = axes_in(placement, whole, dim), [], intervals(shape[dim], cuts)
+        parts, ranges = [], intervals(shape[dim], cuts)
         local = (*shape[:dim], sum(high - low for low, high in ranges), *shape[dim + 1 :])
         steps, at = row_major(local), 0
         for low, high in ranges:
-            piece, cut_blocks = slice_dim(shape, blocks, dim, low, high, axes)
+            piece, cut_blocks = slice_dim(shape, blocks, dim, low, high)
             parts += [(key, restride(block, piece, steps).moved(at * steps[dim])) for key, block in cut_blocks]
             at += high - low
         shape, blocks = local, parts

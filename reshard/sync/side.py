@@ -128,7 +128,7 @@ class Side:
             {},
             _other_names(section, {s.name for member in stored for s in member}),
             constants,
-            _ignored(layout, section),
+            layout.buffers(section) + layout.omitted(section),
             f"{format} {mesh}{replicas}",
             quantised,
         )
@@ -169,7 +169,7 @@ class Side:
                 at = (whole.entry.label, whole.shape, sharding.sizes, sharding.cuts, coordinate)
                 if at not in cache:
                     keys = [key for key, _ in whole.blocks]
-                    shape, parts = local_part(placement, whole, sharding, coordinate)
+                    shape, parts = local_part(whole, sharding, coordinate)
                     cache[at] = shape, [(keys.index(key), block) for key, block in parts]
                 shape, parts = cache[at]
                 keys = [key for key, _ in whole.blocks]
@@ -187,7 +187,7 @@ class Side:
             dict(shardings),
             others,
             frozenset(),
-            _ignored(layout, section),
+            layout.buffers(section) + layout.omitted(section),
             f"DTensors on {len(processes)} ranks",
         )
 
@@ -227,12 +227,6 @@ def _other_names(section: Section, placed: set[str]) -> dict[tuple[str, ...], tu
 
 def _is_alias(name: str, others: Mapping[tuple[str, ...], tuple[str, ...]]) -> bool:
     return any(name in names for names in others.values())
-
-
-def _ignored(layout: Layout, section: Section) -> tuple[str, ...]:
-    """Buffers that are no weights: rotary caches, TransformerEngine's extra state, and what the layout drops."""
-    ours = layout.filled((*section.drop, *section.omit))
-    return ("*.inv_freq", "*.original_inv_freq", "*.cos_sin_cache", "*.cos_cached", "*.sin_cached", "*._extra_state", *ours)
 
 
 def restricted(side: Side, select: Callable[[tuple], bool]) -> Side:

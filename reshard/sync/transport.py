@@ -41,6 +41,7 @@ class Wire:
         self.host = self.backends.get("cpu") == "gloo"  # agreements go by the host
         self.direct = self.backends.get("cuda", "gloo") != "gloo"  # NCCL: from device to device
         self.control = torch.device("cpu") if self.host else self.devices.current()
+        self._met = not self.host  # whether the communicator of all ranks is there: the first agreement by NCCL makes it
         self.choose(False)
         self.bytes_sent = self.bytes_taken = 0  # counted here, message by message, for the tests' sake
 
@@ -48,6 +49,20 @@ class Wire:
         """Send weights from accelerators, `device` at this rank, if the group can; `accelerated`: all ranks' tensors lie there."""
         self.gloo = self.host and not (accelerated and self.direct)
         self.device = torch.device("cpu") if self.gloo else device or (self.devices.current() if self.host else self.control)
+        if not self.gloo and not self._met:
+            self._meet()
+
+    def _meet(self) -> None:
+        """All ranks make NCCL's communicator of the group: a round of messages, which also would, may be between a few of them."""
+        try:
+            work = dist.all_reduce(torch.zeros(1, device=self.device), group=self.group, async_op=True)
+            self._until(work.is_completed, "meeting")
+            work.wait()
+        except PeerLost:
+            raise
+        except RuntimeError as error:
+            raise self.lost("meeting", error) from None
+        self._met = True
 
     # ------------------------------------------------------------------------------------------------------- waiting
 
