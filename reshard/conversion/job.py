@@ -16,6 +16,7 @@ from reshard.errors import PlanError
 from reshard.formats import Folder, Target
 from reshard.formats.manifest import NAME as MANIFEST
 from reshard.formats.manifest import manifest_bytes
+from reshard.formats.pieces import placed
 from reshard.geometry.block import Stored
 from reshard.layout import Mesh, Placement, Rank
 from reshard.layout.check import omitted, refuse_unheld
@@ -198,7 +199,11 @@ def prepare(
     engine_version = engine_version or kind.newest
     target = Target(placement, ranks, engine_version, max_file)
     folder = kind.write(target, plan.destinations)
-    plan = plan.located({s.id: (file.path, file.image.tensors[name].offset) for file in folder.files for name, s in file.tensors.items()})
+    here = placed(plan.destinations, folder.pieces, complete=rank is None)
+    if all(piece.region is None for piece in folder.pieces):
+        plan = plan.located(here.stored)
+    else:  # tensors that the format cuts itself: each of its pieces is a destination, counted like any
+        plan = join_to(source, placement, dtype, ranks, rank is None, here.stored)
     sizes = {file.path: file.image.size for file in folder.files}
     native = native_dtypes(source, plan)
     alone = rank is not None and len(placement.ranks) > 1
@@ -262,11 +267,18 @@ def one_rank(placement: Placement, number: int) -> Rank:
     return placement.ranks[number]
 
 
-def join_to(source: Checkpoint, placement: Placement, dtype: str | None, ranks=None, complete: bool = True) -> Plan:
-    """The plan that fills `placement` (or some of its ranks) from `source`."""
+def join_to(
+    source: Checkpoint,
+    placement: Placement,
+    dtype: str | None,
+    ranks: list[Rank] | None = None,
+    complete: bool = True,
+    cut: list[Stored] | None = None,
+) -> Plan:
+    """The plan that fills `placement` (or some of its ranks, or what was `cut` of its tensors) from `source`."""
     if dtype is not None and dtype not in USER_WORDS:
         raise PlanError([f"unknown dtype {dtype!r}"], f"use one of {', '.join(USER_WORDS)}")
-    destinations = list(placement.stored(ranks))
+    destinations = list(placement.stored(ranks)) if cut is None else cut
     if placement.problems:
         raise PlanError(placement.problems, split_hint(placement))
     keep = [t.name for t in source.layout.descriptor.tensors.values() if t.dtype]

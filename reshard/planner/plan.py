@@ -200,10 +200,9 @@ class Plan:
         wanted = set(files)
         return replace(self, join=join(self.join.sources, [s for s in self.destinations if s.file in wanted]))
 
-    def located(self, places: Mapping[tuple[int, str], tuple[str, int]]) -> "Plan":
-        """The plan with the file, and the byte in it, of each destination, by its ``Stored.id``."""
-        moved = tuple([Stored(s.rank, s.name, s.dtype, s.shape, s.parts, s.entry, *places[s.id], s.pad) for s in self.destinations])
-        return replace(self, join=replace(self.join, destinations=moved))
+    def located(self, destinations: Iterable[Stored]) -> "Plan":
+        """The plan with its destinations, in the same order, at their places in files."""
+        return replace(self, join=replace(self.join, destinations=tuple(destinations)))
 
 
 def digest(side: Iterable[Stored]) -> str:

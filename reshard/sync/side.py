@@ -13,13 +13,12 @@ from pathlib import Path
 
 from reshard import formats
 from reshard.checkpoint import find_config, model_config, read_config
-from reshard.checkpoint.match import axes_in
 from reshard.conversion.job import split_hint
 from reshard.dtypes import USER_WORDS
 from reshard.errors import LayoutError, PlanError
 from reshard.geometry.block import Stored, chunk, restride, row_major, singles
+from reshard.geometry.regions import slice_dim
 from reshard.layout import Layout, Mesh, Placement, Rank, Section, find_descriptor, load_descriptor, parse_version
-from reshard.layout.fusion import slice_dim
 from reshard.layout.mesh import stage_order
 from reshard.sync.fp8_blocks import Fp8, linear_tensors, scale_shape
 
@@ -199,7 +198,7 @@ class Side:
                 at = (whole.entry.label, whole.shape, sharding.sizes, sharding.cuts, coordinate)
                 if at not in cache:
                     keys = [key for key, _ in whole.blocks]
-                    shape, parts = _shard(placement, whole, sharding, coordinate)
+                    shape, parts = _shard(whole, sharding, coordinate)
                     cache[at] = shape, [(keys.index(key), block) for key, block in parts]
                 shape, parts = cache[at]
                 keys = [key for key, _ in whole.blocks]
@@ -362,7 +361,7 @@ def _within(held: list[tuple[int, int]], low: int, high: int) -> list[tuple[int,
     return out
 
 
-def _shard(placement: Placement, whole: Stored, sharding: Sharding, coordinate: tuple[int, ...]):
+def _shard(whole: Stored, sharding: Sharding, coordinate: tuple[int, ...]):
     """Shape and blocks of one place's part of an HF tensor."""
     shape, blocks = whole.shape, list(whole.blocks)
     for dim in range(len(shape)):
@@ -375,11 +374,11 @@ def _shard(placement: Placement, whole: Stored, sharding: Sharding, coordinate: 
                 cuts.append((size, index, factor))
         if not cuts:
             continue
-        axes, parts, ranges = axes_in(placement, whole, dim), [], intervals(shape[dim], cuts)
+        parts, ranges = [], intervals(shape[dim], cuts)
         local = replace_dim(shape, dim, sum(high - low for low, high in ranges))
         steps, at = row_major(local), 0
         for low, high in ranges:
-            piece, cut_blocks = slice_dim(shape, blocks, dim, low, high, axes)
+            piece, cut_blocks = slice_dim(shape, blocks, dim, low, high)
             parts += [(key, restride(block, piece, steps).moved(at * steps[dim])) for key, block in cut_blocks]
             at += high - low
         shape, blocks = local, parts
