@@ -236,7 +236,7 @@ def _is_checkpoint(folder: Path) -> bool:
     if (folder / MANIFEST).is_file():
         return True
     try:
-        formats.recognise(folder)
+        formats.recognise(folder, None)
     except ReshardError:
         return False
     return True

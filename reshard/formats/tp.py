@@ -11,7 +11,6 @@ import json
 import re
 from collections import defaultdict
 from collections.abc import Callable
-from pathlib import Path
 
 from reshard.dtypes import DTYPE_SIZE
 from reshard.errors import FormatError
@@ -24,15 +23,16 @@ from reshard.geometry.regions import Chunk
 from reshard.layout import Mesh, Placement, Rules
 from reshard.layout.mesh import even_stages, grid
 from reshard.stores import safetensors
+from reshard.stores.files import AnyPath
 
 _FILE = re.compile(r"shard-([0-9]{5})-model-([0-9]{5})-of-([0-9]{5})\.safetensors")
 
 
-def _recognise(folder: Path, names: set[str]) -> bool:
+def _recognise(folder: AnyPath, names: set[str]) -> bool:
     return any(_FILE.fullmatch(name) for name in names)
 
 
-def _read(folder: Path) -> Contents:
+def _read(folder: AnyPath) -> Contents:
     found: dict[int, dict[int, str]] = defaultdict(dict)
     counts: dict[int, set[int]] = defaultdict(set)
     for path in sorted(folder.iterdir()):
@@ -78,7 +78,7 @@ def _offset(numbers: object) -> tuple[int, ...]:
     return tuple(numbers)
 
 
-def _mesh_note(path: Path, note: str | None) -> tuple[str, Mesh] | None:
+def _mesh_note(path: AnyPath, note: str | None) -> tuple[str, Mesh] | None:
     """What a file's own metadata says of layout and mesh; None in a file that reshard did not write."""
     if note is None:
         return None
@@ -92,7 +92,7 @@ def _mesh_note(path: Path, note: str | None) -> tuple[str, Mesh] | None:
         raise FormatError(f"{path}: its metadata under 'reshard' names no mesh") from None
 
 
-def _ours(folder: Path, pieces: list[Piece], ranks: int, notes: set) -> Contents:
+def _ours(folder: AnyPath, pieces: list[Piece], ranks: int, notes: set) -> Contents:
     manifest = read_manifest(folder)
     said = {f"{note[1]}" if note else "nothing" for note in notes} | ({str(mesh_of(manifest))} if manifest else set())
     if len(said) != 1 or len(notes) != 1:

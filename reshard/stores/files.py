@@ -6,7 +6,7 @@ import struct
 import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import IO, Any, BinaryIO, Protocol, Self
 
 from reshard.errors import FormatError, ReshardError, SourceError
@@ -76,6 +76,13 @@ def reading(what: object, error: type[ReshardError] = FormatError) -> Iterator[N
         text = quote(surprise) or "no reason given"
         raise error(f"{what} can't be read: its content is malformed ({type(surprise).__name__}: {text})",
                     "it is damaged, or not what it seems; copy it again") from surprise  # fmt: skip
+
+
+def safe_join(folder: AnyPath, name: str) -> AnyPath:
+    """`folder`/`name`, refusing a name from a file that would lead out of the folder."""
+    if not name or name.startswith(("/", "\\")) or ".." in PurePosixPath(name).parts or "\x00" in name:
+        raise FormatError(f"{folder}: file name {quote(repr(name))} leads out of the folder")
+    return folder / name
 
 
 def open_file(path: AnyPath, buffering: int = -1) -> BinaryIO:
