@@ -23,7 +23,8 @@ from reshard.executor.threads import in_threads
 from reshard.geometry.block import Box, Key, Stored, end
 from reshard.geometry.coverage import label
 from reshard.geometry.pieces import union_volume
-from reshard.layout import Mesh, Placement
+from reshard.heat import Heat
+from reshard.layout import Layout, Mesh, Placement
 from reshard.planner.batches import JOBS, Batch, batches, of_pair, runs, workers
 from reshard.planner.join import Join, Pattern, join
 from reshard.planner.plan import Copy, Plan
@@ -105,7 +106,11 @@ class Likeness:
 
 
 def compare(
-    a: Checkpoint, b: Checkpoint, progress: Callable[[int], None] = lambda size: None, likeness: Likeness = Likeness()
+    a: Checkpoint,
+    b: Checkpoint,
+    progress: Callable[[int], None] = lambda size: None,
+    likeness: Likeness = Likeness(),
+    maps: bool = False,
 ) -> DiffReport:
     """See ``api.diff``."""
     lined_up = pair(a, b)
@@ -119,7 +124,7 @@ def compare(
     report = DiffReport(lined_up.tensors, [], *[[name(key) for key in keys] for keys in missing])
     report.bytes_missing_in_a = _bytes(joined.destinations, missing[0], lined_up.sizes[1])
     report.bytes_missing_in_b = _bytes(joined.sources, missing[1], lined_up.sizes[0])
-    tally = _Tally(progress, likeness)
+    tally = _Tally(progress, likeness, a.layout if maps else None)
     with closing(a.source()) as left, closing(b.source()) as right:
         plan = lined_up.plan
         if left.remote or right.remote:
@@ -157,8 +162,8 @@ def _not_compared(sizes: tuple[Sizes, Sizes], key: Key, pattern: Pattern, compar
 class _Tally:
     """What was compared, and what of it differs. Tiles of one tensor do not overlap, so that its elements count once."""
 
-    def __init__(self, progress: Callable[[int], None], likeness: Likeness):
-        self.likeness = likeness
+    def __init__(self, progress: Callable[[int], None], likeness: Likeness, layout: Layout | None):
+        self.likeness, self._layout = likeness, layout
         self.compared: dict[Key, int] = defaultdict(int)
         self.found: dict[Key, Difference] = {}
         self._progress = progress
@@ -187,6 +192,16 @@ class _Tally:
                 self.compared[key] += union_volume(copy.move.box for copy in copies)
                 if differs is not None:
                     self.found[key].elements += int(np.count_nonzero(differs))
+                    if self._layout is not None:
+                        self._map(key).add(tile.boxes[key], differs)
+
+    def _map(self, key: Key) -> Heat:
+        found = self.found[key]
+        if found.heat is None:
+            tensor = self._layout.descriptor.tensors.get(key[0])
+            shape = self._layout.shape_of(key) if tensor else tuple(stop for _, stop in key)
+            found.heat = Heat(shape, len(tensor.dims[0]) if tensor and tensor.dims else 0)
+        return found.heat
 
     def _note(self, copy: Copy, largest: float) -> None:
         with self._lock:

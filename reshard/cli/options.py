@@ -1,5 +1,7 @@
 """Arguments and options that commands share, and what they are converted to."""
 
+from pathlib import Path
+
 import click
 
 from reshard.errors import ReshardError
@@ -82,6 +84,7 @@ rank_option = click.option("--rank", type=click.IntRange(0), help="Only what thi
 cache_option = click.option(
     "--cache", is_flag=True, help="Download SRC's files into the Hub's cache first, for others too, and read them there."
 )
+report_option = click.option("--report", type=click.Path(dir_okay=False, writable=True, path_type=Path), help="Write an HTML page too.")
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 
 
