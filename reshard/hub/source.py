@@ -6,7 +6,7 @@ from pathlib import Path
 
 from reshard.dtypes import DTYPE_SIZE
 from reshard.errors import FormatError
-from reshard.executor.sources import Source, Workspace
+from reshard.executor.sources import InMemory, Source, Workspace
 from reshard.geometry.block import Stored
 from reshard.hub.checksum import Checksum
 from reshard.hub.folder import HubPath
@@ -96,10 +96,8 @@ class HubSource(Source):
         self._repository.stop()
 
 
-class Held:
+class Held(InMemory):
     """The bytes of one batch: as a Source for its tiles, in memory."""
-
-    in_memory = True
 
     def __init__(self, held: list[tuple[Range, memoryview]]):
         self._held = held
@@ -110,7 +108,7 @@ class Held:
         into[:] = self._slice(stored.file, at, at + len(into))
 
     def map(self, stored: Stored, start: int, stop: int) -> memoryview:
-        """As ``Source.map``: of what lies between the ranges that were fetched, the bytes mean nothing."""
+        """As ``InMemory.map``: of what lies between the ranges that were fetched, the bytes mean nothing."""
         width = DTYPE_SIZE[stored.dtype]
         low, high = stored.start + start * width, stored.start + stop * width
         whole = self._slice(stored.file, low, high)
@@ -122,9 +120,6 @@ class Held:
             if r.file == stored.file and a < b:
                 view[a - low : b - low] = buffer[a - r.start : b - r.start]
         return view
-
-    def count(self, size: int) -> None:
-        """Counted when it was fetched."""
 
     def _slice(self, file: str, low: int, high: int) -> memoryview | None:
         for r, buffer in self._held:
