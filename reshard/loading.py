@@ -53,11 +53,11 @@ def load_rank(
     free = free_bytes(at)
     try:
         tensors = {s.name: torch.zeros(s.shape, dtype=kinds[s.dtype], device=at) for s in plan.destinations}
+        constants = {name: torch.full(c.shape, c.value, dtype=kinds[c.dtype], device=at) for name, c in placement.constants(rank)}
+        fill(plan, source, tensors, device, jobs=jobs, buffer=buffer, allow_overflow=allow_overflow)
     except torch.cuda.OutOfMemoryError:
         held = f"rank {rank.number} takes {human(plan.bytes_held)} on {at}, which has {human(free)} free"
         raise ReshardError(held, "use more ranks, or another device") from None
-    constants = {name: torch.full(c.shape, c.value, dtype=kinds[c.dtype], device=at) for name, c in placement.constants(rank)}
-    fill(plan, source, tensors, device, jobs=jobs, buffer=buffer, allow_overflow=allow_overflow)
     return tensors | constants
 
 

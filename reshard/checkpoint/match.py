@@ -44,12 +44,12 @@ def match(checkpoint: Checkpoint, kind: formats.Format, contents: formats.Conten
             yield s
 
     found = placed(sound(), contents.pieces, f" by layout {layout.name}")
-    problems = [f"{s.name} is missing (rank {s.rank}), expected shape {list(s.shape)}" for s in found.missing if not s.entry.alias]
-    problems = placement.problems + problems + found.problems + faults
-    ignore, omit = [*layout.filled(section.drop), *contents.ignore], layout.filled(section.omit)
+    missing = [f"{s.name} is missing (rank {s.rank}), expected shape {list(s.shape)}" for s in found.missing if not s.entry.alias]
+    problems = placement.problems + found.problems + faults + missing
+    buffers, omit = layout.buffers(section), layout.omitted(section)
     constants = {name for rank in placement.ranks for name, _ in placement.constants(rank)} if section.constants else set()
     for piece in found.rest:
-        computed = piece.name in constants or any(fnmatchcase(piece.name, pattern) for pattern in ignore)
+        computed = piece.name in constants or any(fnmatchcase(piece.name, pattern) for pattern in buffers)
         if not computed and not any(fnmatchcase(piece.name, pattern) for pattern in omit):
             problems.append(f"{piece.name} ({piece.file}) is not in layout {layout.name}")
             continue
@@ -59,7 +59,7 @@ def match(checkpoint: Checkpoint, kind: formats.Format, contents: formats.Conten
             checkpoint.left_out.append(_by_itself(piece))
     if problems:
         raise PlanError(list(dict.fromkeys(problems)), _what_is_expected(checkpoint))
-    check_constants(checkpoint.path, placement, found.rest)
+    check_constants(checkpoint.path, placement, held)
     checkpoint.stored = found.stored
     checkpoint.dropped = sorted(set(checkpoint.dropped))
 

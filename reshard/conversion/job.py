@@ -25,16 +25,13 @@ from reshard.planner.batches import peak as peak_of_fetching
 from reshard.planner.plan import Copy, Plan
 from reshard.planner.plan import plan as make_plan
 from reshard.planner.tiles import BUFFER, Portion, peak_buffer, portions
+from reshard.stores.beside import is_side_file
 from reshard.stores.files import AnyPath
 from reshard.stores.identity import Identity, identity
 from reshard.text import count, human, some, table
 
 if TYPE_CHECKING:
     from reshard.executor.casts import Casts
-
-#: files beside the weights that every folder gets, when the source has them
-COMPANIONS = ("config.json", "generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*",
-              "merges.txt", "chat_template*", "preprocessor_config.json", "processor_config.json", "LICENSE*", "*.tiktoken", "spiece.model", "*.py")  # fmt: skip
 
 
 @dataclass
@@ -328,8 +325,8 @@ def split_hint(placement: Placement) -> str:
 def companion_files(source: Checkpoint) -> dict[str, AnyPath]:
     """config.json, tokenizer and their like: name in the destination → file at the source."""
     folder = source.config_path.parent if source.config_path else source.path
-    patterns = [pattern for pattern in COMPANIONS if not (source.remote and pattern == "*.py")]  # code that nobody here asked for
-    found = {path.name: path for pattern in patterns for path in sorted(folder.glob(pattern)) if path.is_file()}
+    # code that nobody here asked for is not taken from the Hub
+    found = {path.name: path for path in folder.iterdir() if is_side_file(path.name, code=not source.remote) and path.is_file()}
     if source.config_path:
         found["config.json"] = source.config_path
     return dict(sorted(found.items()))

@@ -103,7 +103,7 @@ def convert(
             left,
             journal.file if fsync else None,
             written,
-            [s for s in job.plan.destinations if s.padding],
+            job.plan.padding,
             files_mode,
             folders_mode,
         )

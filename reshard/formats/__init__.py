@@ -20,8 +20,8 @@ from reshard.stores.files import AnyPath
 class Contents:
     """What a folder holds, as its headers say: every tensor in its files as a piece of what a rank of `mesh` stores.
 
-    `stages` is the layers of each pipeline stage where the files show them. `ignore` are name patterns that every model of
-    this format may have and that are no weights. `settings` is what each file says of the model's sizes.
+    `stages` is the layers of each pipeline stage where the files show them. `settings` is what each file says of the model's
+    sizes.
     """
 
     mesh: Mesh
@@ -29,7 +29,6 @@ class Contents:
     layout: str | None = None
     engine_version: str | None = None
     stages: list[list[int]] | None = None
-    ignore: tuple[str, ...] = ()
     settings: Mapping[str, Mapping[str, object]] = field(default_factory=dict)
 
 
@@ -65,6 +64,7 @@ class Format:
     newest: str | None = None  # release of the engine whose files it writes, the newest known
     oldest: str | None = None  # the oldest whose names are known
     disagreements: Callable[[Layout, Contents], list[str]] | None = None  # of a folder's own settings with config.json
+    small: tuple[str, ...] = ()  # names of files beside the weights without which a folder of this format is not whole
 
     def release(self, version: str) -> tuple[int, ...]:
         """The engine's release that `version` names, if its tensors' names are known. Raises PlanError or LayoutError."""

@@ -1,6 +1,6 @@
 """Constants that an engine keeps beside the weights. A conversion writes them anew, so those of a source must be the same numbers."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from math import prod
 
 from reshard.dtypes import numbers_of
@@ -16,21 +16,24 @@ _WINDOW = 1 << 20  # bytes: constants that lie this near to each other are read 
 _SHOWN = 8
 
 
-def check_constants(folder: AnyPath, placement: Placement, pieces: Iterable[Piece]) -> None:
-    """Raises FormatError where a piece in the files of `folder` holds another value than the layout declares: no conversion carries it."""
-    declared = {(rank.number, name): constant for rank in placement.ranks for name, constant in placement.constants(rank)}
-    by_file: dict[str, list[tuple[Piece, Constant]]] = {}
+def check_constants(folder: AnyPath, placement: Placement, held: Mapping[int, Mapping[str, Piece]]) -> None:
+    """Raises FormatError where a file of `folder` holds another value than the layout declares: no conversion carries it.
+
+    `held` are each rank's pieces, by name.
+    """
+    by_file: dict[str, list[tuple[Constant, Piece]]] = {}
     wrong: list[str] = []
-    for piece in pieces:
-        constant = declared.get((piece.held_by, piece.name))
-        if constant is None:
-            continue
-        if prod(piece.shape) != prod(constant.shape):
-            wrong.append(f"{piece.name} ({piece.file}) has shape {list(piece.shape)}, expected {list(constant.shape)}")
-        else:
-            by_file.setdefault(piece.file, []).append((piece, constant))
-    for file, held in by_file.items():
-        for (piece, constant), raw in zip(held, _contents(folder / file, [piece for piece, _ in held])):
+    for rank in placement.ranks:
+        for name, constant in placement.constants(rank):
+            piece = held.get(rank.number, {}).get(name)
+            if piece is None:
+                continue
+            if prod(piece.shape) != prod(constant.shape):
+                wrong.append(f"{piece} has shape {list(piece.shape)}, expected {list(constant.shape)}")
+            else:
+                by_file.setdefault(piece.file, []).append((constant, piece))
+    for file, own in by_file.items():
+        for (constant, piece), raw in zip(own, _contents(folder / file, [piece for _, piece in own])):
             if piece.dtype == constant.dtype and raw == constant_bytes(constant.value, constant.dtype) * prod(constant.shape):
                 continue
             import numpy as np
@@ -38,7 +41,7 @@ def check_constants(folder: AnyPath, placement: Placement, pieces: Iterable[Piec
             values = np.frombuffer(raw, numbers_of(piece.dtype))
             other = [value for value in values.tolist() if value != constant.value]
             if other:
-                wrong.append(f"{piece.name} ({file}) is {quote(other[0])}, expected {constant.value:g}")
+                wrong.append(f"{piece} is {quote(other[0])}, expected {constant.value:g}")
     if wrong:
         lines = wrong[:_SHOWN] + [f"… and {len(wrong) - _SHOWN} more"] * (len(wrong) > _SHOWN)
         text = f"{folder} holds constants that are not those of layout {placement.layout.name}, and no conversion carries them:\n  "

@@ -158,4 +158,4 @@ def _depth(stored: Stored, target: Target) -> int:
     return -1 if tensor.stage == "first" else target.placement.layout.layers
 
 
-FORMAT = Format("hf", "hf", Rules(grid, even_stages, even=False), _recognise, _read, _write)
+FORMAT = Format("hf", "hf", Rules(grid, even_stages, even=False), _recognise, _read, _write, small=_INDEXES)

@@ -31,7 +31,6 @@ _LAYER = re.compile(r"decoder\.layers\.([0-9]{1,6})\.")
 _MODEL = re.compile(r"model[0-9]{0,6}")
 _PREFIX = re.compile(r"^(module\.)+")  # of wrappers that Megatron itself takes off before it saves
 _MIXED = "files of several checkpoints were mixed"
-_IGNORE = ("*._extra_state", "*.local_tokens_per_expert", "*.global_tokens_per_expert", "*.inv_freq")
 
 
 def _recognise(folder: AnyPath, names: set[str]) -> bool:
@@ -94,7 +93,7 @@ def _read(folder: AnyPath) -> Contents:
     layers = iter(range(sum(map(len, depth.values()))))
     stages = [list(islice(layers, len(depth[p]))) for p in range(virtual.pp)]
     settings = {files[name]: fields(blob.get("args")) for name, blob in blobs.items()}
-    return Contents(virtual, pieces, manifest and manifest.get("layout"), stages=stages, ignore=_IGNORE, settings=settings)
+    return Contents(virtual, pieces, manifest and manifest.get("layout"), stages=stages, settings=settings)
 
 
 def _disagreements(layout: Layout, contents: Contents) -> list[str]:
@@ -229,4 +228,13 @@ def _write(target: Target, stored: list[Stored]) -> Folder:
     return Folder(files, pieces, {TRACKER: b"release"})
 
 
-FORMAT = Format("megatron", "megatron", Rules(mp_ranks, even_stages, local=True), _recognise, _read, _write, disagreements=_disagreements)
+FORMAT = Format(
+    "megatron",
+    "megatron",
+    Rules(mp_ranks, even_stages, local=True),
+    _recognise,
+    _read,
+    _write,
+    disagreements=_disagreements,
+    small=(TRACKER,),
+)
