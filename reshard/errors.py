@@ -61,6 +61,7 @@ class BadBytes(HubError, FormatError):
     def __init__(self, message: str, hint: str | None = None, file: str = ""):
         super().__init__(message, hint)
         self.file = file
+        self.source_file: str | None = None  # as a checkpoint's tensors name it, where they are in it
 
     def __reduce__(self) -> tuple[object, ...]:
         return type(self), (str(self), self.hint, self.file)

@@ -11,7 +11,7 @@ from reshard.conversion.job import Job
 from reshard.conversion.journal import NAME as JOURNAL
 from reshard.conversion.journal import Done, Journal, Note
 from reshard.dtypes import DTYPE_SIZE
-from reshard.errors import DestinationError, HubError, ReshardError
+from reshard.errors import BadBytes, DestinationError, HubError, ReshardError
 from reshard.planner.batches import Batch
 from reshard.planner.tiles import Portion
 
@@ -108,7 +108,7 @@ def written_by(job: Job, portions: Sequence[Batch | Portion], batches: set[int])
 
 def give_up(job: Job, work: Work, journal: Journal, place: Place, error: ReshardError) -> None:
     """Keep of a run whose source turned out to be wrong what is good: all that is not made of the one bad file of the Hub's; else nothing."""
-    file = getattr(error, "source_file", None)
+    file = error.source_file if isinstance(error, BadBytes) else None
     if file is None and isinstance(error, HubError):  # a small file of the Hub's came wrong: nothing was made of it
         return
     if not job.source.remote or file is None:

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from reshard.dtypes import DTYPE_SIZE
-from reshard.errors import FormatError
+from reshard.errors import BadBytes
 from reshard.executor.sources import InMemory, Source, Workspace
 from reshard.geometry.block import Stored
 from reshard.hub.checksum import Checksum
@@ -24,6 +24,7 @@ class HubSource(Source):
 
     def __init__(self, folder: HubPath, whole: Iterable[Batch] = (), jobs: int = 8):
         super().__init__(folder)
+        self._hub = folder
         self._repository = folder.repository
         self._repository.start()
         self._cached: dict[str, Path | None] = {}
@@ -71,8 +72,8 @@ class HubSource(Source):
         if check.result and self._checks.pop(file, None):
             path = self._path(file)
             try:
-                self._repository.compare(path, check.result, self._repository.entries[path].sha256)
-            except FormatError as error:
+                self._repository.compare(path, check.result, self._repository.entries[path].sha256 or "")
+            except BadBytes as error:
                 error.source_file = file  # what is made of other files is good
                 raise
             self.count_checked()
@@ -82,7 +83,7 @@ class HubSource(Source):
             self.checked += 1
 
     def _path(self, file: str) -> str:
-        return (self.folder / file).path
+        return (self._hub / file).path
 
     def _in_cache(self, file: str) -> Path | None:
         if file not in self._cached:
@@ -90,7 +91,9 @@ class HubSource(Source):
         return self._cached[file]
 
     def _place(self, file: str) -> Path:
-        return self._in_cache(file)
+        cached = self._in_cache(file)
+        assert cached is not None, f"{file} is not in the cache"
+        return cached
 
     def stop(self) -> None:
         self._repository.stop()
@@ -105,7 +108,9 @@ class Held(InMemory):
     def read(self, stored: Stored, start: int, into: memoryview) -> None:
         """As ``Source.read``."""
         at = stored.start + start * DTYPE_SIZE[stored.dtype]
-        into[:] = self._slice(stored.file, at, at + len(into))
+        held = self._slice(stored.file, at, at + len(into))
+        assert held is not None, f"{stored.name}: bytes that no range of its batch holds"
+        into[:] = held
 
     def map(self, stored: Stored, start: int, stop: int) -> memoryview:
         """As ``InMemory.map``: of what lies between the ranges that were fetched, the bytes mean nothing."""
