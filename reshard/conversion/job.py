@@ -4,10 +4,10 @@
 """
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypedDict
 
 from reshard import formats
 from reshard.checkpoint import Checkpoint, read_config
@@ -22,7 +22,7 @@ from reshard.layout import Layout, Mesh, Placement, Rank
 from reshard.layout.check import omitted, refuse_unheld
 from reshard.planner.batches import GAP, JOBS, Batch, batches, workers
 from reshard.planner.batches import peak as peak_of_fetching
-from reshard.planner.plan import Plan
+from reshard.planner.plan import Copy, Plan
 from reshard.planner.plan import plan as make_plan
 from reshard.planner.tiles import BUFFER, Portion, peak_buffer, portions
 from reshard.stores.beside import is_side_file
@@ -63,7 +63,7 @@ class Job:
         """The descriptors' table that the format follows."""
         return formats.get(self.format).section
 
-    def portions(self) -> list[Batch] | list[Portion]:
+    def portions(self) -> Sequence[Batch | Portion]:
         """The whole work in pieces that a journal notes by number."""
         return portions(self.plan) if self.batches is None else self.batches
 
@@ -79,7 +79,7 @@ class Job:
         return sum(file.image.size for file in self.folder.files)
 
     @property
-    def copies(self):
+    def copies(self) -> list[Copy]:
         return self.plan.copies
 
     @property
@@ -120,7 +120,8 @@ class Job:
             f"writes {human(self.bytes_written)}, {_above(self.bytes_written, plan.bytes_held, 'headers')}",
         ]
         computed = sorted(set(self.dropped) - set(self.left_out))
-        lines += [self.what_is_left_out()] if self.left_out else []
+        left = self.what_is_left_out()
+        lines += [left] if left else []
         if computed:
             lines.append(
                 f"dropped: {count(len(computed), 'buffer')}, {human(source.dropped_bytes - source.left_out_bytes)}: {some(computed)}"
@@ -138,7 +139,7 @@ class Job:
             else f"what lies between, up to {human(GAP)} at a time, costs less than another request"
         )
 
-    def to_json(self, path: str | None = None) -> dict:
+    def to_json(self, path: str | None = None) -> dict[str, object]:
         """The keys that `convert` and `plan` share (CLI.md)."""
         source = self.source
         return {
@@ -207,7 +208,7 @@ def prepare(
     without = not_held(source, placement)
     engine_version = engine_version or kind.newest
     target = Target(placement, ranks, engine_version, max_file, mesh if kind.whole else None)
-    folder = kind.write(target, plan.destinations)
+    folder = kind.write(target, list(plan.destinations))
     here = placed(plan.destinations, folder.pieces, complete=rank is None)
     if all(piece.region is None for piece in folder.pieces):
         plan = plan.located(here.stored)
@@ -217,8 +218,9 @@ def prepare(
     native = native_dtypes(source, plan)
     alone = rank is not None and len(every) > 1
     folder.small[MANIFEST] = manifest_bytes(format, target.mesh, source.layout.name, engine_version, sizes, native, source.origin,
-                                            (rank, len(every)) if alone else None, left_out(source, without), engine_platform)  # fmt: skip
-    if dtype or dequantise:
+                                            (rank, len(every)) if rank is not None and alone else None, left_out(source, without),
+                                            engine_platform)  # fmt: skip
+    if (dtype or dequantise) and source.config_path:
         config = without_quantisation(read_config(source.config_path)) if dequantise else dict(read_config(source.config_path))
         if dtype:
             key = "dtype" if "dtype" in config or "torch_dtype" not in config else "torch_dtype"
@@ -232,7 +234,14 @@ def prepare(
                counting(allow_overflow), without)  # fmt: skip
 
 
-def left_out(source: Checkpoint, not_held: Iterable[Stored] = ()) -> dict:
+class LeftOut(TypedDict):
+    """Weights that a result lacks: their names, and their bytes."""
+
+    tensors: list[str]
+    bytes: int
+
+
+def left_out(source: Checkpoint, not_held: Iterable[Stored] = ()) -> LeftOut:
     """Weights in the files of `source` that no conversion carries, or (`not_held`) this one: their names, and their bytes."""
     every = [*source.left_out, *not_held]
     return {"tensors": sorted({stored.name for stored in every}), "bytes": sum(stored.size * DTYPE_SIZE[stored.dtype] for stored in every)}
@@ -337,7 +346,7 @@ def join_to(
 
 def native_dtypes(source: Checkpoint, plan: Plan) -> dict[str, str]:
     """The model's own dtype of each tensor that the destination's engine wants in another: noted, so that it comes back."""
-    wanted = {key[0]: s.entry.dtype for s in plan.destinations if s.entry.dtype for key, _ in s.blocks}
+    wanted = {key[0]: s.entry.dtype for s in plan.destinations if s.entry and s.entry.dtype for key, _ in s.blocks}
     if not wanted:
         return {}
     held = {key[0]: s.dtype for s in source.stored for key, _ in s.blocks if key[0] in wanted}
