@@ -109,25 +109,44 @@ def diff(
     *,
     layout: str | Path | None = None,
     config: str | Path | None = None,
+    formats: tuple[str | None, str | None] = (None, None),
+    dtype: str | None = None,
+    atol: float = 0.0,
+    maps: bool = False,
     progress: Callable[[int], None] = lambda size: None,
 ) -> DiffReport:
-    """Compare two checkpoints of any layouts, bit for bit, in the axes they share; nothing is written, no model held."""
-    from reshard.compare import compare
+    """Compare two checkpoints of any layouts, bit for bit, in the axes they share; nothing is written, no model held.
 
-    return compare(*open_pair(a, b, layout=layout, config=config), progress)
+    `formats` are those of `a` and of `b`, where their files don't tell. With `dtype` (bf16, fp16, fp32) floating-point tensors are equal when they are once both sides are cast to it, which confirms a
+    cast; with `atol` elements are equal that lie within it of each other. `maps`: each difference tells where it lies (`heat`).
+    """
+    from reshard.compare import Likeness, compare
+    from reshard.dtypes import USER_WORDS
+
+    if dtype is not None and dtype not in USER_WORDS:
+        raise PlanError([f"dtype {dtype!r} is none to compare in"], f"use one of {', '.join(USER_WORDS)}")
+    likeness = Likeness(USER_WORDS[dtype] if dtype else None, atol)
+    return compare(*open_pair(a, b, layout=layout, config=config, formats=formats), progress, likeness, maps)
 
 
-def open_pair(a: Checkpoint | str | Path, b: Checkpoint | str | Path, *, layout=None, config=None) -> tuple[Checkpoint, Checkpoint]:
+def open_pair(
+    a: Checkpoint | str | Path,
+    b: Checkpoint | str | Path,
+    *,
+    layout=None,
+    config=None,
+    formats: tuple[str | None, str | None] = (None, None),
+) -> tuple[Checkpoint, Checkpoint]:
     """Two checkpoints to be compared, opened; one without a config.json has `config`, or else the other's."""
 
-    def opened(one: Checkpoint | str | Path, other: Checkpoint | str | Path) -> Checkpoint:
+    def opened(one: Checkpoint | str | Path, other: Checkpoint | str | Path, format: str | None) -> Checkpoint:
         if isinstance(one, Checkpoint):
             return _opened(one, {"layout": layout} if layout is not None else {})
         if config or is_remote(one) or (Path(one) / "config.json").is_file() or not Path(one).is_dir():
-            return open_checkpoint(one, layout=layout, config=config)
-        return open_checkpoint(one, layout=layout, config=other.config_path if isinstance(other, Checkpoint) else other)
+            return open_checkpoint(one, format=format, layout=layout, config=config)
+        return open_checkpoint(one, format=format, layout=layout, config=other.config_path if isinstance(other, Checkpoint) else other)
 
-    return opened(a, b), opened(b, a)
+    return opened(a, b, formats[0]), opened(b, a, formats[1])
 
 
 def pull(source: str, destination: str | Path, **options):
