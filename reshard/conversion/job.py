@@ -4,7 +4,7 @@
 """
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -262,11 +262,24 @@ def one_rank(placement: Placement, number: int) -> Rank:
     return placement.ranks[number]
 
 
-def join_to(source: Checkpoint, placement: Placement, dtype: str | None, ranks=None, complete: bool = True) -> Plan:
-    """The plan that fills `placement` (or some of its ranks) from `source`."""
+def rank_at(placement: Placement, at: tuple[int, ...]) -> Rank:
+    """The rank at (tp, pp), or (tp, pp, ep) where several stand there."""
+    found = [rank for rank in placement.ranks if (rank.tp, rank.pp, rank.ep)[: len(at)] == tuple(at)] if len(at) in (2, 3) else []
+    if not found or len({rank.ep for rank in found}) > 1:
+        text = f"no rank stands at {at}" if not found else f"{len(found)} ranks stand at {at}"
+        raise PlanError([f"{text} of {placement.mesh}"], "at is (tp, pp), or (tp, pp, ep), each from 0")
+    return found[0]
+
+
+def join_to(
+    source: Checkpoint, placement: Placement, dtype: str | None, ranks=None, complete: bool = True, wanted: Mapping[str, str] = {}
+) -> Plan:
+    """The plan that fills `placement` (or some of its ranks) from `source`. `wanted`: dtypes of stored tensors, by name, whatever `dtype`."""
     if dtype is not None and dtype not in USER_WORDS:
         raise PlanError([f"unknown dtype {dtype!r}"], f"use one of {', '.join(USER_WORDS)}")
     destinations = list(placement.stored(ranks))
+    if wanted:
+        destinations = [replace(s, entry=replace(s.entry, dtype=wanted.get(s.name, s.entry.dtype))) for s in destinations]
     if placement.problems:
         raise PlanError(placement.problems, split_hint(placement))
     keep = [t.name for t in source.layout.descriptor.tensors.values() if t.dtype]
