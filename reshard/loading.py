@@ -12,7 +12,7 @@ import threading
 from collections import deque
 from collections.abc import Mapping
 from contextlib import closing, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -82,7 +82,8 @@ def load_into(
     kinds = torch_dtypes()
     words = {kind: word for word, kind in kinds.items() if word in FLOATS}
     wanted = {name: words[tensor.dtype] for name, tensor in into.items() if tensor.dtype in words}
-    plan = join_to(source, placement, None, [rank], complete=False, wanted=wanted)
+    cut = [replace(s, entry=replace(s.entry, dtype=wanted.get(s.name, s.entry.dtype))) for s in placement.stored([rank])]
+    plan = join_to(source, placement, None, [rank], complete=False, cut=cut)
     constants = dict(placement.constants(rank))
     due = {s.name: (s.shape, kinds[s.dtype]) for s in plan.destinations} | {
         n: (c.shape, into[n].dtype) for n, c in constants.items() if n in into

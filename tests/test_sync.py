@@ -273,7 +273,7 @@ def spoilt_case(rank, root, transport, how):
     """On rank 3 one bit flips, or two heads change places, or unpacking raises, after the bytes came; once."""
     session, held, into = pair(rank, root, verify=True, transport=transport)
     session.exchange(held, into, 1)
-    run = session._run
+    run = session._ready.move
 
     def spoil(*args):
         run(*args)
@@ -286,10 +286,9 @@ def spoilt_case(rank, root, transport, how):
             else:
                 raise MemoryError("no room")
 
-    session._run = spoil
+    session._ready.move = spoil
     text = refused(lambda: session.exchange(held, into, 2))
     assert session.version == 1 and session.state == ("mixed" if into else "empty")
-    session._run = run
     session.exchange(held, into, 3)
     assert session.state == ("clean" if into else "empty")
     return text
@@ -314,7 +313,7 @@ def error_case(rank, root):
         def fail(*_):
             raise MemoryError("no room")
 
-        session._run = fail
+        session._ready.move = fail
     text = refused(lambda: session.exchange(held, into, 2))
     assert session.state == ("mixed" if into else "empty")
     return text

@@ -125,7 +125,7 @@ def plan_of_two(bucket: int = 4096):
 
 def on(device, side, rank):
     """Tensors of `rank` on another device than the host's, bound."""
-    return {id(s): Bound(s, torch.empty(s.shape, dtype=torch.bfloat16, device=device)) for s in side.held_by(rank)}
+    return {s.id: Bound(s, torch.empty(s.shape, dtype=torch.bfloat16, device=device)) for s in side.held_by(rank)}
 
 
 @pytest.mark.parametrize("tensors, wire", [("meta", "cpu"), ("cpu", "meta")])

@@ -102,7 +102,7 @@ def _matched(
 
 def unknown_architecture(settings: Mapping[str, object], contents: formats.Contents) -> LayoutError:
     """The error for a model that no descriptor lists: which family comes closest, and what it leaves unexplained."""
-    names = {name for rank in contents.tensors for name in rank}
+    names = {piece.name for piece in contents.pieces}
     best: tuple[int, str, list[str]] | None = None
     for family, descriptor in builtin_descriptors().items():
         try:

@@ -35,8 +35,8 @@ def fingerprint(job: Job) -> str:
         _add(digest, GAP, BATCH, [batch.size for batch in job.batches])
     _add(digest, job.plan.fingerprint)
     for file in job.folder.files:
-        _add(digest, file.path, file.image.size, {name: info.offset for name, info in file.image.tensors.items()})
-        for offset, content in [*file.image.segments, *sorted((file.image.tensors[n].offset, c) for n, c in file.constants.items())]:
+        _add(digest, file.path, file.image.size)
+        for offset, content in file.image.segments:
             _add(digest, offset, len(content))
             digest.update(content)
     return digest.hexdigest()

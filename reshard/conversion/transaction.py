@@ -97,7 +97,15 @@ def convert(
         source = job.source.source(job.batches if not work.resumed else (), jobs)
         left = [file for file in job.folder.files if file.path not in work.done.files]
         there = written_by(job, work.portions, work.done.batches) if work.done.batches else {}
-        output = Output(place.partial, left, journal.file if fsync else None, there, files_mode, folders_mode)
+        output = Output(
+            place.partial,
+            left,
+            journal.file if fsync else None,
+            there,
+            job.plan.padding,
+            files_mode,
+            folders_mode,
+        )
         source.casts = job.casts
         try:
             _move(job, work, source, output, journal, jobs=jobs, buffer=buffer, progress=progress)

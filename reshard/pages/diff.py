@@ -8,7 +8,7 @@ import numpy as np
 
 from reshard.difference import Difference, DiffReport
 from reshard.heat import Heat
-from reshard.pages.html import page, rows
+from reshard.page import page, rows
 from reshard.text import count, human
 
 #: tensors in the table, and maps: those with most differing elements

@@ -12,7 +12,7 @@ from html import escape
 from reshard.conversion.job import Job
 from reshard.dtypes import DTYPE_SIZE
 from reshard.geometry.block import Block, Stored
-from reshard.pages.html import bar, page, rows
+from reshard.page import bar, page, rows
 from reshard.text import count, human
 
 #: more ranks than that, and intervals of one block than that, are not drawn but counted

@@ -15,8 +15,9 @@ import torch.distributed as dist
 from torch.distributed import distributed_c10d as c10d
 
 from reshard.errors import PeerLost, SyncError
+from reshard.sync.agreement import Trial
 from reshard.sync.device import Devices
-from reshard.sync.staging import FLIGHTS, Copies, Parcel, Round, Staging
+from reshard.sync.staging import FLIGHTS, Parcel, Round, Staging
 
 #: gloo's tags for what is no weight: those of weights count from 0 for each pair of ranks
 _AGREE, _SUMS, _NEVER = 1 << 30, (1 << 30) + 1, (1 << 30) + 2
@@ -183,12 +184,12 @@ class Wire:
         An error of packing or unpacking is raised when all messages have gone: peers wait for no one, and the group is left
         as it was.
         """
-        failed: list[Exception] = []
+        trial = Trial()
         with self.devices.side_streams(staging.devices):
             straight = self._post([p for here in staging.rounds for p in here.takes if p.straight], []) if self.gloo else []
             flying: list[tuple[Round, list]] = []
             for here in staging.rounds:
-                attempt(failed, here.pack, here.leave)
+                trial.run(here.pack.run, here.leave.run)
                 if staging.crosses or (self.gloo and len(staging.devices) > 1):
                     self.devices.settle(staging.devices)  # the host sends what the device has packed
                 if self.gloo:
@@ -198,14 +199,13 @@ class Wire:
                 else:
                     flying.append((here, self._post(here.takes, here.sends)))
                 if len(flying) == FLIGHTS:
-                    self._land(staging, failed, *flying.pop(0))
+                    self._land(staging, trial, *flying.pop(0))
             for here, works in flying:
-                self._land(staging, failed, here, works)
+                self._land(staging, trial, here, works)
             for work, peer in straight:
                 self.wait(work, f"exchanging weights with rank {peer}")
             self.drain("sending")
-        if failed:
-            raise failed[0]
+        trial.settle()
 
     def _post(self, takes: list[Parcel], sends: list[Parcel]) -> list:
         self.bytes_sent += sum(p.bytes.numel() for p in sends)
@@ -226,10 +226,10 @@ class Wire:
         except RuntimeError as error:
             raise self.lost(doing, error) from None
 
-    def _land(self, staging: Staging, failed: list[Exception], here: Round, works: list) -> None:
+    def _land(self, staging: Staging, trial: Trial, here: Round, works: list) -> None:
         for work, peer in works:
             self.wait(work, "exchanging weights" if peer is None else f"exchanging weights with rank {peer}")
-        attempt(failed, here.arrive, here.unpack)
+        trial.run(here.arrive.run, here.unpack.run)
         if staging.crosses:
             self.devices.settle(staging.devices)  # the next message comes into the same buffer
 
@@ -260,16 +260,6 @@ class Wire:
 
         _beside(look)
         return f"; {found[0]}" if found else ""
-
-
-def attempt(failed: list[Exception], *all_copies: Copies) -> None:
-    """Run copies unless some failed before; keep the error for later."""
-    for copies in all_copies:
-        if not failed:
-            try:
-                copies.run()
-            except Exception as error:  # noqa: BLE001  raised when the messages have gone
-                failed.append(error)
 
 
 def _beside(call: Callable[[], None], seconds: float = 1.0) -> None:

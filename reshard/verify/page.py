@@ -3,7 +3,8 @@
 from html import escape
 from math import isfinite, log10
 
-from reshard.pages import html
+from reshard.page import page as whole_page
+from reshard.page import rows as table_of
 from reshard.text import human
 from reshard.verify.exact import STATED
 from reshard.verify.report import Report
@@ -23,9 +24,9 @@ def page(report: Report) -> str:
     ]
     body = [
         f'<h1>reshard verify: <span class="{kind}">{escape(report.verdict())}</span></h1>',
-        html.rows([], [[f"<td>{name}</td>", f"<td>{value}</td>"] for name, value in facts]),
+        table_of([], [[f"<td>{name}</td>", f"<td>{value}</td>"] for name, value in facts]),
         "<h2>Logits against the original's</h2>",
-        html.rows(
+        table_of(
             ["", "max |Δlogit|", "of max |logit|", "mean KL", "same top-1", ""],
             [_result_row(report, i) for i in range(1 + len(report.controls))],
         ),
@@ -41,7 +42,7 @@ def page(report: Report) -> str:
         ]
     if report.ranks:
         body += ["<h2>Memory of every rank</h2>", _memory(report)]
-    return html.page("reshard verify", body)
+    return whole_page("reshard verify", body)
 
 
 def _list(lines) -> str:
@@ -80,7 +81,7 @@ def _errors(report: Report) -> str:
                 f'<td class="w"><div class="scale">{bar}{line}</div></td>',
             ]
         )
-    return html.rows(["output of", "error", ""], rows)
+    return table_of(["output of", "error", ""], rows)
 
 
 def _memory(report: Report) -> str:
@@ -95,4 +96,4 @@ def _memory(report: Report) -> str:
                 f'<td class="w">{bar}</td>',
             ]
         )
-    return html.rows(["", "stored", f"held in {report.dtype}", "peak of its process", "held, of the highest peak"], rows)
+    return table_of(["", "stored", f"held in {report.dtype}", "peak of its process", "held, of the highest peak"], rows)
