@@ -52,7 +52,8 @@ def prepare(config: dict, folder: Path) -> dict:
         if target:
             try:
                 reshard.convert(folder / "hf", folder / name, fsync=False, **target)
-                (folder / name / "config.json").unlink(missing_ok=name == "megatron")  # a trainer writes none
+                if name == "megatron":
+                    (folder / name / "config.json").unlink()  # a trainer writes none
             except reshard.ReshardError as error:
                 lacking[name] = str(error).splitlines()[0]
                 shutil.rmtree(folder / name, ignore_errors=True)
@@ -64,10 +65,10 @@ def rank(folder: Path, mesh: dict, rank: int, world: int, work: Path, names: lis
     own, before = whole_state(folder / "hf", mesh, rank, world, work, "auto")
     out = {}
     for name in names:
-        options = {} if name in ("hf", "control") else {"source": str(folder / name)}
-        options |= {"config": str(folder / "hf")} if name == "megatron" else {}
-        model = folder / ("control" if name == "control" else "hf")
+        bare = name == "megatron"  # no config.json beside the weights: the model gives it, and the tokenizer
+        options = {"source": str(folder / name), "config": str(folder / "hf")} if bare else {}
         extra = {"model_loader_extra_config": {"strict": True, **options}}
+        model = folder / ("hf" if bare else name)
         state, _ = whole_state(model, mesh, rank, world, work, "reshard", **extra)
         out[name] = differences(own, state, before)
     return out | {"tensors": len(own)}

@@ -21,7 +21,8 @@ from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 
 from reshard import formats
-from reshard.checkpoint import Checkpoint, folder_of, open_checkpoint
+from reshard.checkpoint import Checkpoint, open_checkpoint
+from reshard.checkpoint.config import folder_of
 from reshard.conversion.job import place, rank_at
 from reshard.errors import LayoutError, PlanError, ReshardError
 from reshard.layout import Mesh, Placement, Rank, parse_version
