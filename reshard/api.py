@@ -27,7 +27,7 @@ def _opened(source: Checkpoint | str | Path, options: dict) -> Checkpoint:
 def plan(source: Checkpoint | str | Path, *, format: str, tp: int = 1, pp: int = 1, ep: int = 1, etp: int = 0, **options) -> Job:
     """What a conversion of `source` to `format` would read and write, to the byte. Reads headers, writes nothing.
 
-    `options`: `dtype` (bf16, fp16, fp32), `allow_overflow` (values with no room in it become infinite), `engine_version`, `max_file` (bytes), `rank` (that one alone), `jobs`, `buffer` (bytes), and `layout`, `config`, `cache` for opening.
+    `options`: `dtype` (bf16, fp16, fp32), `allow_overflow` (values with no room in it become infinite), `engine_version`, `engine_platform` (cuda, rocm, cpu), `max_file` (bytes), `rank` (that one alone), `jobs`, `buffer` (bytes), and `layout`, `config`, `cache` for opening.
     Raises ReshardError with all problems at once.
     """
     ckpt = _opened(source, options)
@@ -82,6 +82,7 @@ def load(
     device: str | None = None,
     dtype: str | None = None,
     engine_version: str | None = None,
+    engine_platform: str | None = None,
     allow_overflow: bool = False,
     jobs: int | None = None,
     buffer: int = BUFFER,
@@ -102,7 +103,7 @@ def load(
         raise TypeError(f"load() got an unexpected option {next(iter(options))!r}")
     if into is not None and (device is not None or dtype is not None):
         raise PlanError(["device or dtype given together with into, whose tensors have their own"], "leave them out")
-    placement = place(ckpt, format, Mesh(tp, pp, ep, etp), engine_version)
+    placement = place(ckpt, format, Mesh(tp, pp, ep, etp), engine_version, engine_platform)
     chosen = one_rank(placement, rank) if at is None else rank_at(placement, at)
     limits = {"jobs": jobs, "buffer": buffer, "allow_overflow": allow_overflow}
     if into is not None:

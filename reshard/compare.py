@@ -121,7 +121,7 @@ def compare(
 
     joined = lined_up.join
     missing = sorted(joined.only_destination, key=str), sorted(joined.only_source, key=str)
-    report = DiffReport(lined_up.tensors, [], *[[name(key) for key in keys] for keys in missing])
+    report = DiffReport(lined_up.tensors, [], *[sorted(map(name, keys)) for keys in missing])
     report.bytes_missing_in_a = _bytes(joined.destinations, missing[0], lined_up.sizes[1])
     report.bytes_missing_in_b = _bytes(joined.sources, missing[1], lined_up.sizes[0])
     tally = _Tally(progress, likeness, a.layout if maps else None)

@@ -278,3 +278,18 @@ def test_parts_that_differ_ask_for_a_decision(tmp_path):
     with pytest.raises(LayoutError, match=r"\[axes\] ffn is 'intermediate_size' in part gated_mlp, 'width' in part other"):
         child(tmp_path, use)
     assert child(tmp_path, use + '[axes]\nffn = "7"\n').axes["ffn"] == "7"
+
+
+def test_a_table_of_several_formats_and_a_pad_of_all_entries(tmp_path):
+    own = child(tmp_path, '["hf, vllm"]\nembed = "wte.weight"\n[vllm]\npad.vocab = "ceil_to(vocab, 7)"\nnorm = "ln.weight"\n')
+    assert names(own, "hf", "embed") == {"model.wte.weight"} == names(own, "vllm", "embed") == names(own, "sglang", "embed")
+    pads = {format: {e.label: dict(e.pad) for e in own.section(format).entries if e.pad} for format in own.formats}
+    assert pads["hf"] == {} and pads["vllm"] == {label: {"vocab": "ceil_to(vocab, 7)"} for label in ("embed", "lm_head", "tied_head")}
+    assert "64 * tp" in pads["sglang"]["embed"]["vocab"] and "128 * tp" in pads["megatron"]["lm_head"]["vocab"]
+    for text, says in (
+        ('["hf, vllm"]\nembed = "a"\n[hf]\nembed = "b"\n', r"\[hf\] embed stands in two tables of hf"),
+        ('["hf, torch"]\nembed = "a"\n', r"unknown key 'hf, torch'"),
+        ('[vllm]\npad.width = "8"\n', r"\[vllm\] pad uses axis 'width', which \[axes\] does not define"),
+    ):
+        with pytest.raises(LayoutError, match=says):
+            child(tmp_path, text)

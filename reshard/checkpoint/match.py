@@ -1,6 +1,6 @@
 """Every tensor in a checkpoint's files matched with its layout: what is missing, does not fit or is not explained, all together."""
 
-from collections.abc import Iterator, Set
+from collections.abc import Callable, Iterator, Set
 from dataclasses import replace
 from fnmatch import fnmatchcase
 
@@ -11,12 +11,17 @@ from reshard.formats.constants import check_constants
 from reshard.formats.pieces import Piece, placed
 from reshard.geometry.block import Block, Stored, row_major, singles
 from reshard.geometry.coverage import faults_of
-from reshard.layout import Entry, Layout, Mesh, Placement, Rules, Section
+from reshard.geometry.regions import Chunk
+from reshard.layout import Entry, Layout, Placement, Section
+from reshard.layout.carry import carrying, with_entries
+from reshard.layout.carry import found as found_carried
 from reshard.layout.check import refuse_unheld
 
 #: by rank and name, the first of its pieces: a name may be one rank's of the base and another's of a variant, for local layer
 #: numbers differ from stage to stage
 Held = dict[int, dict[str, Piece]]
+#: a section placed on the mesh and the platform that the files are of
+OnMesh = Callable[[Layout, Section], Placement]
 
 
 def match(checkpoint: Checkpoint, kind: formats.Format, contents: formats.Contents) -> None:
@@ -29,9 +34,15 @@ def match(checkpoint: Checkpoint, kind: formats.Format, contents: formats.Conten
     for piece in contents.pieces:
         held.setdefault(piece.rank, {}).setdefault(piece.name, piece)
     names = frozenset().union(*held.values())
-    section = _as_written(layout, _prefixed(layout, layout.section(kind.section), rules, mesh, names), rules, mesh, held)
-    layout = checkpoint.layout = _as_found(checkpoint, section, rules, mesh, names)
-    placement = Placement(layout, section, rules, mesh)
+
+    def on_mesh(layout: Layout, section: Section) -> Placement:
+        return Placement(layout, section, rules, mesh, platform=contents.engine_platform)
+
+    section = _as_written(layout, _prefixed(layout, layout.section(kind.section), on_mesh, names), on_mesh, held)
+    carried = found_carried(section, ((piece.name, _reach(piece), piece.dtype) for piece in contents.pieces))
+    section, checkpoint.layout = with_entries(section, carried), carrying(layout, carried)
+    layout = checkpoint.layout = _as_found(checkpoint, section, on_mesh, names)
+    placement = on_mesh(layout, section)
     refuse_unheld(placement, kind.section)
     placement.pads = _pads(placement, held)
     faults: list[str] = []
@@ -44,7 +55,11 @@ def match(checkpoint: Checkpoint, kind: formats.Format, contents: formats.Conten
             yield s
 
     found = placed(sound(), contents.pieces, f" by layout {layout.name}")
-    missing = [f"{s.name} is missing (rank {s.rank}), expected shape {list(s.shape)}" for s in found.missing if not s.entry.alias]
+    missing = [
+        f"{s.name} is missing (rank {s.rank}), expected shape {list(s.shape)}"
+        for s in found.missing
+        if not s.entry.alias and not copied(layout, s.entry)
+    ]
     problems = placement.problems + found.problems + faults + missing
     buffers, omit = layout.buffers(section), layout.omitted(section)
     constants = {name for rank in placement.ranks for name, _ in placement.constants(rank)} if section.constants else set()
@@ -64,6 +79,18 @@ def match(checkpoint: Checkpoint, kind: formats.Format, contents: formats.Conten
     checkpoint.dropped = sorted(set(checkpoint.dropped))
 
 
+def copied(layout: Layout, entry: Entry) -> bool:
+    """Whether `entry` repeats tensors of another place (the embedding beside a prediction layer): files may lack it."""
+    return entry.copy and all(layout.descriptor.tensors[name].place != entry.place for name in entry.of)
+
+
+def _reach(piece: Piece) -> tuple[int, ...] | None:
+    """The least shape that a stored tensor may have, by one of its pieces; None where that is not known."""
+    if piece.extent is not None:
+        return piece.extent
+    return tuple(map(sum, zip(piece.region.offsets, piece.shape))) if isinstance(piece.region, Chunk) else None
+
+
 def _what_is_expected(checkpoint: Checkpoint) -> str:
     own = checkpoint.layout.descriptor.path
     if own:
@@ -73,21 +100,21 @@ def _what_is_expected(checkpoint: Checkpoint) -> str:
     return f"is config.json ({checkpoint.config_path}) this model's? `reshard layouts show {checkpoint.layout.name}` tells what is expected"
 
 
-def _prefixed(layout: Layout, section: Section, rules: Rules, mesh: Mesh, names: Set[str]) -> Section:
+def _prefixed(layout: Layout, section: Section, on_mesh: OnMesh, names: Set[str]) -> Section:
     """The section under those prefixes of its places under which the files have most names; the first where none has more."""
     if not section.prefixes:
         return section
-    found = [sum(s.name in names for s in Placement(layout, each, rules, mesh).stored()) for each in (section, *section.prefixes)]
+    found = [sum(s.name in names for s in on_mesh(layout, each).stored()) for each in (section, *section.prefixes)]
     return (section, *section.prefixes)[found.index(max(found))]
 
 
-def _as_found(checkpoint: Checkpoint, section: Section, rules: Rules, mesh: Mesh, held: Set[str]) -> Layout:
+def _as_found(checkpoint: Checkpoint, section: Section, on_mesh: OnMesh, held: Set[str]) -> Layout:
     """The layout with the optional places and without the optional tensors that the files have and lack. A place is there
     with all its tensors or not at all. Raises PlanError."""
     layout, there, problems = checkpoint.layout, set(), []
     for place in sorted(layout.absent):
-        entries = tuple(entry for entry in section.entries if entry.place == place and not entry.alias)
-        names = {s.name for s in Placement(layout.present([place]), Section(entries), rules, mesh).stored()}
+        entries = tuple(e for e in section.entries if e.place == place and not e.alias and not copied(layout, e))
+        names = {s.name for s in on_mesh(layout.present([place]), Section(entries)).stored()}
         if names & held:
             there.add(place)
             problems += [f"{name} is missing, though others of place {place} are there" for name in sorted(names - held)]
@@ -96,23 +123,23 @@ def _as_found(checkpoint: Checkpoint, section: Section, rules: Rules, mesh: Mesh
     layout = layout.present(there) if there else layout
     if not any(tensor.optional for tensor in layout.descriptor.tensors.values()):
         return layout
-    placement, lacking = Placement(layout, section, rules, mesh), []
+    placement, lacking = on_mesh(layout, section), []
     for entry in section.entries:
         tensors = [layout.descriptor.tensors[name] for name in entry.of]
         if not entry.omit and all(tensor.optional for tensor in tensors):
             for number in placement.holding(entry):
-                probe = Placement(layout, Section((entry,)), rules, mesh).stored(number=number)
+                probe = on_mesh(layout, Section((entry,))).stored(number=number)
                 if all(layout.holds(t.optional, t.place, number) for t in tensors) and not any(s.name in held for s in probe):
                     lacking += [(tensor.name, number) for tensor in tensors]
     return layout.without(tensors=lacking) if lacking else layout
 
 
-def _as_written(layout: Layout, section: Section, rules: Rules, mesh: Mesh, held: Held) -> Section:
+def _as_written(layout: Layout, section: Section, on_mesh: OnMesh, held: Held) -> Section:
     """The section with the entries of those variants whose names the files really hold."""
     for _, _, variant in section.variants:
         present = []
         for entry in variant.entries:
-            probe = Placement(layout, Section((entry,)), rules, mesh)
+            probe = on_mesh(layout, Section((entry,)))
             first = next(probe.stored(), None)
             if first is not None and first.name in held.get(first.rank, ()):
                 present.append(entry)

@@ -69,7 +69,7 @@ def split_dim(descriptor, entry, tp: int) -> int | None:
     if tp == 1 or not split:
         return None
     lead = sum(1 for axis in tensor.index if axis not in entry.numbered)
-    return lead + next(d for d, axes in enumerate(entry.dims or tensor.dims) if split[0] in axes)
+    return lead + next(d for d, axes in enumerate(entry.dims_of(tensor)) if split[0] in axes)
 
 
 @click.command()
@@ -187,7 +187,7 @@ def _entry_row(descriptor, entry, tp: int) -> tuple:
         return f"{axis}/{tp}" if tp > 1 and split[:1] == (axis,) else axis
 
     lead = [f"[{name}]" for name in tensor.index if name not in entry.numbered]
-    dims = [" ".join(map(size, axes)) for axes in entry.dims or tensor.dims]
+    dims = [" ".join(map(size, axes)) for axes in entry.dims_of(tensor)]
     text = " ".join(lead + [f"({d})" if " " in d else d for d in dims])
     cut = split_dim(descriptor, entry, max(tp, 2))
     when = tensor.when if entry.when == "true" else entry.when

@@ -75,6 +75,11 @@ def target_options(command, required=True):
     command = click.option(
         "--engine-version", metavar="V", help="Release of vLLM or SGLang that will read the files; the newest known by default."
     )(command)
+    command = click.option(
+        "--engine-platform",
+        type=click.Choice(["cuda", "rocm", "cpu"]),
+        help="What that engine runs on, where names or shapes hang on it; cuda by default.",
+    )(command)
     command = click.option("--dtype", type=click.Choice(["bf16", "fp16", "fp32"]), help="Store floating-point tensors as this.")(command)
     command = mesh_options(command)
     return click.option("--to", "to", type=click.Choice(FORMATS), required=required, help="Format of the result.")(command)

@@ -61,7 +61,7 @@ def options(job: Job) -> dict[str, object]:
     """What the user asked for, for messages too."""
     mesh = job.mesh
     return {"format": job.format, "tp": mesh.tp, "pp": mesh.pp, "ep": mesh.ep, "etp": mesh.etp, "dtype": job.dtype,
-            "engine_version": job.engine_version, "max_file": job.max_file, "rank": job.rank}  # fmt: skip
+            "engine_version": job.engine_version, "engine_platform": job.engine_platform, "max_file": job.max_file, "rank": job.rank}  # fmt: skip
 
 
 def source_state(job: Job) -> str:

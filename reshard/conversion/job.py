@@ -45,6 +45,7 @@ class Job:
     folder: Folder
     companions: dict[str, AnyPath]
     engine_version: str | None
+    engine_platform: str | None
     dtype: str | None
     peak_buffer_bytes: int
     batches: list[Batch] | None = None  # of a remote source: what is fetched together
@@ -153,7 +154,7 @@ class Job:
             "dropped": self.dropped,
             "dropped_bytes": source.dropped_bytes,
             "left_out": self.left_out,
-            "left_out_bytes": source.left_out_bytes,
+            "left_out_bytes": left_out(source, self.not_held)["bytes"],
             "padded": self.plan.padded,
         }
 
@@ -174,6 +175,7 @@ def prepare(
     mesh: Mesh,
     dtype: str | None = None,
     engine_version: str | None = None,
+    engine_platform: str | None = None,
     max_file: int | None = None,
     rank: int | None = None,
     jobs: int | None = None,
@@ -189,7 +191,7 @@ def prepare(
     jobs = jobs or default_jobs(source)
     if format == "hf" and (mesh.tp, mesh.pp, mesh.ep) != (1, 1, 1):
         raise PlanError([f"format hf is whole: it has no {mesh}"], "leave --tp, --pp and --ep out, or use --to tp")
-    placement = place(source, format, mesh, engine_version)
+    placement = place(source, format, mesh, engine_version, engine_platform)
     ranks = placement.ranks if rank is None else [one_rank(placement, rank)]
     plan = join_to(source, placement, dtype, ranks, complete=rank is None)
     without = not_held(source, placement)
@@ -205,7 +207,7 @@ def prepare(
     native = native_dtypes(source, plan)
     alone = rank is not None and len(placement.ranks) > 1
     folder.small[MANIFEST] = manifest_bytes(format, placement.mesh, source.layout.name, engine_version, sizes, native, source.origin,
-                                            (rank, len(placement.ranks)) if alone else None, left_out(source, without))  # fmt: skip
+                                            (rank, len(placement.ranks)) if alone else None, left_out(source, without), engine_platform)  # fmt: skip
     if dtype:
         config = dict(read_config(source.config_path))
         key = "dtype" if "dtype" in config or "torch_dtype" not in config else "torch_dtype"
@@ -215,7 +217,7 @@ def prepare(
     fetched = batches(plan) if source.remote else None
     peak = peak_buffer(plan, jobs, buffer) if fetched is None else peak_of_fetching(workers(jobs, buffer))
     seen = {str(path): identity(path.stat()) for path in companions.values() if isinstance(path, Path)}
-    return Job(source, format, placement.mesh, plan, folder, companions, engine_version, dtype, peak, fetched, rank if alone else None, max_file, seen,
+    return Job(source, format, placement.mesh, plan, folder, companions, engine_version, engine_platform, dtype, peak, fetched, rank if alone else None, max_file, seen,
                counting(allow_overflow), without)  # fmt: skip
 
 
@@ -246,14 +248,15 @@ def default_jobs(source: Checkpoint) -> int:
     return JOBS if source.remote else 2
 
 
-def place(source: Checkpoint, format: str, mesh: Mesh, engine_version: str | None = None) -> Placement:
+def place(source: Checkpoint, format: str, mesh: Mesh, engine_version: str | None = None, engine_platform: str | None = None) -> Placement:
     """Where `format` puts the tensors of `source`'s model on `mesh`."""
     kind = formats.get(format)
     section = source.layout.section(kind.section)
     if mesh.ep > 1 and not source.layout.sizes.get("expert"):
         raise PlanError([f"ep={mesh.ep}, but {source.layout.name} is a model without experts"], "leave out --ep")
     version = kind.release(engine_version) if engine_version is not None else None
-    placement = Placement(source.layout, section.for_version(version), kind.rules, mesh, engine=version)
+    kind.check_platform(engine_platform)
+    placement = Placement(source.layout, section.for_version(version), kind.rules, mesh, engine=version, platform=engine_platform)
     refuse_unheld(placement, kind.section)
     return placement
 

@@ -12,7 +12,7 @@ from reshard.errors import FormatError, LayoutError, PlanError
 from reshard.foreign import quote
 from reshard.formats.pieces import Piece
 from reshard.geometry.block import Stored
-from reshard.layout import Layout, Mesh, Placement, Rank, Rules, parse_version
+from reshard.layout import PLATFORMS, Layout, Mesh, Placement, Rank, Rules, parse_version
 from reshard.stores import FileImage
 
 
@@ -28,6 +28,7 @@ class Contents:
     pieces: list[Piece]
     layout: str | None = None
     engine_version: str | None = None
+    engine_platform: str | None = None
     stages: list[list[int]] | None = None
     settings: Mapping[str, Mapping[str, object]] = field(default_factory=dict)
 
@@ -77,6 +78,14 @@ class Format:
             raise PlanError([f"--engine-version {quote(version)}: of {self.name}, names are known for {self.oldest} to {self.newest}"],
                             f"use --engine-version {self.newest if release > newest else self.oldest}, if its tensors are still named so")  # fmt: skip
         return release
+
+    def check_platform(self, platform: str | None) -> None:
+        """Raises PlanError for a platform that no engine runs on, or where none matters."""
+        if platform is not None and (self.newest is None or platform not in PLATFORMS):
+            raise PlanError(
+                [f"--engine-platform {quote(platform)} has no meaning for format {self.name}"],
+                f"it is {', '.join(PLATFORMS[:-1])} or {PLATFORMS[-1]}, with --to vllm and --to sglang",
+            )
 
 
 @dataclass(frozen=True)

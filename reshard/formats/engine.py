@@ -87,7 +87,8 @@ def _read(name: str, folder: Path) -> Contents:
             pieces += pieces_of(file, held, rank)
     if manifest:
         mesh = mesh_of(manifest)
-    return Contents(mesh, pieces, manifest and manifest.get("layout"), manifest and manifest.get("engine_version"))
+    said = manifest or {}
+    return Contents(mesh, pieces, said.get("layout"), said.get("engine_version"), said.get("engine_platform"))
 
 
 def _write(name: str, target: Target, stored: list[Stored]) -> Folder:

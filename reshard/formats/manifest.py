@@ -66,7 +66,7 @@ def _problem(manifest: object) -> str | None:
         return f"its mesh is {quote(mesh)}, expected a size etp or none"
     if max(mesh["tp"] * mesh["pp"], mesh["ep"], etp) > _MOST:
         return f"its mesh is {quote(mesh)}, of more than {_MOST} ranks"
-    for key in ("format", "layout", "engine_version"):
+    for key in ("format", "layout", "engine_version", "engine_platform"):
         if not isinstance(manifest.get(key, None if key == "format" else ""), str):
             return f"its {key} is {quote(manifest.get(key))}, expected text"
     if not isinstance(files, dict) or not all(type(size) is int and len(name.encode()) <= 255 for name, size in files.items()):
@@ -78,6 +78,10 @@ def _problem(manifest: object) -> str | None:
     source = manifest.get("source", {})
     if not isinstance(source, dict) or not all(isinstance(source.get(key, ""), str) for key in ("repo", "revision")):
         return f"its source is {quote(source)}, expected a repository and a revision"
+    left = manifest.get("left_out", {"tensors": [], "bytes": 0})
+    names, size = (left.get("tensors"), left.get("bytes")) if isinstance(left, dict) else (None, None)
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names) or type(size) is not int:
+        return f"its left_out is {quote(left)}, expected tensors and bytes"
     if not isinstance(dtypes, dict) or not all(isinstance(word, str) and word in DTYPE_SIZE for word in dtypes.values()):
         return f"its dtypes are {quote(dtypes)}, expected names and dtypes"
     return None
@@ -109,7 +113,8 @@ def read_incomplete(folder: Path) -> dict | None:
 
 
 def manifest_bytes(format: str, mesh: Mesh, layout: str, engine_version: str | None, files: dict[str, int], dtypes: dict[str, str],
-                   source: Mapping[str, str] | None = None, rank: tuple[int, int] | None = None, left_out: Mapping = {}) -> bytes:  # fmt: skip
+                   source: Mapping[str, str] | None = None, rank: tuple[int, int] | None = None, left_out: Mapping = {},
+                   engine_platform: str | None = None) -> bytes:  # fmt: skip
     """A manifest. `rank` is the only one that the folder holds as yet, and the number of all; `left_out` are, under "tensors"
     and "bytes", weights of the source that are not here."""
     from reshard import __version__
@@ -118,6 +123,8 @@ def manifest_bytes(format: str, mesh: Mesh, layout: str, engine_version: str | N
     table = {"reshard": __version__, "format": format, "mesh": sizes, "layout": layout}
     if engine_version:
         table["engine_version"] = engine_version
+    if engine_platform:
+        table["engine_platform"] = engine_platform
     if dtypes:
         table["dtypes"] = dict(sorted(dtypes.items()))
     if source:
@@ -149,7 +156,7 @@ def merged(there: dict, new: bytes) -> bytes:
         table["ranks"]["held"] = held
     else:
         del table["ranks"]
-    order = ("reshard", "format", "mesh", "layout", "engine_version", "dtypes", "source", "ranks", "left_out", "files")
+    order = ("reshard", "format", "mesh", "layout", "engine_version", "engine_platform", "dtypes", "source", "ranks", "left_out", "files")
     return _text({key: table[key] for key in order if key in table})
 
 

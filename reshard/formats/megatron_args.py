@@ -12,6 +12,7 @@ from reshard.foreign import quote
 from reshard.formats import Target
 from reshard.geometry.block import Stored
 from reshard.layout import Layout, Section
+from reshard.layout.bound import Scope
 from reshard.layout.expressions import evaluate
 
 #: name → expression over config.json, over _scope, and over the layout's axes; a descriptor's [megatron.args] adds to it
@@ -76,8 +77,9 @@ def model_args(layout: Layout, section: Section | None = None, names: Iterable[s
     `section` is the layout's Megatron table (its own by default). Raises LayoutError for a config.json that says nonsense.
     """
     table = ARGS | dict((section or layout.section("megatron")).args)
-    scope = _scope(layout)
-    scope["num_experts"] = evaluate(table["num_experts"], scope)
+    known = _scope(layout)
+    scope = Scope(layout.descriptor, known)
+    known["num_experts"] = evaluate(table["num_experts"], scope)
     chosen = table if names is None else [name for name in names if name in table]
     return {name: _typed(layout, name, evaluate(table[name], scope)) for name in chosen}
 

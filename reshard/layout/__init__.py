@@ -10,8 +10,10 @@ from reshard.layout.find import architectures, builtin_descriptors, find_descrip
 from reshard.layout.mesh import Mesh, Rank, Rules
 from reshard.layout.model import Constant, Descriptor, Entry, Section, Tensor, parse_version
 from reshard.layout.place import Placement
+from reshard.layout.values import PLATFORMS
 
 __all__ = [
+    "PLATFORMS",
     "Constant", "Descriptor", "Entry", "Layout", "Mesh", "Placement", "Rank", "Rules", "Section", "Tensor",
     "architectures", "builtin_descriptors", "find_descriptor", "load_descriptor", "parse_version",
 ]  # fmt: skip

@@ -34,7 +34,7 @@ _PART_KEYS = {"description", "at", "replicate", "defaults", "conditions", "axes"
 _FILE_KEYS = (_PART_KEYS - {"at"}) | {"architectures", "extends", "place", "part"}
 _PLACE_KEYS = {"count", "parts", "optional", "carry", *FORMATS}
 _USE_KEYS = {"part", "when", "at"}
-_SECTION_KEYS = {"like", "drop", "omit", "args"}
+_SECTION_KEYS = {"like", "drop", "omit", "args", "pad"}
 _LIMIT = 1_000_000  # bytes of a descriptor
 
 
@@ -47,6 +47,7 @@ class Table(NamedTuple):
     omit: tuple[str, ...] = ()
     args: Mapping[str, "str | bool"] = {}
     entries: Mapping[str, "tuple[RawEntry, ...] | bool"] = {}
+    pad: Mapping[str, str] = {}  # of every entry that has the axis and says nothing of it
 
 
 class Prefixes(NamedTuple):
@@ -116,7 +117,7 @@ def library_part(name: str) -> Part | None:
 def parse_file(path: Path) -> File:
     builtin = path.parent == layout_dir()
     where = f"layout {path.stem if builtin else path}"
-    table = read_table(path)
+    table = _apart(where, read_table(path))
     known_keys(where, table, _FILE_KEYS, "tables and keys")
     extends = table.get("extends")
     if extends is not None and not (isinstance(extends, str) and re.fullmatch(r"\w{1,100}", extends, re.ASCII)):
@@ -133,7 +134,22 @@ def parse_file(path: Path) -> File:
     return File(own, "" if builtin else str(path), extends, texts(where, "architectures", table.get("architectures", [])), places, parts)
 
 
+def _apart(where: str, table: dict) -> dict:
+    """`table` with what it says of several formats at once, as in ``["hf, vllm"]``, said of each."""
+    out: dict = {}
+    for key, value in table.items():
+        formats = key.split(", ")
+        for name in formats if len(formats) > 1 and set(formats) <= set(FORMATS) else [key]:
+            before = table_of(where, name, out[name]) if name in out else {}
+            twice = sorted(before.keys() & table_of(where, name, value).keys()) if name in out else ()
+            if twice:
+                raise LayoutError(f"{where}: [{name}] {twice[0]} stands in two tables of {name}")
+            out[name] = before | value if before else value
+    return out
+
+
 def parse_part(name: str, where: str, table: dict) -> Part:
+    table = _apart(where, table)
     known_keys(where, table, _PART_KEYS, "tables and keys")
     description = table.get("description", "")
     if not isinstance(description, str):
@@ -147,7 +163,7 @@ def parse_part(name: str, where: str, table: dict) -> Part:
     defaults, conditions, axes = (expressions(where, key, table.get(key, {})) for key in ("defaults", "conditions", "axes"))
     for kind, names in (("axes", axes), ("conditions", conditions)):
         for key in names:
-            if key in (*GIVEN, "platform", "true", "false", "null", "layer") or not re.fullmatch(r"[^\W\d]\w*", key, re.ASCII):
+            if key in (*GIVEN, "true", "false", "null", "layer") or not re.fullmatch(r"[^\W\d]\w*", key, re.ASCII):
                 hint = "use a word that no other table uses, of letters, digits and _"
                 raise LayoutError(f"{where}: [{kind}] {quote(repr(key))} can't be a name", hint)
     return Part(
@@ -237,4 +253,8 @@ def _format(where: str, format: str, value: object) -> Table | bool:
             raise LayoutError(f"{at} {label}: an empty list of alternatives")
         numbered = [f"{at} {label}" + (f" [{i}]" if len(alternatives) > 1 else "") for i in range(len(alternatives))]
         entries[label] = tuple(parse_entry(place, label, item) for place, item in zip(numbered, alternatives))
-    return Table(at, like, drop, omit, expressions(where, f"{format}.args", table.get("args", {})), entries)
+    args, pad = (
+        expressions(where, f"{format}.args", table.get("args", {})),
+        expressions(where, f"{format}.pad", table.get("pad", {}), False),
+    )
+    return Table(at, like, drop, omit, args, entries, pad)

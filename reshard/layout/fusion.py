@@ -81,6 +81,12 @@ def parse(text: str) -> Group:
     return group(False)
 
 
+def stored_dims(own: tuple[tuple[str, ...], ...], stored: tuple[tuple[str, ...], ...] | None) -> tuple[tuple[str, ...], ...]:
+    """The order of axes in which a tensor of `own` dimensions is stored: that of the entry, as far as the tensor has the axes."""
+    axes = {axis for dim in own for axis in dim}
+    return own if stored is None else tuple(tuple(axis for axis in dim if axis in axes) for dim in stored)
+
+
 def fused_dim(own: tuple[tuple[str, ...], ...], stored: tuple[tuple[str, ...], ...] | None) -> int:
     """The stored dimension in which the first of a tensor's `own` dimensions lies. Raises ValueError where it is spread."""
     if stored is None or not own or not own[0]:

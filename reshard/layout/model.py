@@ -12,7 +12,7 @@ from typing import NamedTuple
 from reshard.errors import LayoutError
 from reshard.foreign import quote
 from reshard.layout.expressions import names_in
-from reshard.layout.fusion import Group, fused_dim
+from reshard.layout.fusion import Group, fused_dim, stored_dims
 
 Dims = tuple[tuple[str, ...], ...]
 
@@ -81,9 +81,13 @@ class Entry:
         """What the names that it generates are told apart by: its place's number, experts."""
         return frozenset(used for text in re.findall(r"\{([^{}]+)\}", self.name) for used in names_in(text))
 
+    def dims_of(self, tensor: Tensor) -> Dims:
+        """The order in which `tensor` is stored: the entry's, as far as the tensor has the axes, or its own."""
+        return stored_dims(tensor.dims, self.dims)
+
     def dim(self, tensors: Mapping[str, Tensor]) -> int:
         """The stored dimension along which its tensors are fused."""
-        return fused_dim(tensors[self.of[0]].dims, self.dims)
+        return fused_dim(tensors[self.of[0]].dims, self.dims_of(tensors[self.of[0]]))
 
 
 class Constant(NamedTuple):
@@ -106,7 +110,8 @@ class Section:
     of one takes the place of those that hold the same tensors. `prefixes` are the same section under other names of its
     places. `args` are settings, as expressions over config.json, that the format keeps beside the weights (Megatron's
     args). `drop` are patterns of names of buffers that can be computed again, `omit` of weights that the descriptor does not
-    describe: they are left out, and the user is told so. `without` are places that the format does not hold.
+    describe: they are left out, and the user is told so. `without` are places that the format does not hold, `carried` those
+    that it holds as they are, each with its prefix.
     """
 
     entries: tuple[Entry, ...] = ()
@@ -117,6 +122,7 @@ class Section:
     variants: tuple[tuple[str, str | None, "Section"], ...] = ()
     prefixes: tuple["Section", ...] = ()
     without: tuple[str, ...] = ()
+    carried: tuple[tuple[str, str], ...] = ()
 
     def overlaid(self, other: "Section") -> "Section":
         """This section with `other`'s entries in the place of those of the same label, or that hold the same tensors."""
@@ -140,7 +146,7 @@ def _newer(version: tuple[int, ...], until: str) -> bool:
 
 class Place(NamedTuple):
     """Where parts stand: `count` (an expression) numbers it; None is once. An `optional` one may lack in files, whole.
-    `carry`: kept byte for byte as it is, without tensors of its own."""
+    `carry`: whatever files have under its prefix is kept as it is, whole on every rank (``carry.py``)."""
 
     name: str
     count: str | None = None

@@ -18,6 +18,7 @@ from reshard.layout.expressions import evaluate, holds
 from reshard.layout.fusion import Item, fuse
 from reshard.layout.mesh import Mesh, Rank, Rules, expert_cut
 from reshard.layout.model import Constant, Entry, Section, Tensor
+from reshard.layout.values import PLATFORMS
 
 #: tensors in order, as (the numbers of the first, how many count up from its last number)
 Runs = list[tuple[tuple[int, ...], int]]
@@ -58,6 +59,7 @@ class Placement:
     mesh: Mesh
     pads: dict[str, int] = field(default_factory=dict)
     engine: tuple[int, ...] | None = None  # the engine's release; None is the newest known
+    platform: str | None = None  # what the engine runs on: one of PLATFORMS; None is the first
     problems: list[str] = field(default_factory=list)
     transforms: frozenset[str] = frozenset()
     _patterns: dict = field(default_factory=dict, repr=False)
@@ -68,6 +70,7 @@ class Placement:
         self.etp = expert_cut(self.mesh, self.ranks)
         engine = list(self.engine or (999,))
         self._given = {"tp": self.mesh.tp, "pp": self.mesh.pp, "ep": self.mesh.ep, "engine": engine, "scheme": "none"}
+        self._given["platform"] = self.platform or PLATFORMS[0]
         self._scopes: dict[tuple[str, int | None], Scope] = {}
 
     def scope(self, place: str = "", number: int | None = None) -> Scope:
@@ -298,7 +301,7 @@ class Placement:
             left //= parts
             ranges[axis] = chunk(size, parts, index // left)
             index %= left
-        return Item(tensor.name, entry.dims or tensor.dims, tensor.axes, {axis: (ranges[axis], true[axis]) for axis in tensor.axes})
+        return Item(tensor.name, entry.dims_of(tensor), tensor.axes, {axis: (ranges[axis], true[axis]) for axis in tensor.axes})
 
     def _padded(self, entry: Entry, axis: str, size: int, scope: Scope) -> int:
         for padded, text in entry.pad:

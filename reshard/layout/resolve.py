@@ -68,9 +68,7 @@ class Resolver:
             raise LayoutError(f"{self.where}: says nothing of format hf", "give places a prefix hf, and entries in [hf]")
         file, places = self.chain[-1], {}
         for place, keys in self.places.items():
-            if keys.get("carry"):
-                raise LayoutError(f"{self.where}: [place.{place}] carry is not part of the notation yet", "leave the place out")
-            places[place] = Place(place, keys.get("count"), bool(keys.get("optional")))
+            places[place] = Place(place, keys.get("count"), bool(keys.get("optional")), bool(keys.get("carry")))
         return Descriptor(
             self.name,
             file.architectures,
@@ -96,6 +94,13 @@ class Resolver:
                         raise LayoutError(f"{file.own.where}: [place] {place} = false: there is no such place to take away")
                 else:
                     places[place] = {**places.get(place, {}), **keys}
+        for place, keys in places.items():
+            beside = sorted(keys.keys() & {"parts", "count", "optional"}) if keys.get("carry") else ()
+            if beside:
+                raise LayoutError(
+                    f"{self.where}: [place.{place}] carry and {beside[0]} together",
+                    "what is carried has no parts: it is what files have there",
+                )
         return places
 
     def _standing(self, place: str, use) -> Standing:

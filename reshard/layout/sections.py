@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from reshard.errors import LayoutError
 from reshard.layout.entries import RawEntry
-from reshard.layout.expressions import both
+from reshard.layout.expressions import both, names_in
 from reshard.layout.files import Prefixes
-from reshard.layout.fusion import check_axes, fused_dim
+from reshard.layout.fusion import check_axes, fused_dim, stored_dims
 from reshard.layout.model import Constant, Entry, Section, parse_version
 from reshard.layout.values import fields_of
 
@@ -105,11 +105,14 @@ class Sections:
             text = text.replace(f"{{{name}}}", inner)
         if "count" not in self.places[place] and f"{{{place}}}" in text:
             raise LayoutError(f"{where}: {{{place}}} in its own prefix, but it has no count")
+        if not text.strip(".") and self.places[place].get("carry"):
+            raise LayoutError(f"{where}: what is carried needs a prefix", "without one it would be every tensor of the files")
         return text.strip(".")
 
     def section(self, format: str) -> Section:
         formats = self._names_of(format)
-        places = {use.place for use in self.uses}
+        carried = [place for place, keys in self.places.items() if keys.get("carry")]
+        places = {*carried, *(use.place for use in self.uses)}
         given = [found for place in self.places if (found := self._prefixes(place, formats))]
         labelled = self._collect(format)
         sections = [self._spelt(format, formats, labelled, choice) for choice in range(max(len(found.names) for found in given))]
@@ -217,13 +220,22 @@ class Sections:
         for form in forms:
             variants.append((form, None, _gathered(self._named(formats, labelled, newest._replace(form=form)))))
         drop, omit = (self._patterns(key, format, formats, newest) for key in ("drop", "omit"))
-        return replace(_gathered(base), drop=drop, omit=omit, args=self._args(format), variants=tuple(variants))
+        carried = [(place, self._prefix(place, formats, newest)) for place, keys in self.places.items() if keys.get("carry")]
+        return replace(
+            _gathered(base),
+            drop=drop,
+            omit=omit,
+            args=self._args(format),
+            variants=tuple(variants),
+            carried=tuple((place, prefix) for place, prefix in carried if prefix is not None),
+        )
 
     def _named(
         self, formats: tuple[str, ...], labelled: Mapping[str, Mapping[str, Labelled]], spelt: "Spelt"
     ) -> dict[tuple[str, str], list]:
         """Per place and label, what one spelling holds: entries and constants with their names in full."""
         out: dict[tuple[str, str], list] = {}
+        pads = self._pads(formats)
         for place, labels in labelled.items():
             if (prefix := self._prefix(place, formats, spelt)) is None:
                 continue
@@ -232,7 +244,7 @@ class Sections:
                 for raw in spelt.chosen(found.entries):
                     name = self._name(raw, place, prefix, found.standing, formats, spelt) if raw.name else ""
                     if raw.constant is None:
-                        held.append(self._entry(raw, name, place))
+                        held.append(self._entry(raw, name, place, pads))
                     else:
                         when = both(found.standing.when, raw.when)
                         held.append(Constant(raw.label, name, raw.constant, raw.dtype, raw.shape, when, place))
@@ -253,7 +265,15 @@ class Sections:
                 raise LayoutError(f"{raw.where}: {raw.name!r} stands in the part's module, but part {part} has no at for {formats[0]}")
         return ".".join(filter(None, (prefix, module, raw.name.removeprefix("."))))
 
-    def _entry(self, raw: RawEntry, name: str, place: str) -> Entry:
+    def _pads(self, formats: tuple[str, ...]) -> dict[str, str]:
+        """What the format pads axes to wherever they stand; its own word before that of the one it is like."""
+        tables = [part.formats[format] for format in reversed(formats) for part in self._tables() if part.formats.get(format)]
+        pads = {axis: text for table in tables for axis, text in table.pad.items()}
+        for axis in pads:
+            self._known_axis(f"{self.where}: [{formats[0]}] pad", axis)
+        return pads
+
+    def _entry(self, raw: RawEntry, name: str, place: str, pads: Mapping[str, str]) -> Entry:
         names = {leaf: self.ids[self._leaf(leaf, place)] for leaf in raw.fusion.leaves()}
         fusion = raw.fusion.renamed(names)
         leaves = list(fusion.leaves())
@@ -268,17 +288,19 @@ class Sections:
             raise LayoutError(f"{where}: {', '.join(leaves)} must be numbered alike, by {{expert}} or not")
         if "{expert}" in raw.name and "expert" not in tensors[0].index:
             raise LayoutError(f"{where}: {{expert}} in {raw.name!r}, but {leaves[0]} is not numbered by it")
+        stored = {axis for dim in raw.dims or () for axis in dim}
         for tensor in tensors:
-            if raw.dims is not None and sorted(axis for dim in raw.dims for axis in dim) != sorted(tensor.axes):
+            if raw.dims is not None and (set(tensor.axes) - stored or stored - {axis for t in tensors for axis in t.axes}):
                 raise LayoutError(f"{where}: dims must hold the axes of {tensor.name}: {' '.join(tensor.axes)}")
             if len(tensor.dims) != len(tensors[0].dims):
                 raise LayoutError(f"{where}: {tensor.name} has {len(tensor.dims)} dimensions, {leaves[0]} {len(tensors[0].dims)}")
         try:
-            dims = {fused_dim(t.dims, raw.dims) for t in tensors} if len(leaves) > 1 or fusion.axis else {0}
+            order = {t.name: stored_dims(t.dims, raw.dims) for t in tensors}
+            dims = {fused_dim(t.dims, order[t.name]) for t in tensors} if len(leaves) > 1 or fusion.axis else {0}
             if len(dims) > 1:
                 raise ValueError(f"{', '.join(leaves)} are not fused along one dimension")
             dim = dims.pop()
-            check_axes(fusion, {t.name: ((raw.dims or t.dims)[dim] if t.dims else ()) for t in tensors})
+            check_axes(fusion, {t.name: (order[t.name][dim] if t.dims else ()) for t in tensors})
         except ValueError as error:
             raise LayoutError(f"{where}: of = {str(raw.fusion)!r}: {error}") from None
         every = {axis for t in tensors for axis in t.axes}
@@ -287,11 +309,12 @@ class Sections:
                 self._known_axis(f"{where}: {key}", axis)
                 if axis not in every:
                     raise LayoutError(f"{where}: {key} names axis {axis!r}, which {', '.join(leaves)} do not have")
+        pad = tuple(({axis: text for axis, text in pads.items() if axis in every} | dict(raw.pad)).items())
         for leaf, _ in raw.aligned:
             if leaf not in names:
                 raise LayoutError(f"{where}: align names {leaf!r}, which is not in of = {str(raw.fusion)!r}")
         entry = Entry(
-            raw.label, name, fusion, raw.dims, raw.cut, raw.split, raw.pad, raw.align,
+            raw.label, name, fusion, raw.dims, raw.cut, raw.split, pad, raw.align,
             tuple((names[leaf], text) for leaf, text in raw.aligned), raw.when, raw.stage, bool(raw.copy and raw.form), raw.copy, raw.omit,
             raw.only_rank0, raw.view, raw.dtype, raw.transform, raw.scheme, place,
         )  # fmt: skip
@@ -311,7 +334,10 @@ class Sections:
             table, prefix = use.part.formats.get(format), self._prefix(use.place, formats, spelt)
             for text in getattr(table, key) if table and prefix is not None else ():
                 name = self._name(RawEntry(f"{table.where} {key}", key, text, None), use.place, prefix, use, formats, spelt)
-                out.append(name.replace(f"{{{use.place}}}", "*"))
+                for field in fields_of(f"{table.where} {key}", name):
+                    if use.place in names_in(field):
+                        name = name.replace(f"{{{field}}}", "*")
+                out.append(name)
         for file in self.chain:
             table = file.own.formats.get(format)
             for text in getattr(table, key) if table else ():

@@ -9,13 +9,15 @@ from collections.abc import Mapping
 from reshard.dtypes import DTYPE_SIZE
 from reshard.errors import LayoutError
 from reshard.foreign import quote
-from reshard.layout.expressions import Expression, check, names_in
+from reshard.layout.expressions import Expression, check
 
 #: the tables that say what a format stores
 FORMATS = ("hf", "vllm", "sglang", "megatron")
 STAGES = ("first", "last", "all")
 #: names that expressions may use beside config.json, axes and conditions
-GIVEN = ("tp", "pp", "ep", "engine", "scheme")
+GIVEN = ("tp", "pp", "ep", "engine", "platform", "scheme")
+#: what engines run on; the first is meant where nothing is said
+PLATFORMS = ("cuda", "rocm", "cpu")
 _LONGEST = 250  # of a tensor's name
 #: keys of an earlier notation, and what is written instead
 GONE = {
@@ -84,8 +86,6 @@ def expression(where: str, text: object) -> str:
         raise LayoutError(f"{where} must be an expression in quotes, got {quote(repr(text))}")
     text = Expression(text, where)
     check(text)
-    if "platform" in names_in(text):
-        raise LayoutError(f"{where}: {text!r} uses platform, which is not part of the notation yet", f"expressions know {', '.join(GIVEN)}")
     return text
 
 

@@ -19,6 +19,7 @@ from vllm.distributed import get_pp_group, get_tensor_model_parallel_rank, get_t
 from vllm.logger import init_logger
 from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
+from vllm.platforms import current_platform
 
 from reshard import formats
 from reshard.checkpoint import Checkpoint, open_checkpoint
@@ -26,6 +27,7 @@ from reshard.checkpoint.config import folder_of
 from reshard.conversion.job import place, rank_at
 from reshard.errors import LayoutError, PlanError, ReshardError
 from reshard.layout import Mesh, Placement, Rank, parse_version
+from reshard.layout.values import PLATFORMS
 from reshard.loading import load_into
 from reshard.text import some
 
@@ -105,7 +107,7 @@ class ReshardModelLoader(BaseModelLoader):
             raise PlanError(["experts that vLLM balances (--enable-eplb)"])
         tp, stages = get_tensor_model_parallel_world_size(), get_pp_group()
         mesh = Mesh(tp, stages.world_size, tp if experts and parallel.enable_expert_parallel else 1)
-        placement = place(checkpoint, "vllm", mesh, release())
+        placement = place(checkpoint, "vllm", mesh, release(), platform())
         return checkpoint, placement, rank_at(placement, (get_tensor_model_parallel_rank(), stages.rank_in_group))
 
 
@@ -114,6 +116,12 @@ def release() -> str:
     newest = formats.get("vllm").newest
     own = ".".join(vllm.__version__.split("+")[0].split(".")[:2])
     return own if parse_version(own) <= parse_version(newest) else newest
+
+
+def platform() -> str | None:
+    """cuda, rocm or cpu, where this vLLM runs on one of those."""
+    name = current_platform.device_name if not current_platform.is_rocm() else "rocm"
+    return name if name in PLATFORMS else None
 
 
 def located(model_config: ModelConfig) -> str:

@@ -3,9 +3,11 @@
 import html
 import json
 import re
+from collections.abc import Mapping
 
 from reshard.checkpoint import Checkpoint
 from reshard.foreign import quote
+from reshard.text import count, human, some
 
 MARK = "<!-- written by reshard -->"
 
@@ -20,8 +22,10 @@ _LOAD = {
 _PYTHON = ("hf", "tp", "rank-pt")
 
 
-def card(repo: str, folder: str, format: str, mesh, engine_version: str | None, source: Checkpoint, base_model: str | None = None) -> bytes:
-    """README.md for `repo`/`folder`. `source` tells architecture and origin; `base_model` says the origin's name where files don't."""
+def card(repo: str, folder: str, format: str, mesh, engine_version: str | None, source: Checkpoint, base_model: str | None = None,
+         left_out: Mapping = {}) -> bytes:  # fmt: skip
+    """README.md for `repo`/`folder`. `source` tells architecture and origin; `base_model` says the origin's name where files don't; `left_out`
+    are, under "tensors" and "bytes", weights of the origin that are not here."""
     origin = source.origin or {}
     base = _plain(base_model or origin.get("repo") or "")
     architecture, revision, engine_version = _plain(source.architecture), _plain(origin.get("revision") or ""), _plain(engine_version or "")
@@ -39,6 +43,9 @@ def card(repo: str, folder: str, format: str, mesh, engine_version: str | None, 
     if revision:
         rows.append(("source revision", f"`{revision}`"))
     lines += ["| | |", "| --- | --- |", *(f"| {key} | {value} |" for key, value in rows), ""]
+    if left_out.get("tensors"):
+        names = left_out["tensors"]
+        lines += [f"Not here: {count(len(names), 'tensor')} of the source, {human(left_out['bytes'])}: {_plain(some(names))}", ""]
     where = f'"{repo}"' + (f', subfolder="{folder}"' if folder else "")
     load = _LOAD[format].format(repo=where, id=f"{repo}/{folder}".rstrip("/"), folder=local, tp=mesh.tp, pp=mesh.pp)
     lines += ["Load it:", ""]

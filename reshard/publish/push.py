@@ -16,9 +16,11 @@ from huggingface_hub import CommitOperationAdd
 
 from reshard import formats
 from reshard.conversion.job import Job, default_jobs
+from reshard.conversion.job import left_out as what_is_left_out
 from reshard.conversion.output import Output
 from reshard.errors import DestinationError, HubError
 from reshard.executor.run import run
+from reshard.formats.manifest import read_manifest
 from reshard.hub.client import endpoint, hub_api
 from reshard.hub.failures import asked, told
 from reshard.hub.location import parse_target
@@ -75,8 +77,9 @@ def push(
         small: dict[str, bytes] = {}
         if CARD not in wanted and target.card_is_ours():
             small[CARD] = card(
-                location.repo, location.folder, checkpoint.format, checkpoint.mesh, checkpoint.engine_version, checkpoint, base_model
-            )
+                location.repo, location.folder, checkpoint.format, checkpoint.mesh, checkpoint.engine_version, checkpoint, base_model,
+                (read_manifest(checkpoint.path) or {}).get("left_out", {}),
+            )  # fmt: skip
         return _publish(target, adds, small, [*wanted, *small], began, dict(selection.left_out))
 
 
@@ -114,9 +117,9 @@ def convert_and_push(
         target = prepare(location, public, create_pr, names, overwrite)
         adds = _upload(target, _written(job, room, jobs, buffer, progress), lambda size: None)
         adds += _upload(target, _copied(beside, room), lambda size: None)
-        small = dict(job.folder.small)
+        small, left = dict(job.folder.small), what_is_left_out(job.source, job.not_held)
         if CARD not in small and target.card_is_ours():
-            small[CARD] = card(location.repo, location.folder, job.format, job.mesh, job.engine_version, job.source, base_model)
+            small[CARD] = card(location.repo, location.folder, job.format, job.mesh, job.engine_version, job.source, base_model, left)
         return _publish(target, adds, small, sorted({*names, *small}), began, others)
 
 

@@ -131,7 +131,7 @@ def fsdp(
 def _split_dim(layout: Layout, whole: Stored) -> int | None:
     """The dimension of an HF tensor that its layout's tensor parallelism cuts."""
     tensor = layout.descriptor.tensors[whole.entry.of[0]]
-    dims = whole.entry.dims or tensor.dims
+    dims = whole.entry.dims_of(tensor)
     lead = len(whole.shape) - len(dims)
     return next((lead + d for d, axes in enumerate(dims) if tensor.split and tensor.split[0] in axes), None)
 

@@ -1,0 +1,79 @@
+"""Every family's names and shapes, as transformers writes them (tests/families_data), through every format and mesh and back.
+
+scripts/family_shapes.py makes the data; test_family_models.py makes it anew, where transformers is at hand, and compares.
+"""
+
+import json
+import zlib
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import reshard
+from reshard.dtypes import DTYPE_SIZE
+from reshard.errors import PlanError
+from reshard.stores import safetensors
+
+DATA = Path(__file__).parent / "families_data"
+FAMILIES = sorted(path.stem for path in DATA.glob("*.json"))
+MESHES = [
+    {"format": "tp", "tp": 2}, {"format": "tp", "tp": 3}, {"format": "rank-pt", "tp": 2},
+    *({"format": engine, "tp": tp} for engine in ("vllm", "sglang") for tp in (1, 2, 4)), {"format": "vllm", "tp": 2, "pp": 2},
+    *({"format": engine, "tp": 2, "ep": 2} for engine in ("tp", "vllm", "sglang")),
+    {"format": "megatron", "tp": 2}, {"format": "megatron", "tp": 2, "pp": 2}, {"format": "megatron", "ep": 2},
+]  # fmt: skip
+
+
+def checkpoint(family: str, folder: Path) -> Path:
+    """A checkpoint of random bytes with the names, dtypes and shapes of `family`. A prediction layer repeats embedding and head."""
+    data = json.loads((DATA / f"{family}.json").read_text())
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(data["config"]))
+    image = safetensors.compose([(name, dtype, tuple(shape)) for name, (dtype, shape) in data["tensors"].items()], {"format": "pt"})
+    same = {"shared_head.head.weight": "lm_head.weight", "embed_tokens.weight": "embed_tokens.weight"}
+    with open(folder / "model.safetensors", "wb") as out:
+        out.write(image.segments[0][1])
+        for name, info in sorted(image.tensors.items(), key=lambda item: item[1].offset):
+            seed = next((own for end, own in same.items() if name.endswith(end)), name)
+            wide = (
+                np.random.default_rng(zlib.crc32(seed.encode())).normal(0, 0.02, info.nbytes // DTYPE_SIZE[info.dtype]).astype(np.float32)
+            )
+            out.write(wide.tobytes() if info.dtype == "F32" else (wide.view(np.uint32) >> 16).astype(np.uint16).tobytes())
+    return folder
+
+
+def bits(folder: Path) -> dict[str, bytes]:
+    out = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        raw = path.read_bytes()
+        out |= {name: raw[info.offset : info.offset + info.nbytes] for name, info in safetensors.read(path)[0].items()}
+    return out
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_there_and_back_through_every_format(family, tmp_path):
+    """What a format is declared to do without (prediction layers, in engines) is told, and all that lacks afterwards."""
+    source = reshard.open(checkpoint(family, tmp_path / "hf"))
+    whole, seen = bits(tmp_path / "hf"), Counter()
+    assert not source.left_out
+    for number, target in enumerate(MESHES):
+        if target["format"] not in {"tp", "rank-pt", *source.layout.descriptor.formats}:
+            continue
+        try:
+            job = reshard.plan(source, **target)
+        except PlanError as error:
+            seen["refused"] += 1
+            assert any(word in str(error) for word in ("cannot split", "cannot repeat", "cannot cut", "without experts", "a transform")), (
+                error
+            )
+            continue
+        reshard.convert(source, tmp_path / str(number), fsync=False, **target)
+        reshard.convert(tmp_path / str(number), tmp_path / f"{number}-back", format="hf", fsync=False)
+        back = bits(tmp_path / f"{number}-back")
+        assert back.items() <= whole.items(), target
+        lost = {name for name in whole.keys() - back.keys() if whole[name] not in back.values()}  # a copy goes with its prediction layer
+        assert lost == set(job.left_out) and (not lost or target["format"] in ("vllm", "sglang")), target
+        seen["legal"] += 1
+    assert seen["legal"] >= 4, seen
