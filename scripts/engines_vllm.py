@@ -35,7 +35,7 @@ def release() -> str:
 def options() -> dict:
     import vllm
 
-    return {"engine_version": ".".join(vllm.__version__.split("+")[0].split(".")[:2])}
+    return {"engine_version": ".".join(vllm.__version__.split("+")[0].split(".")[:2]), "engine_platform": "cpu"}
 
 
 def meshes(family: dict, quick: bool) -> list[dict]:
