@@ -62,20 +62,22 @@ def prepare(config: dict, folder: Path) -> dict:
 
 def rank(folder: Path, mesh: dict, rank: int, world: int, work: Path, names: list[str]) -> dict:
     """{source: lines that differ} on this rank."""
-    own, before = whole_state(folder / "hf", mesh, rank, world, work, "auto")
+    own, before, twins = whole_state(folder / "hf", mesh, rank, world, work, "auto")
     out = {}
     for name in names:
         bare = name == "megatron"  # no config.json beside the weights: the model gives it, and the tokenizer
         options = {"source": str(folder / name), "config": str(folder / "hf")} if bare else {}
         extra = {"model_loader_extra_config": {"strict": True, **options}}
         model = folder / ("hf" if bare else name)
-        state, _ = whole_state(model, mesh, rank, world, work, "reshard", **extra)
-        out[name] = differences(own, state, before)
+        state, _, _ = whole_state(model, mesh, rank, world, work, "reshard", **extra)
+        # vLLM unties a model whose files hold a head: then a stage need not have the embedding that it has when they are one tensor
+        due = {own_name: tensor for own_name, tensor in own.items() if own_name in state or not twins[own_name] & state.keys()}
+        out[name] = differences(due, state, before)
     return out | {"tensors": len(own)}
 
 
 def whole_state(path: Path, mesh: dict, rank: int, world: int, work: Path, load_format: str, **more):
-    """state_dict with every name, after `load_format`'s loader and before it."""
+    """state_dict with every name, after `load_format`'s loader and before it, and the names of one tensor."""
     try:
         with vllm_side.building(path, mesh, rank, world, work, load_format, **more) as (model, config):
             from vllm.model_executor.model_loader import get_model_loader
@@ -88,7 +90,9 @@ def whole_state(path: Path, mesh: dict, rank: int, world: int, work: Path, load_
                     raise NotBuilt(vllm_side.reason(error)) from error
             else:
                 get_model_loader(config.load_config).load_weights(model, config.model_config)
-            return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}, before
+            state = model.state_dict()
+            twins = {name: {other for other, t in state.items() if t.data_ptr() == tensor.data_ptr()} for name, tensor in state.items()}
+            return {name: tensor.detach().clone() for name, tensor in state.items()}, before, twins
     except Exception as error:
         if load_format == "auto" and not isinstance(error, NotBuilt):
             raise NotBuilt(vllm_side.reason(error)) from error

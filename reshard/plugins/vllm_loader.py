@@ -10,7 +10,6 @@ layout, quantised weights), with a warning. Source: vLLM 0.32, model_loader/base
 
 import copy
 import os
-from collections.abc import Mapping
 
 import torch
 import vllm
@@ -26,10 +25,10 @@ from reshard.checkpoint import Checkpoint, open_checkpoint
 from reshard.checkpoint.config import folder_of
 from reshard.conversion.job import place, rank_at
 from reshard.errors import LayoutError, PlanError, ReshardError
-from reshard.layout import Mesh, Placement, Rank, parse_version
+from reshard.layout import Mesh, Placement, Rank
 from reshard.layout.values import PLATFORMS
 from reshard.loading import load_into
-from reshard.text import some
+from reshard.plugins.fitting import fitted, release
 
 logger = init_logger("vllm.reshard")
 
@@ -107,15 +106,8 @@ class ReshardModelLoader(BaseModelLoader):
             raise PlanError(["experts that vLLM balances (--enable-eplb)"])
         tp, stages = get_tensor_model_parallel_world_size(), get_pp_group()
         mesh = Mesh(tp, stages.world_size, tp if experts and parallel.enable_expert_parallel else 1)
-        placement = place(checkpoint, "vllm", mesh, release(), platform())
+        placement = place(checkpoint, "vllm", mesh, release("vllm", vllm.__version__), platform())
         return checkpoint, placement, rank_at(placement, (get_tensor_model_parallel_rank(), stages.rank_in_group))
-
-
-def release() -> str:
-    """This vLLM's release, or the newest whose names are known: a tensor that is called otherwise by now is refused by its name."""
-    newest = formats.get("vllm").newest
-    own = ".".join(vllm.__version__.split("+")[0].split(".")[:2])
-    return own if parse_version(own) <= parse_version(newest) else newest
 
 
 def platform() -> str | None:
@@ -137,50 +129,3 @@ def whole(model_config: ModelConfig) -> bool:
         return formats.recognise(folder_of(located(model_config))).name == "hf"
     except ReshardError:
         return False
-
-
-def fitted(model: torch.nn.Module, placement: Placement, rank: Rank) -> tuple[dict[str, torch.Tensor], list[tuple[str, torch.Tensor]]]:
-    """The model's tensors by the names of the placement, and copies to be made after: (name, tensor). Raises PlanError with all problems.
-
-    A tensor of several names is found by any of them. Where the engine made a tensor longer than the placement has it (room for adapters,
-    for a kernel), what is beyond becomes zero. Two tensors of one parameter (vLLM unties embedding and head where files hold a head) are
-    filled alike.
-    """
-    state = {name: t.data for name, t in model.state_dict(keep_vars=True).items() if isinstance(t, torch.Tensor) and t.numel()}
-    names: dict[tuple, list[str]] = {}
-    for name, tensor in state.items():
-        names.setdefault(storage(tensor), []).append(name)
-    stored = {s.name: s for s in placement.stored([rank])}
-    shapes = {name: tuple(s.shape) for name, s in stored.items()} | {name: tuple(c.shape) for name, c in placement.constants(rank)}
-    into, filled, problems = {}, set(), []
-    for name, shape in shapes.items():
-        tensor = state.get(name)
-        if tensor is None:
-            problems.append(f"{name} {list(shape)} is in no parameter of {type(model).__name__}")
-            continue
-        if tuple(tensor.shape) != shape and len(shape) == tensor.dim() and all(map(int.__ge__, tensor.shape, shape)):
-            logger.info("%s is %s here, %s in the checkpoint: the rest is zero", name, list(tensor.shape), list(shape))
-            tensor = tensor.zero_()[tuple(map(slice, shape))]
-        into[name] = tensor
-        filled.update(names[storage(state[name])])
-    copies = []
-    for name in state.keys() - filled:
-        twin = other_name(placement, name, stored)
-        if twin in into and into[twin].shape == state[name].shape:
-            copies.append((twin, state[name]))
-        else:
-            problems.append(f"{name} {list(state[name].shape)}: layout {placement.layout.name} fills it with nothing")
-    if problems:
-        raise PlanError(sorted(problems), f"{some(sorted(state))}: what {type(model).__name__} of vLLM {vllm.__version__} has")
-    return into, copies
-
-
-def storage(tensor: torch.Tensor) -> tuple:
-    """What is the same of two names of one tensor."""
-    return tensor.untyped_storage().data_ptr(), tensor.storage_offset(), tuple(tensor.shape)
-
-
-def other_name(placement: Placement, name: str, stored: Mapping) -> str | None:
-    """What the placement holds of the same parameters under another name; None where the layout knows no entry of this one."""
-    of = next((entry.of for entry in placement.section.entries if entry.name == name), None)
-    return next((s.name for s in stored.values() if of and s.entry.of == of and s.entry.place == ""), None)
