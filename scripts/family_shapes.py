@@ -36,6 +36,8 @@ MAMBA2 = {
 
 #: keys of config.json that published files have and transformers does not write
 KEPT = ("topk_method", "rotary_dim", "conv_dim", "block_dim", "scoring_func", "use_qk_norm", "qk_norm_type")
+#: where the published files have other names than transformers 5.23 writes
+PUBLISHED = {"kimi_linear": (r"block_sparse_moe\.((?:gate|up|down)_proj)", r"mlp.\1")}
 #: name: (class of transformers, its config)
 FAMILIES = {
     "mixtral": ("MixtralForCausalLM", {**COMMON, "num_local_experts": 4, "head_dim": 16}),
@@ -122,6 +124,7 @@ def shapes(name: str) -> dict:
         written = json.loads((Path(folder) / "config.json").read_text())
         with safe_open(Path(folder) / "model.safetensors", "pt") as file:
             tensors = {key: [file.get_slice(key).get_dtype(), file.get_slice(key).get_shape()] for key in sorted(file.keys())}
+    tensors = {re.sub(*PUBLISHED.get(name, ("^", "")), key): value for key, value in tensors.items()}
     for key, value in tensors.items():
         if key.endswith("e_score_correction_bias"):  # as the published files have it
             value[0] = "F32"
