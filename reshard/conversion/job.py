@@ -315,6 +315,15 @@ def one_rank(ranks: list[Rank], mesh: Mesh, number: int) -> Rank:
     return ranks[number]
 
 
+def rank_at(placement: Placement, at: tuple[int, ...]) -> Rank:
+    """The rank at (tp, pp), or (tp, pp, ep) where several stand there."""
+    found = [rank for rank in placement.ranks if (rank.tp, rank.pp, rank.ep)[: len(at)] == tuple(at)] if len(at) in (2, 3) else []
+    if not found or len({rank.ep for rank in found}) > 1:
+        text = f"no rank stands at {at}" if not found else f"{len(found)} ranks stand at {at}"
+        raise PlanError([f"{text} of {placement.mesh}"], "at is (tp, pp), or (tp, pp, ep), each from 0")
+    return found[0]
+
+
 def join_to(
     source: Checkpoint,
     placement: Placement,
