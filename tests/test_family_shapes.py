@@ -37,7 +37,9 @@ def checkpoint(family: str, folder: Path) -> Path:
         out.write(image.segments[0][1])
         for name, info in sorted(image.tensors.items(), key=lambda item: item[1].offset):
             seed = next((own for end, own in same.items() if name.endswith(end)), name)
-            wide = np.random.default_rng(zlib.crc32(seed.encode())).normal(0, 0.02, info.nbytes // DTYPE_SIZE[info.dtype]).astype(np.float32)
+            wide = (
+                np.random.default_rng(zlib.crc32(seed.encode())).normal(0, 0.02, info.nbytes // DTYPE_SIZE[info.dtype]).astype(np.float32)
+            )
             out.write(wide.tobytes() if info.dtype == "F32" else (wide.view(np.uint32) >> 16).astype(np.uint16).tobytes())
     return folder
 
@@ -63,7 +65,9 @@ def test_there_and_back_through_every_format(family, tmp_path):
             job = reshard.plan(source, **target)
         except PlanError as error:
             seen["refused"] += 1
-            assert any(word in str(error) for word in ("cannot split", "cannot repeat", "cannot cut", "without experts", "a transform")), error
+            assert any(word in str(error) for word in ("cannot split", "cannot repeat", "cannot cut", "without experts", "a transform")), (
+                error
+            )
             continue
         reshard.convert(source, tmp_path / str(number), fsync=False, **target)
         reshard.convert(tmp_path / str(number), tmp_path / f"{number}-back", format="hf", fsync=False)

@@ -22,6 +22,7 @@ from reshard.layout.values import (
     fields_of,
     flag,
     known_keys,
+    stage_of,
     table_of,
     text_of,
     texts,
@@ -34,7 +35,7 @@ _PART_KEYS = {"description", "at", "replicate", "defaults", "conditions", "axes"
 _FILE_KEYS = (_PART_KEYS - {"at"}) | {"architectures", "extends", "place", "part"}
 _PLACE_KEYS = {"count", "parts", "optional", "carry", *FORMATS}
 _USE_KEYS = {"part", "when", "at"}
-_SECTION_KEYS = {"like", "drop", "omit", "args", "pad"}
+_SECTION_KEYS = {"like", "drop", "omit", "args", "pad", "stage"}
 _LIMIT = 1_000_000  # bytes of a descriptor
 
 
@@ -48,6 +49,7 @@ class Table(NamedTuple):
     args: Mapping[str, "str | bool"] = {}
     entries: Mapping[str, "tuple[RawEntry, ...] | bool"] = {}
     pad: Mapping[str, str] = {}  # of every entry that has the axis and says nothing of it
+    stage: str | None = None  # of every entry that no number tells apart
 
 
 class Prefixes(NamedTuple):
@@ -257,4 +259,5 @@ def _format(where: str, format: str, value: object) -> Table | bool:
         expressions(where, f"{format}.args", table.get("args", {})),
         expressions(where, f"{format}.pad", table.get("pad", {}), False),
     )
-    return Table(at, like, drop, omit, args, entries, pad)
+    stage = stage_of(at, table["stage"]) if "stage" in table else None
+    return Table(at, like, drop, omit, args, entries, pad, stage)
