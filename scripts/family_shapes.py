@@ -24,7 +24,15 @@ MLA = {**COMMON, **MOE, "num_key_value_heads": 4, "q_lora_rank": 24, "kv_lora_ra
 GDN = {"head_dim": 16, "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 8,
        "linear_conv_kernel_dim": 4, "num_hidden_layers": 4, "layer_types": ["linear_attention"] * 3 + ["full_attention"]}  # fmt: skip
 QWEN35 = {**COMMON, **GDN}
-MAMBA2 = {"mamba_n_heads": 8, "mamba_d_head": 16, "mamba_n_groups": 2, "mamba_d_state": 8, "mamba_d_conv": 4, "mamba_expand": 2, "mamba_chunk_size": 16}
+MAMBA2 = {
+    "mamba_n_heads": 8,
+    "mamba_d_head": 16,
+    "mamba_n_groups": 2,
+    "mamba_d_state": 8,
+    "mamba_d_conv": 4,
+    "mamba_expand": 2,
+    "mamba_chunk_size": 16,
+}
 
 #: keys of config.json that published files have and transformers does not write
 KEPT = ("topk_method", "rotary_dim", "conv_dim", "scoring_func", "use_qk_norm", "qk_norm_type")
@@ -126,7 +134,12 @@ def mtp(name: str, config: dict, tensors: dict) -> dict:
                "embed_tokens.weight": [config["vocab_size"], hidden], "shared_head.head.weight": [config["vocab_size"], hidden]}  # fmt: skip
         return {at + n: v for n, v in of_last.items()} | {at + n: ["BF16", shape] for n, shape in own.items()}
     if config.get("mtp_num_hidden_layers"):
-        own = {"fc.weight": [hidden, 2 * hidden], "norm.weight": [hidden], "pre_fc_norm_embedding.weight": [hidden], "pre_fc_norm_hidden.weight": [hidden]}
+        own = {
+            "fc.weight": [hidden, 2 * hidden],
+            "norm.weight": [hidden],
+            "pre_fc_norm_embedding.weight": [hidden],
+            "pre_fc_norm_hidden.weight": [hidden],
+        }
         return {"mtp.layers.0." + n: v for n, v in of_last.items()} | {"mtp." + n: ["BF16", shape] for n, shape in own.items()}
     return {}
 

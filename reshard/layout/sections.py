@@ -154,11 +154,11 @@ class Sections:
             _lay(state[place], fresh)
         for file in self.chain:
             if table := file.own.formats.get(format):
-                self._overlay(state, table)
+                self._overlay(state, table, file is self.chain[-1])
         return state
 
-    def _overlay(self, state: dict[str, dict[str, Labelled]], table) -> None:
-        """Lay one own table over all places."""
+    def _overlay(self, state: dict[str, dict[str, Labelled]], table, last: bool) -> None:
+        """Lay one own table over all places; `last`: the descriptor's own, and not a parent's."""
         fresh: dict[str, dict[str, Labelled]] = {place: {} for place in self.places}
         for label, entries in table.entries.items():
             if entries is False:
@@ -166,6 +166,8 @@ class Sections:
                     raise LayoutError(f"{table.where} {label} = false: there is none to take away")
                 continue
             leaves = Labelled(entries, None).tensors
+            if leaves and not last and leaves <= {label for _, label in self.removed}:
+                continue  # a parent's, of tensors that a child takes away
             own = [leaf for leaf in leaves if "." not in leaf]
             if own:
                 places = [place for place in self.places if all((place, leaf) in self.raw for leaf in own)]
