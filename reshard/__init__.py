@@ -7,11 +7,11 @@ state  = reshard.load("Qwen3-8B", format="megatron", tp=4, rank=1) # {stored nam
 same   = reshard.diff("Qwen3-8B", "out")
 """
 
-from reshard.errors import CastError, DestinationError, FormatError, HubError, LayoutError, PlanError, ReshardError
+from reshard.errors import CastError, DestinationError, FormatError, HubError, LayoutError, PlanError, ReshardError, SourceError
 
 __version__ = "0.1.0"
 __all__ = ["CastError", "DestinationError", "FormatError", "HubError", "LayoutError", "PlanError", "ReshardError",
-           "convert", "diff", "load", "open", "plan", "pull", "push"]  # fmt: skip
+           "SourceError", "convert", "diff", "load", "open", "plan", "pull", "push"]  # fmt: skip
 
 
 def __getattr__(name: str):
@@ -20,3 +20,7 @@ def __getattr__(name: str):
 
         return getattr(api, name)
     raise AttributeError(f"module 'reshard' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*__all__, "__version__"])

@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from reshard.checkpoint import Checkpoint, open_checkpoint
-from reshard.conversion.job import Job, one_rank, place, prepare
+from reshard.conversion.job import Job, one_rank, place, prepare, rank_at
 from reshard.difference import DiffReport
 from reshard.errors import PlanError
 from reshard.hub import is_remote
@@ -77,7 +77,9 @@ def load(
     ep: int = 1,
     etp: int = 0,
     rank: int = 0,
-    device: str = "cpu",
+    at: tuple[int, ...] | None = None,
+    into: Mapping[str, "object"] | None = None,
+    device: str | None = None,
     dtype: str | None = None,
     engine_version: str | None = None,
     engine_platform: str | None = None,
@@ -86,22 +88,27 @@ def load(
     buffer: int = BUFFER,
     **options,
 ) -> Mapping[str, "object"]:
-    """The tensors of one rank of (`format`, mesh), as {stored name: torch tensor} on `device` (cpu, cuda, cuda:N).
+    """The tensors of one rank of (`format`, mesh), as {stored name: torch tensor} on `device` (cpu by default, cuda, cuda:N).
 
-    Reads this rank's bytes only. Constants that the engine demands are among the tensors. `jobs` threads read, within
-    `buffer` bytes of buffers; on the way to a device as many again stage them, page-locked where the system has such memory:
-    the host never holds the rank. Raises ReshardError.
+    The rank is one by number, or stands `at` (tp, pp) or (tp, pp, ep). Reads this rank's bytes only. Constants that the engine demands are
+    among the tensors. `into`: {stored name: tensor} to be filled in place instead, each on its device and in its dtype: all that the rank
+    has must be there, and nothing else (constants may be left out). `jobs` threads read, within `buffer` bytes of buffers; on the way to a
+    device as many again stage them, page-locked where the system has such memory: the host never holds the rank. Raises ReshardError.
     """
     from reshard.executor.devices import device_of
-    from reshard.loading import load_rank
+    from reshard.loading import load_into, load_rank
 
     ckpt = _opened(source, options)
     if options:
         raise TypeError(f"load() got an unexpected option {next(iter(options))!r}")
+    if into is not None and (device is not None or dtype is not None):
+        raise PlanError(["device or dtype given together with into, whose tensors have their own"], "leave them out")
     placement = place(ckpt, format, Mesh(tp, pp, ep, etp), engine_version, engine_platform)
-    return load_rank(
-        ckpt, placement, one_rank(placement, rank), dtype, device_of(device), jobs=jobs, buffer=buffer, allow_overflow=allow_overflow
-    )
+    chosen = one_rank(placement, rank) if at is None else rank_at(placement, at)
+    limits = {"jobs": jobs, "buffer": buffer, "allow_overflow": allow_overflow}
+    if into is not None:
+        return load_into(ckpt, placement, chosen, into, **limits)
+    return load_rank(ckpt, placement, chosen, dtype, device_of(device or "cpu"), **limits)
 
 
 def diff(
@@ -110,25 +117,44 @@ def diff(
     *,
     layout: str | Path | None = None,
     config: str | Path | None = None,
+    formats: tuple[str | None, str | None] = (None, None),
+    dtype: str | None = None,
+    atol: float = 0.0,
+    maps: bool = False,
     progress: Callable[[int], None] = lambda size: None,
 ) -> DiffReport:
-    """Compare two checkpoints of any layouts, bit for bit, in the axes they share; nothing is written, no model held."""
-    from reshard.compare import compare
+    """Compare two checkpoints of any layouts, bit for bit, in the axes they share; nothing is written, no model held.
 
-    return compare(*open_pair(a, b, layout=layout, config=config), progress)
+    `formats` are those of `a` and of `b`, where their files don't tell. With `dtype` (bf16, fp16, fp32) floating-point tensors are equal when they are once both sides are cast to it, which confirms a
+    cast; with `atol` elements are equal that lie within it of each other. `maps`: each difference tells where it lies (`heat`).
+    """
+    from reshard.compare import Likeness, compare
+    from reshard.dtypes import USER_WORDS
+
+    if dtype is not None and dtype not in USER_WORDS:
+        raise PlanError([f"dtype {dtype!r} is none to compare in"], f"use one of {', '.join(USER_WORDS)}")
+    likeness = Likeness(USER_WORDS[dtype] if dtype else None, atol)
+    return compare(*open_pair(a, b, layout=layout, config=config, formats=formats), progress, likeness, maps)
 
 
-def open_pair(a: Checkpoint | str | Path, b: Checkpoint | str | Path, *, layout=None, config=None) -> tuple[Checkpoint, Checkpoint]:
+def open_pair(
+    a: Checkpoint | str | Path,
+    b: Checkpoint | str | Path,
+    *,
+    layout=None,
+    config=None,
+    formats: tuple[str | None, str | None] = (None, None),
+) -> tuple[Checkpoint, Checkpoint]:
     """Two checkpoints to be compared, opened; one without a config.json has `config`, or else the other's."""
 
-    def opened(one: Checkpoint | str | Path, other: Checkpoint | str | Path) -> Checkpoint:
+    def opened(one: Checkpoint | str | Path, other: Checkpoint | str | Path, format: str | None) -> Checkpoint:
         if isinstance(one, Checkpoint):
             return _opened(one, {"layout": layout} if layout is not None else {})
         if config or is_remote(one) or (Path(one) / "config.json").is_file() or not Path(one).is_dir():
-            return open_checkpoint(one, layout=layout, config=config)
-        return open_checkpoint(one, layout=layout, config=other.config_path if isinstance(other, Checkpoint) else other)
+            return open_checkpoint(one, format=format, layout=layout, config=config)
+        return open_checkpoint(one, format=format, layout=layout, config=other.config_path if isinstance(other, Checkpoint) else other)
 
-    return opened(a, b), opened(b, a)
+    return opened(a, b, formats[0]), opened(b, a, formats[1])
 
 
 def pull(source: str, destination: str | Path, **options):

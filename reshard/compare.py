@@ -23,7 +23,8 @@ from reshard.executor.threads import in_threads
 from reshard.geometry.block import Box, Key, Stored, end
 from reshard.geometry.coverage import label
 from reshard.geometry.pieces import union_volume
-from reshard.layout import Mesh, Placement
+from reshard.heat import Heat
+from reshard.layout import Layout, Mesh, Placement
 from reshard.planner.batches import JOBS, Batch, batches, of_pair, runs, workers
 from reshard.planner.join import Join, Pattern, join
 from reshard.planner.plan import Copy, Plan
@@ -76,7 +77,41 @@ def _bytes(side: Iterable[Stored], keys: Iterable[Key], sizes: Sizes) -> int:
     return sum(prod(sizes(key)) * DTYPE_SIZE[dtype] for key, dtype in dtypes.items())
 
 
-def compare(a: Checkpoint, b: Checkpoint, progress: Callable[[int], None] = lambda size: None) -> DiffReport:
+@dataclass(frozen=True)
+class Likeness:
+    """When two elements count as equal: bit for bit; or once both are cast to `dtype`; or when they lie within `atol` of each other
+    (two equal infinities do; NaN is unlike everything)."""
+
+    dtype: str | None = None
+    atol: float = 0.0
+
+    def unequal(self, mine: np.ndarray, other: np.ndarray, copy: Copy) -> np.ndarray | None:
+        """Which elements differ; None where none does. Of unlike dtypes all differ, unless an engine wanted one of them (a
+        descriptor's `dtype`): then values count."""
+        first, second = copy.src.dtype, copy.dst.dtype
+        if self.dtype is not None and {TABLE[first].kind, TABLE[second].kind} == {"float"}:
+            mine, other = cast(mine, first, self.dtype), cast(other, second, self.dtype)
+            first = second = self.dtype
+        if first == second and not self.atol:
+            wrong = mine != other
+        elif self.atol:
+            a, b = _values(mine, first), _values(other, second)
+            with np.errstate(invalid="ignore"):
+                wrong = (a != b) & ~(np.abs(a - b) <= self.atol)
+        elif any(stored.entry is not None and stored.entry.dtype for stored in (copy.src, copy.dst)):
+            wrong = np.asarray(cast(mine, first, "F32") != cast(other, second, "F32"))
+        else:
+            return np.ones(mine.shape, bool)
+        return np.asarray(wrong) if np.any(wrong) else None
+
+
+def compare(
+    a: Checkpoint,
+    b: Checkpoint,
+    progress: Callable[[int], None] = lambda size: None,
+    likeness: Likeness = Likeness(),
+    maps: bool = False,
+) -> DiffReport:
     """See ``api.diff``."""
     lined_up = pair(a, b)
     names = hf_names(a) | hf_names(b)
@@ -86,10 +121,10 @@ def compare(a: Checkpoint, b: Checkpoint, progress: Callable[[int], None] = lamb
 
     joined = lined_up.join
     missing = sorted(joined.only_destination, key=str), sorted(joined.only_source, key=str)
-    report = DiffReport(lined_up.tensors, [], *[[name(key) for key in keys] for keys in missing])
+    report = DiffReport(lined_up.tensors, [], *[sorted(map(name, keys)) for keys in missing])
     report.bytes_missing_in_a = _bytes(joined.destinations, missing[0], lined_up.sizes[1])
     report.bytes_missing_in_b = _bytes(joined.sources, missing[1], lined_up.sizes[0])
-    tally = _Tally(progress)
+    tally = _Tally(progress, likeness, a.layout if maps else None)
     with closing(a.source()) as left, closing(b.source()) as right:
         plan = lined_up.plan
         if left.remote or right.remote:
@@ -127,7 +162,8 @@ def _not_compared(sizes: tuple[Sizes, Sizes], key: Key, pattern: Pattern, compar
 class _Tally:
     """What was compared, and what of it differs. Tiles of one tensor do not overlap, so that its elements count once."""
 
-    def __init__(self, progress: Callable[[int], None]):
+    def __init__(self, progress: Callable[[int], None], likeness: Likeness, layout: Layout | None):
+        self.likeness, self._layout = likeness, layout
         self.compared: dict[Key, int] = defaultdict(int)
         self.found: dict[Key, Difference] = {}
         self._progress = progress
@@ -143,7 +179,7 @@ class _Tally:
                 move = copy.move
                 mine = _view(left, copy.src, move.box, move.src_offset, move.src_strides)
                 other = _view(right, copy.dst, move.box, move.dst_offset, move.dst_strides)
-                wrong = _unequal(mine, other, copy)
+                wrong = self.likeness.unequal(mine, other, copy)
                 if wrong is not None:
                     whole = tile.boxes[key]
                     if differs is None:
@@ -156,6 +192,16 @@ class _Tally:
                 self.compared[key] += union_volume(copy.move.box for copy in copies)
                 if differs is not None:
                     self.found[key].elements += int(np.count_nonzero(differs))
+                    if self._layout is not None:
+                        self._map(key).add(tile.boxes[key], differs)
+
+    def _map(self, key: Key) -> Heat:
+        found = self.found[key]
+        if found.heat is None:
+            tensor = self._layout.descriptor.tensors.get(key[0])
+            shape = self._layout.shape_of(key) if tensor else tuple(stop for _, stop in key)
+            found.heat = Heat(shape, len(tensor.dims[0]) if tensor and tensor.dims else 0)
+        return found.heat
 
     def _note(self, copy: Copy, largest: float) -> None:
         with self._lock:
@@ -163,18 +209,6 @@ class _Tally:
             entry.max_abs_diff = float(np.maximum(entry.max_abs_diff, largest))  # NaN stays NaN
             if copy.src.dtype != copy.dst.dtype:
                 entry.why = f"{copy.src.dtype} and {copy.dst.dtype}"
-
-
-def _unequal(mine: np.ndarray, other: np.ndarray, copy: Copy) -> np.ndarray | None:
-    """Which elements differ, bit for bit; None where none does. Of unlike dtypes all differ, unless an engine wanted one of
-    them (a descriptor's `dtype`): then values count."""
-    if copy.src.dtype == copy.dst.dtype:
-        wrong = mine != other
-    elif any(stored.entry is not None and stored.entry.dtype for stored in (copy.src, copy.dst)):
-        wrong = np.asarray(cast(mine, copy.src.dtype, "F32") != cast(other, copy.dst.dtype, "F32"))
-    else:
-        return np.ones(mine.shape, bool)
-    return np.asarray(wrong) if np.any(wrong) else None
 
 
 def _largest(mine: np.ndarray, other: np.ndarray, copy: Copy) -> float:

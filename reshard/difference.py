@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 from math import isfinite, isnan
+from typing import Any
 
 
 @dataclass
@@ -18,6 +19,7 @@ class Difference:
     elements: int = 0
     max_abs_diff: float | None = 0.0
     why: str = ""
+    heat: Any = None  # where they lie (``heat.Heat``), if that was asked for
 
     def to_json(self) -> dict[str, object]:
         gap = self.max_abs_diff

@@ -47,6 +47,10 @@ class DestinationError(ReshardError):
     """The destination cannot be written: not empty, locked by another run, another run's leftovers, no space."""
 
 
+class SourceError(ReshardError):
+    """A file of the source can't be read: its disk, or the way to it, failed. What was done so far is kept, and the same command goes on."""
+
+
 class HubError(ReshardError):
     """The Hub, or the way to it, refused or failed. What was done so far is kept: the same command goes on from there."""
 

@@ -57,7 +57,11 @@ class Case:
         self.mine = values(self.src, rank) if rank < source else None
         self.into = {n: torch.zeros_like(t) for n, t in values(self.dst, rank).items()} if rank >= source else None
         self.wanted = values(self.dst, rank) if rank >= source else None
-        self.modes = {"bound": self._bound(), "reshard p2p": self._reshard("p2p"), "reshard mapped": self._reshard("mapped")}
+        self.shared: dict[str, torch.Tensor] | None = None
+        self.modes = {"bound": self._bound()}
+        for transport in ("p2p", "mapped"):
+            self.modes[f"reshard {transport}"] = self._reshard(transport)
+            self.modes[f"reshard {transport}, verify"] = self._reshard(transport, verify=True)
         if not fused:
             self.modes["all-gather + broadcast"] = self._gather()
             from bench_sync_peers import awex, megatron_core
@@ -84,10 +88,11 @@ class Case:
 
         return run
 
-    def _reshard(self, transport: str):
-        # mapped: the trainer's tensors move to shared memory once; a copy, so that the other modes keep theirs
-        mine = {n: t.clone() for n, t in self.mine.items()} if self.mine and transport == "mapped" else self.mine
-        session = sync.Sync(self.plan, transport=transport)
+    def _reshard(self, transport: str, verify: bool = False):
+        if self.mine and transport == "mapped" and self.shared is None:  # the tensors move to shared memory; other modes keep theirs
+            self.shared = {n: t.clone() for n, t in self.mine.items()}
+        mine = self.shared if transport == "mapped" else self.mine
+        session = sync.Sync(self.plan, transport=transport, verify=verify)
         return lambda: session.exchange(mine, self.into)
 
     def _gather(self):

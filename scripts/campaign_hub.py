@@ -114,7 +114,7 @@ def run(case: Case, world: World, folder: Path) -> str:
             _, err = process.communicate()
             assert b"Traceback" not in err or process.returncode < 0, err.decode()
             hub.rate = 0
-            time.sleep(0.1)
+            hub.idle()
             held = now()
             assert files_of(world.model) == world.bytes and hub.repos["org/name"].refs["main"] == source, "the source changed"
             new = expected(case, world, hub, held) if held is not None and held != old else None

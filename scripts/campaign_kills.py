@@ -27,8 +27,9 @@ from reshard.conversion import destination
 from reshard.demo import make_model
 from reshard.text import table
 
-CALLS = ("open", "mkdir", "ftruncate", "pwrite", "write", "fsync", "rename", "replace", "unlink", "rmdir", "exchange")
+CALLS = ("preadv", "open", "mkdir", "ftruncate", "pwrite", "write", "fsync", "rename", "replace", "unlink", "rmdir", "exchange")
 FAULTS = {
+    "preadv": (5,),
     "open": (28, 24),
     "mkdir": (28,),
     "ftruncate": (28, 5),

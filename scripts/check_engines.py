@@ -3,6 +3,7 @@
     python scripts/check_engines.py --engine vllm --family llama --family qwen3_moe --out DIR
     python scripts/check_engines.py --engine vllm                  every family of families.toml
     python scripts/check_engines.py --engine megatron              in an environment with megatron-core
+    python scripts/check_engines.py --engine files                 no engine: there and back through every format
 
 Run it with the Python of an environment in which the engine is installed; reshard is taken from this checkout. A family is one table in
 families.toml. For each, transformers makes a tiny random model; the engine's own classes are built on the CPU, one process per
@@ -33,8 +34,19 @@ from tiny_models import TABLE, exchange, families, make  # noqa: E402
 
 def prepare(config: dict, folder: Path) -> list[str] | None:
     """The family's checkpoint, and the control's, in `folder`; the two tensors exchanged."""
-    make(config, folder / "hf")
+    reference(make(config, folder / "hf"), folder / "logits.pt")
     return exchange(folder / "hf", folder / "control")
+
+
+def reference(model, path: Path) -> None:
+    """transformers' own logits, in float32, for engines that are run."""
+    import torch
+
+    vocabulary = getattr(model.config, "vocab_size", None) or model.config.text_config.vocab_size
+    tokens = torch.randint(3, vocabulary - 1, (2, 24), generator=torch.Generator().manual_seed(1))
+    model.config._attn_implementation = "eager"
+    with torch.no_grad():
+        torch.save({"tokens": tokens, "logits": model.float()(tokens).logits}, path)
 
 
 def convert(folder: Path, format: str, mesh: dict, options: dict) -> None:
@@ -61,7 +73,7 @@ def row(name: str, family: dict, mesh: dict, engine, folder: Path, control) -> d
     out = {"family": name, "model_type": family["config"]["model_type"], "mesh": label(mesh), "status": EQUAL, "detail": []}
     _, error = forked(convert, folder, engine.FORMAT, mesh, engine.options())()
     if error:
-        known = "no layout descriptor" in error[1]
+        known = "no layout descriptor" in error[1] or "says nothing of format" in error[1]
         out |= {"status": NO_LAYOUT if known else REFUSED if "Error" in error[0] and "Traceback" not in error[1] else FAILED}
         out["detail"] = error[1].strip().splitlines()[-12:] if not known else [error[1].splitlines()[0]]
         return out
@@ -92,7 +104,7 @@ def table(rows: list[dict]) -> str:
     for r in rows:
         size = f"{r['tensors']} tensors, {r['bytes']} bytes" if "tensors" in r else ""
         extra = f"  logits {r['logits']}" if "logits" in r else ""
-        lines.append(f"{r['family']:<22} {r['mesh']:<10} {r['status']:<15} {size}{extra} {r.get('seconds', '')}")
+        lines.append(f"{r['family']:<22} {r['mesh']:<10} {r['status']:<15} {size}{extra}  {r.get('seconds', '')}")
         lines += [f"    {line}" for line in r["detail"][:12]] if r["status"] != EQUAL else []
     return "\n".join(lines)
 
@@ -123,7 +135,9 @@ def main() -> int:
             folder = (args.scratch or Path(scratch)) / args.engine / name
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir(parents=True)
-            own = [{**r, "engine": engine.release()} for r in check(name, every[name], engine, folder, args.quick)]
+            own = [
+                {**r, "engine": engine.release()} for r in getattr(engine, "check", check)(name, every[name], engine, folder, args.quick)
+            ]
             print(table(own), flush=True)
             rows += own
             if not args.scratch:

@@ -35,7 +35,9 @@ MAMBA2 = {
 }
 
 #: keys of config.json that published files have and transformers does not write
-KEPT = ("topk_method", "rotary_dim", "conv_dim", "scoring_func", "use_qk_norm", "qk_norm_type")
+KEPT = ("topk_method", "rotary_dim", "conv_dim", "block_dim", "scoring_func", "use_qk_norm", "qk_norm_type")
+#: where the published files have other names than transformers 5.23 writes
+PUBLISHED = {"kimi_linear": (r"block_sparse_moe\.((?:gate|up|down)_proj)", r"mlp.\1")}
 WINDOWS = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 16}
 GPT2 = {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 64, "vocab_size": 100, "bos_token_id": 1, "eos_token_id": 2}
 FALCON = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 100, "bos_token_id": 1, "eos_token_id": 2}
@@ -96,7 +98,7 @@ FAMILIES = {
     "ernie4_5": ("Ernie4_5ForCausalLM", {**COMMON, "head_dim": 16}),
     "ernie4_5_moe": ("Ernie4_5_MoeForCausalLM", {**COMMON, **MOE, "moe_num_experts": 4, "moe_k": 2, "moe_num_shared_experts": 2, "moe_layer_start_index": 1,
                                                  "moe_layer_end_index": 1, "moe_layer_interval": 1}),
-    "hunyuan_v1_moe": ("HunYuanMoEV1ForCausalLM", {**COMMON, "num_experts": 4, "moe_topk": 2, "head_dim": 16, "moe_intermediate_size": [32, 32],
+    "hunyuan_v1_moe": ("HunYuanMoEV1ForCausalLM", {**COMMON, "num_experts": 4, "moe_topk": 2, "head_dim": 16, "moe_intermediate_size": [96, 96],
                                                    "num_shared_expert": [1, 1]}),
     "hunyuan_v1_dense": ("HunYuanDenseV1ForCausalLM", {**COMMON, "head_dim": 16}),
     "dots1": ("Dots1ForCausalLM", {**COMMON, **MOE, "head_dim": 16, "n_routed_experts": 4, "n_shared_experts": 2, "first_k_dense_replace": 1,
@@ -111,8 +113,8 @@ FAMILIES = {
     "falcon_h1": ("FalconH1ForCausalLM", {**COMMON, **MAMBA2, "head_dim": 16, "mamba_d_ssm": 128, "mamba_rms_norm": True}),
     "granitemoehybrid": ("GraniteMoeHybridForCausalLM", {**COMMON, **MAMBA2, "num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 32,
                                                          "shared_intermediate_size": 48, "layer_types": ["mamba", "attention"]}),
-    "lfm2": ("Lfm2ForCausalLM", {**COMMON, "num_hidden_layers": 2, "layer_types": ["conv", "full_attention"], "block_multiple_of": 16, "conv_dim": 64}),
-    "lfm2_moe": ("Lfm2MoeForCausalLM", {**COMMON, **MOE, "num_hidden_layers": 3, "layer_types": ["conv", "full_attention", "conv"], "num_experts": 4,
+    "lfm2": ("Lfm2ForCausalLM", {**COMMON, "tie_word_embeddings": True, "num_hidden_layers": 2, "layer_types": ["conv", "full_attention"], "block_multiple_of": 16, "conv_dim": 64, "block_dim": 64}),
+    "lfm2_moe": ("Lfm2MoeForCausalLM", {**COMMON, **MOE, "tie_word_embeddings": True, "num_hidden_layers": 3, "layer_types": ["conv", "full_attention", "conv"], "num_experts": 4,
                                         "num_dense_layers": 1}),
     "kimi_linear": ("KimiLinearForCausalLM", {**COMMON, **MOE, "num_hidden_layers": 4, "num_key_value_heads": 4, "q_lora_rank": None, "kv_lora_rank": 32,
                                               "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 16, "num_experts": 4, "num_shared_experts": 1,
@@ -159,6 +161,7 @@ def shapes(name: str) -> dict:
         written = json.loads((Path(folder) / "config.json").read_text())
         with safe_open(Path(folder) / "model.safetensors", "pt") as file:
             tensors = {key: [file.get_slice(key).get_dtype(), file.get_slice(key).get_shape()] for key in sorted(file.keys())}
+    tensors = {re.sub(*PUBLISHED.get(name, ("^", "")), key): value for key, value in tensors.items()}
     for key, value in tensors.items():
         if key.endswith("e_score_correction_bias"):  # as the published files have it
             value[0] = "F32"

@@ -17,8 +17,11 @@ import json
 import re
 import shutil
 import struct
+import subprocess
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -88,6 +91,9 @@ class Hub:
         self.log: list[Request] = []
         self.faults: list[Fault] = []
         self._free = 0.0  # when the line is free again
+        self._gate = threading.Condition()
+        self._content, self._stop_at = 0, float("inf")  # bytes of content in either direction so far; where they stop until `resume`
+        self._waiting = self._active = 0  # requests that wait there, and all that are being answered
         self.links = 0  # raised by expire(): older links are refused
         self._lock = threading.Lock()
         self._one_at_a_time = threading.Lock()
@@ -107,6 +113,7 @@ class Hub:
         return self
 
     def __exit__(self, *error):
+        self.resume()
         for server in self._servers:
             server.shutdown()
             server.server_close()
@@ -124,6 +131,50 @@ class Hub:
                 self._free = max(self._free, time.monotonic()) + size / self.rate
                 wait = self._free - time.monotonic()
             time.sleep(max(0.0, wait))
+
+    def pause_after(self, size: int) -> None:
+        """Content, in either direction, stops after `size` more bytes until ``resume``."""
+        with self._gate:
+            self._stop_at = self._content + size
+
+    def paused(self, process: subprocess.Popen, seconds: float = 120) -> None:
+        """Wait until a request waits there. Raises AssertionError where the client's process ends before."""
+        until = time.monotonic() + seconds
+        with self._gate:
+            while not self._gate.wait_for(lambda: self._waiting, 0.1):
+                assert process.poll() is None, f"the client ended with {process.returncode}"
+                assert time.monotonic() < until, f"{self._content} bytes went through, fewer than {self._stop_at}"
+
+    def resume(self) -> None:
+        with self._gate:
+            self._stop_at = float("inf")
+            self._gate.notify_all()
+
+    def idle(self, seconds: float = 120) -> None:
+        """Wait until no request is being answered: the log then tells all that went out."""
+        with self._gate:
+            assert self._gate.wait_for(lambda: not self._active, seconds), f"{self._active} requests are still being answered"
+
+    def pass_gate(self, size: int) -> None:
+        """`size` bytes of content want to go through."""
+        with self._gate:
+            if self._content >= self._stop_at:
+                self._waiting += 1
+                self._gate.notify_all()
+                self._gate.wait_for(lambda: self._content < self._stop_at)
+                self._waiting -= 1
+            self._content += size
+
+    @contextmanager
+    def answering(self) -> Iterator[None]:
+        with self._gate:
+            self._active += 1
+        try:
+            yield
+        finally:
+            with self._gate:
+                self._active -= 1
+                self._gate.notify_all()
 
     def clear(self) -> None:
         self.log.clear()
@@ -276,9 +327,10 @@ class _Handler(BaseHTTPRequestHandler):
             elif self.fault:
                 self.fault.times -= 1
         try:
-            self.body = self._read_body()
-            self.entry.received = len(self.body)
-            self._route()
+            with self.hub.answering():
+                self.body = self._read_body()
+                self.entry.received = len(self.body)
+                self._route()
         except (BrokenPipeError, ConnectionResetError):  # the client was killed
             self.close_connection = True
 
@@ -318,6 +370,7 @@ class _Handler(BaseHTTPRequestHandler):
         while left and (block := self.rfile.read(min(left, 1 << 16))):
             out.append(block)
             left -= len(block)
+            self.hub.pass_gate(len(block))
             self.hub.throttle(len(block))
         if left:
             raise ConnectionResetError  # the client was killed
@@ -364,7 +417,9 @@ class _Handler(BaseHTTPRequestHandler):
                 self.wfile.write(bytes([file.read(1)[0] ^ 1]))
                 start, left, self.entry.sent = start + 1, left - 1, 1
             while left:
-                sent = self.connection.sendfile(file, start, min(left, 1 << (16 if self.hub.rate else 20)))
+                size = min(left, 1 << (16 if self.hub.rate else 20))
+                self.hub.pass_gate(size)
+                sent = self.connection.sendfile(file, start, size)
                 self.entry.sent += sent
                 start, left = start + sent, left - sent
                 self.hub.throttle(sent)

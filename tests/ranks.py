@@ -13,7 +13,7 @@ from reshard.errors import ReshardError
 from reshard.verify.report import Report
 from reshard.verify.request import Request
 
-SILENCE = 120  # seconds after which ranks count as hanging
+SILENCE = 300  # seconds after which ranks count as hanging
 
 
 @dataclass

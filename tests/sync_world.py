@@ -1,5 +1,6 @@
 """What the tests of reshard.sync share: models, a plan run in one process with no transport, and real gloo processes."""
 
+import itertools
 import multiprocessing
 import os
 import socket
@@ -131,15 +132,19 @@ def _serve(rank: int, size: int, port: int, pipe) -> None:
     os._exit(0)
 
 
+_ports = itertools.count(
+    10_000 + os.getpid() * 61 % 20_000, 7
+)  # below those that the system gives away, and another row for each process of tests
+
+
 def free_ports(count: int) -> int:
-    """The first of `count` neighbouring ports, all free a moment ago."""
+    """The first of `count` neighbouring ports, all free a moment ago, that no other call gave."""
     while True:
+        first = 10_000 + next(_ports) % 20_000
         sockets = [socket.socket() for _ in range(count)]
         try:
-            sockets[0].bind(("127.0.0.1", 0))
-            first = sockets[0].getsockname()[1]
-            for i, other in enumerate(sockets[1:], 1):
-                other.bind(("127.0.0.1", first + i))
+            for i, each in enumerate(sockets):
+                each.bind(("127.0.0.1", first + i))
             return first
         except OSError:
             continue

@@ -1,6 +1,7 @@
 """The command line is API: words, keys, exit codes, and where each line goes."""
 
 import json
+import os
 import subprocess
 import sys
 import textwrap
@@ -230,3 +231,13 @@ def test_planning_and_converting_import_no_torch(model):
     program = "import sys, reshard; reshard.convert('model', 'a', format='megatron', tp=3); reshard.convert('a', 'b', format='vllm', tp=3); print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout == "False\n"
+
+
+@pytest.mark.parametrize("encoding, arrow", [("utf-8", "→"), ("latin-1", r"\u2192"), ("ascii", None)])
+def test_a_terminal_without_an_arrow_is_no_traceback(model, encoding, arrow):
+    """A locale of ISO 8859-1 ended `plan` in a UnicodeEncodeError."""
+    environment = {**os.environ, "PYTHONIOENCODING": encoding}
+    args = [sys.executable, "-m", "reshard", "plan", "model", "--to", "vllm", "--tp", "3"]
+    done = subprocess.run(args, env=environment, capture_output=True, check=False)
+    out = done.stdout.decode("latin-1" if encoding == "latin-1" else "utf-8")  # where all is ASCII, click takes UTF-8
+    assert done.returncode == 0 and done.stderr == b"" and "(nothing is written)  vllm tp3" in out and (arrow or "") in out

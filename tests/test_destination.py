@@ -1,5 +1,6 @@
 """Other people's folders: what a conversion may replace, and what it never touches."""
 
+import contextlib
 import os
 import shutil
 import subprocess
@@ -277,7 +278,7 @@ def test_existing_folder_keeps_its_permissions_and_group(model, tmp_path, full):
     if full:
         reshard.convert(model, out, format="hf")
     out.chmod(0o2750)
-    if os.geteuid() == 0:
+    with contextlib.suppress(PermissionError):  # only root may, and not in every container
         os.chown(out, -1, 12345)
     group = out.stat().st_gid
     out.chmod(0o2750)

@@ -44,7 +44,7 @@ def refused(tmp_path, capsys, monkeypatch):
             main(["convert", str(folder), str(tmp_path / "out"), "--no-fsync", *to])
         out, err = capsys.readouterr()
         assert exit.value.code == 1
-        assert time.monotonic() - began < 10
+        assert time.monotonic() - began < 60
         assert out == "" and err.startswith("Error: ") and err.count("\nError: ") == 0 and "Traceback" not in err
         assert len(err) < 8000 and all(c.isprintable() or c == "\n" for c in err)
         for text in said:

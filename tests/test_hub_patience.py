@@ -90,11 +90,11 @@ def test_dripping_server_ends_in_an_error(hub, model, tmp_path, monkeypatch, pat
     began = time.monotonic()
     with pytest.raises(reshard.HubError, match="only [0-9]+ bytes came in"):
         reshard.convert("hf://org/name", tmp_path / "out", format="tp", tp=2)
-    assert time.monotonic() - began < 20
+    assert time.monotonic() - began < 60  # dripping to its end, a file takes more than an hour
 
 
 def test_server_that_was_slow_for_a_while(hub, large, tmp_path, monkeypatch):
-    monkeypatch.setattr(patience, "WINDOW", 0.3)
+    monkeypatch.setattr(patience, "WINDOW", 1.0)
     hub.add_folder("org/name", large)
     job = reshard.plan("hf://org/name", format="tp", tp=2)
     hub.fault(Fault(drip=0.02, times=2))

@@ -21,9 +21,6 @@ from reshard import cli
 from reshard.conversion.transaction import convert
 from reshard.demo import make_model
 
-SLOW = 30_000_000  # bytes per second, so that a process can be killed on its way
-
-
 # bytes and requests
 
 
@@ -201,23 +198,23 @@ def test_flipped_bit_in_a_small_file_is_found(hub, model, tmp_path):
 @pytest.mark.parametrize("sign", [signal.SIGKILL, signal.SIGINT])
 def test_killed_in_the_middle_of_a_file_and_continued(hub, large, tmp_path, sign):
     hub.add_folder("org/name", large)
-    hub.rate = SLOW
+    whole = sum(path.stat().st_size for path in large.glob("*.safetensors"))
+    hub.pause_after(whole // 2)
     args = [sys.executable, "-m", "reshard", "convert", "hf://org/name", "out", "--to", "tp", "--tp", "2", "-j", "3"]
     process = subprocess.Popen(
         args, cwd=tmp_path, env={**os.environ, **environment(hub, tmp_path)}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
-    whole = sum(path.stat().st_size for path in large.glob("*.safetensors"))
-    while hub.sent() < 0.5 * whole:
-        assert process.poll() is None
-        time.sleep(0.02)
+    hub.paused(process)
     process.send_signal(sign)
-    _, err = process.communicate()
+    hub.rate = 1_000_000  # half a minute for the rest: it must stop by itself
+    hub.resume()
+    _, err = process.communicate(timeout=120)
     if sign == signal.SIGINT:
         assert process.returncode == 130 and "run the same command to go on" in err and "Traceback" not in err
     assert not (tmp_path / "out").exists()
-    time.sleep(0.3)
-    came = hub.sent()
     hub.rate = 0
+    hub.idle()
+    came = hub.sent()
     hub.clear()
     done = command(hub, tmp_path, *args[3:], "--json")
     result = json.loads(done.stdout)

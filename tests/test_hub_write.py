@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from types import SimpleNamespace
 
 import pytest
@@ -111,17 +110,16 @@ def test_failed_push_leaves_the_branch_and_goes_on_with_what_is_missing(hub, mod
 def test_push_killed_in_the_middle_sends_only_what_is_missing(hub, large, tmp_path):
     reshard.convert(large, tmp_path / "tp", format="tp", tp=3)
     shards = sorted(path.stat().st_size for path in (tmp_path / "tp").glob("*.safetensors"))
-    hub.rate = 30_000_000
+    hub.pause_after(int(1.3 * shards[-1]))  # the second file is on its way
     args = [sys.executable, "-m", "reshard", "push", "tp", "hf://ada/name"]
     process = subprocess.Popen(
         args, cwd=tmp_path, env={**os.environ, **environment(hub, tmp_path), "HF_HUB_DISABLE_XET": "1"}, stdout=subprocess.PIPE
     )
-    while len(hub.requests(host="cdn", method="PUT")) < 2:  # the second file is on its way
-        assert process.poll() is None
-        time.sleep(0.01)
+    hub.paused(process)
     process.kill()
     process.communicate()
-    hub.rate = 0
+    hub.resume()
+    hub.idle()
     assert set(hub.files("ada/name")) == {".gitattributes"}
     hub.clear()
     done = command(hub, tmp_path, *args[3:], HF_HUB_DISABLE_XET="1")

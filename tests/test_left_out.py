@@ -1,6 +1,8 @@
 """Weights that a layout leaves out, such as multi-token prediction: told by name and bytes, and counted by diff."""
 
 import json
+from math import prod
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,18 +11,14 @@ from safetensors.torch import load_file, save_file
 import reshard
 from reshard.cli import main
 from reshard.demo import make_model
+from reshard.text import human
 
-CONFIG = {
-    "architectures": ["DeepseekV3ForCausalLM"], "hidden_size": 16, "intermediate_size": 24, "moe_intermediate_size": 8, "num_attention_heads": 4,
-    "num_key_value_heads": 4, "qk_nope_head_dim": 4, "qk_rope_head_dim": 2, "v_head_dim": 4, "q_lora_rank": 6, "kv_lora_rank": 8, "vocab_size": 64,
-    "num_hidden_layers": 2, "first_k_dense_replace": 1, "n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2, "n_group": 2,
-    "topk_group": 1, "routed_scaling_factor": 2.5, "rms_norm_eps": 1e-6, "max_position_embeddings": 64, "num_nextn_predict_layers": 1,
-}  # fmt: skip
-MTP = {
-    f"model.layers.2.{name}": shape
-    for name, shape in (("enorm.weight", (16,)), ("eh_proj.weight", (16, 32)), ("mlp.experts.0.up_proj.weight", (8, 16)))
-}
-BYTES = 2 * (16 + 512 + 128)
+DATA = json.loads((Path(__file__).parent / "families_data/deepseek_v3.json").read_text())
+CONFIG = DATA["config"]
+COPIES = ("model.layers.3.embed_tokens.weight", "model.layers.3.shared_head.head.weight")
+MTP = {n: tuple(shape) for n, (_, shape) in DATA["tensors"].items() if n.startswith("model.layers.3.") and n not in COPIES}
+BYTES = sum(prod(shape) * (4 if name.endswith("_bias") else 2) for name, shape in MTP.items())
+TOLD = f"left out: {len(MTP)} tensors, {human(BYTES)}"
 
 
 def written(folder, state):
@@ -35,10 +33,11 @@ def models(tmp_path):
     make_model(tmp_path / "plain", CONFIG)
     state = load_file(tmp_path / "plain/model.safetensors")
     state["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(1)
-    mtp = {name: torch.randn(shape).bfloat16() for name, shape in MTP.items()}
+    mtp = {name: torch.randn(shape).to(torch.float32 if name.endswith("_bias") else torch.bfloat16) for name, shape in MTP.items()}
+    mtp |= dict(zip(COPIES, (state["model.embed_tokens.weight"].clone(), state["lm_head.weight"].clone())))
     written(tmp_path / "a", {**state, **mtp})
     written(tmp_path / "b", state)
-    written(tmp_path / "c", {**state, **mtp, "model.layers.2.enorm.weight": mtp["model.layers.2.enorm.weight"] + 1})
+    written(tmp_path / "c", {**state, **mtp, "model.layers.3.enorm.weight": mtp["model.layers.3.enorm.weight"] + 1})
     return tmp_path
 
 
@@ -53,10 +52,10 @@ def test_plan_convert_and_manifest_tell_names_and_bytes(models, capsys):
     """issue, 2: multi-token prediction layers vanished."""
     for command in (("plan", models / "a"), ("convert", models / "a", models / "v", "--dry-run"), ("convert", models / "a", models / "v")):
         out = run(capsys, 0, *command, "--to", "vllm", "--tp", "2")
-        assert "left out: 3 tensors, 1.31 kB" in out and all(name in out for name in MTP)
+        assert TOLD in out and "model.layers.3.eh_proj.weight" in out
     result = json.loads(run(capsys, 0, "convert", models / "a", models / "w", "--to", "vllm", "--json"))
     assert result["left_out"] == sorted(MTP) and result["left_out_bytes"] == BYTES
-    assert result["dropped"] == sorted([*MTP, "model.layers.0.self_attn.rotary_emb.inv_freq"]) and result["dropped_bytes"] == BYTES + 4
+    assert result["dropped"] == ["model.layers.0.self_attn.rotary_emb.inv_freq"] and result["dropped_bytes"] == 4
     assert json.loads((models / "w/reshard.json").read_text())["left_out"] == {"tensors": sorted(MTP), "bytes": BYTES}
     assert "left out" not in run(capsys, 0, "convert", models / "b", models / "x", "--to", "vllm")
     assert "left_out" not in json.loads((models / "x/reshard.json").read_text())
@@ -70,24 +69,45 @@ def test_diff_counts_what_one_side_lacks(models, capsys):
         assert not report and report.missing_in_b == sorted(MTP) and report.bytes_missing_in_b == BYTES and not report.differing
         assert reshard.diff(models / other, models / "a").missing_in_a == sorted(MTP)
     assert reshard.diff(models / "b", models / "v") and reshard.diff(models / "b", models / "plain")
-    assert "3 tensors, 1.31 kB" in run(capsys, 3, "diff", models / "a", models / "v")
+    assert TOLD.removeprefix("left out: ") in run(capsys, 3, "diff", models / "a", models / "v")
     assert json.loads(run(capsys, 3, "diff", models / "a", models / "v", "--json"))["bytes_missing_in_b"] == BYTES
 
 
 def test_diff_compares_them_where_both_sides_have_them(models):
     assert reshard.diff(models / "a", models / "a")
     report = reshard.diff(models / "a", models / "c")
-    assert [(d.name, d.elements) for d in report.differing] == [("model.layers.2.enorm.weight", 16)]
+    assert [(d.name, d.elements) for d in report.differing] == [("model.layers.3.enorm.weight", 64)]
 
 
-def test_megatrons_prediction_layers_are_left_out_by_name_and_bytes(models):
-    reshard.convert(models / "b", models / "m", format="megatron", tp=2)
-    for rank in (0, 1):
-        path = models / f"m/release/mp_rank_{rank:02d}/model_optim_rng.pt"
-        blob = torch.load(path, weights_only=False)
-        blob["model"]["mtp.layers.0.eh_proj.weight"] = torch.ones(8, 32)
-        torch.save(blob, path)
-    (models / "m/reshard.json").unlink()
-    job = reshard.plan(models / "m", format="hf", config=models / "b")
-    assert job.left_out == ["mtp.layers.0.eh_proj.weight"] and job.to_json()["left_out_bytes"] == 2 * 8 * 32 * 4
-    assert len(reshard.diff(models / "b", models / "m").missing_in_a) == 2  # rank 0's and rank 1's
+def test_prediction_layers_stand_in_megatron_and_come_back(models):
+    """By Megatron's names: mtp.layers, the projection cut by rows, experts by expert; on two stages the last holds the embedding again."""
+    for number, mesh in enumerate(({"tp": 2}, {"tp": 2, "pp": 3}, {"ep": 2})):
+        reshard.convert(models / "a", models / f"m{number}", format="megatron", **mesh)
+        state = torch.load(sorted((models / f"m{number}/release").glob("mp_rank_*"))[-1] / "model_optim_rng.pt", weights_only=False)[
+            "model"
+        ]
+        assert state["mtp.layers.0.eh_proj.weight"].shape == (64 // mesh.get("tp", 1), 128)
+        assert "mtp.layers.0.transformer_layer.mlp.experts.linear_fc1.weight1" in state
+        assert "embedding.word_embeddings.weight" in state  # the last stage predicts from embeddings, too
+        assert reshard.diff(models / "a", models / f"m{number}")
+        reshard.convert(models / f"m{number}", models / f"back{number}", format="hf")
+        want, got = load_file(models / "a/model.safetensors"), load_file(models / f"back{number}/model.safetensors")
+        assert want.keys() - got.keys() == {"model.layers.0.self_attn.rotary_emb.inv_freq"} and all(
+            torch.equal(want[n], t) for n, t in got.items()
+        )
+
+
+def test_half_a_prediction_layer_is_no_checkpoint(models):
+    state = load_file(models / "a/model.safetensors")
+    del state["model.layers.3.hnorm.weight"]
+    written(models / "half", state)
+    with pytest.raises(reshard.PlanError, match="hnorm.weight is missing, though others of place mtp_joint are there"):
+        reshard.open(models / "half")
+
+
+def test_an_embedding_that_drifted_apart_is_no_copy(models):
+    state = load_file(models / "a/model.safetensors")
+    state[COPIES[0]] += 1
+    written(models / "apart", state)
+    with pytest.raises(reshard.FormatError, match="embed_tokens.*different values"):
+        reshard.convert(models / "apart", models / "x", format="tp", tp=2)

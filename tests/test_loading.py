@@ -272,6 +272,38 @@ def test_shapes_alone_on_the_meta_device(model):
     assert {n: (t.shape, t.dtype) for n, t in state.items()} == {n: (t.shape, t.dtype) for n, t in full.items()}
 
 
+@pytest.mark.parametrize("when", ["made", "filled"])
+def test_a_device_that_is_full_is_told_with_both_numbers(model, monkeypatch, when):
+    """Also while it is filled: a copy to rows that are apart takes memory of its own there."""
+
+    class Full(Late):
+        def copy(self, into, value):
+            if when == "filled":
+                raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 MiB")
+            super().copy(into, value)
+
+    monkeypatch.setattr(loading, "free_bytes", lambda device: 12345)
+    if when == "made":
+        monkeypatch.setattr(torch, "zeros", lambda *a, **k: exec("raise torch.cuda.OutOfMemoryError('CUDA out of memory')"))
+    size = sum(t.nbytes for t in load(model, format="hf", device="meta").values()) if when == "filled" else None
+    with pytest.raises(reshard.ReshardError, match=r"rank 0 takes [\d.]+ kB on cpu, which has 12.35 kB free") as error:
+        on(Full(), model, format="hf")
+    assert error.value.hint and (size is None or loading.human(size) in str(error.value))
+
+
+def test_reading_goes_on_while_copies_are_under_way(model, monkeypatch):
+    """Issue 18: with one buffer, or a wait behind each copy, every read would find the device idle."""
+    device, read, seen = Late(), Source.read, []
+
+    def watched(self, *args):
+        seen.append(device.queued - device.done)
+        return read(self, *args)
+
+    monkeypatch.setattr(Source, "read", watched)
+    on(device, model, format="hf", jobs=1, buffer=16 << 10)
+    assert max(seen) > 1 and sum(under_way > 0 for under_way in seen) > len(seen) / 2
+
+
 def test_threads_and_buffers_are_the_callers_choice(model):
     assert same(load(model, format="vllm", tp=2, jobs=3, buffer=1 << 20), load(model, format="vllm", tp=2))
 

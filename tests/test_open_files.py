@@ -10,6 +10,7 @@ import sys
 import pytest
 
 import reshard
+from reshard.cli import main
 from reshard.demo import CONFIG, make_model
 
 
@@ -46,8 +47,9 @@ def test_without_flock_a_lock_file_keeps_runs_apart(model, tmp_path, monkeypatch
                 reshard.convert(model, tmp_path / "out", format="hf")
             assert str(tmp_path / ".out.reshard.lock") in error.value.hint and str(os.getpid()) in error.value.hint
 
-    reshard.convert(model, tmp_path / "out", format="hf", progress=progress)
+    report = reshard.convert(model, tmp_path / "out", format="hf", progress=progress)
     assert inside and reshard.diff(model, tmp_path / "out")
+    assert [note for note in report.notes if "no locks (flock)" in note and f"{tmp_path} has" in note and ".out.reshard.lock" in note]
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
 
 
@@ -63,6 +65,31 @@ def test_lock_file_of_a_dead_process_of_this_host_is_removed(model, tmp_path, mo
     else:
         reshard.convert(model, tmp_path / "out", format="hf")
         assert not lock.exists() and reshard.diff(model, tmp_path / "out")
+
+
+@pytest.mark.parametrize("kind", ["bytes that are no text", "a gigabyte", "a named pipe", "a terminal's commands"])
+def test_lock_file_of_anybody_is_told_and_not_believed(model, tmp_path, monkeypatch, kind):
+    monkeypatch.setattr(fcntl, "flock", no_flock)
+    lock = tmp_path / ".out.reshard.lock"
+    if kind == "a named pipe":
+        os.mkfifo(lock)
+    elif kind == "a gigabyte":
+        with open(lock, "wb") as file:
+            file.truncate(1 << 30)
+    else:
+        lock.write_bytes(b"\xff\xfe\x00" if kind == "bytes that are no text" else b"\x1b[2J")
+    with pytest.raises(reshard.DestinationError, match="another run") as caught:
+        reshard.convert(model, tmp_path / "out", format="hf")
+    assert "wait for it to end" in caught.value.hint and len(caught.value.hint) < 500 and caught.value.hint.isprintable()
+
+
+def test_a_lock_of_the_kernel_needs_no_word(model, tmp_path, monkeypatch, capsys):
+    """The other way about: with flock the report says nothing; without it the command line does."""
+    assert reshard.convert(model, tmp_path / "with", format="hf").notes == []
+    monkeypatch.setattr(fcntl, "flock", no_flock)
+    with pytest.raises(SystemExit):
+        main(["convert", str(model), str(tmp_path / "out"), "--to", "hf"])
+    assert "no locks (flock)" in capsys.readouterr().err
 
 
 def test_only_a_lock_that_is_held_means_another_run(model, tmp_path, monkeypatch):

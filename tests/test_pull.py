@@ -8,7 +8,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
 from hubcases import command, environment, files_of, hub, large, model  # noqa: F401  fixtures among them
@@ -28,18 +27,16 @@ def other(tmp_path_factory):
 
 def killed_pull(hub, tmp_path, source="hf://org/a", *more, after=20_000_000, sign=signal.SIGKILL):
     """Run ``pull`` into dst and kill it when so many bytes have gone out."""
-    hub.rate = 40_000_000
+    hub.pause_after(after)
     args = [sys.executable, "-m", "reshard", "pull", source, "dst", *more]
     process = subprocess.Popen(
         args, cwd=tmp_path, env={**os.environ, **environment(hub, tmp_path)}, stdout=subprocess.PIPE, stderr=subprocess.PIPE
     )
-    while hub.sent() < after:
-        assert process.poll() is None, process.stderr.read()
-        time.sleep(0.01)
+    hub.paused(process)
     process.send_signal(sign)
-    process.communicate()
-    hub.rate = 0
-    time.sleep(0.2)
+    process.communicate(timeout=120)
+    hub.resume()
+    hub.idle()
 
 
 def test_pull_after_a_killed_pull_of_another_model_never_serves_that_one(hub, large, other, tmp_path):
@@ -91,16 +88,16 @@ def test_convert_and_pull_keep_each_other_out(hub, large, tmp_path):
 def test_two_pulls_at_once(hub, large, tmp_path):
     """defects.md A11"""
     hub.add_folder("org/a", large)
-    hub.rate = 40_000_000
+    hub.pause_after(5_000_000)
     args = [sys.executable, "-m", "reshard", "pull", "hf://org/a", "dst"]
     process = subprocess.Popen(
         args, cwd=tmp_path, env={**os.environ, **environment(hub, tmp_path)}, stdout=subprocess.PIPE, stderr=subprocess.PIPE
     )
-    while hub.sent() < 5_000_000:
-        time.sleep(0.01)
+    hub.paused(process)
     with pytest.raises(reshard.DestinationError, match="another run is writing"):
         reshard.pull("hf://org/a", tmp_path / "dst")
-    assert process.wait() == 0 and files_of(tmp_path / "dst") == files_of(large)
+    hub.resume()
+    assert process.wait(timeout=120) == 0 and files_of(tmp_path / "dst") == files_of(large)
 
 
 @pytest.mark.parametrize("kind", ["file", "link to a file", "file above", "not empty", "no checkpoint", "foreign partial", "read-only"])

@@ -7,7 +7,7 @@ from sync_world import LLAMA, World, blank, loaded, loopback
 from reshard import sync
 from reshard.demo import make_model
 from reshard.sync.checks import Sums, sent_and_taken
-from reshard.sync.messages import rank_plan
+from reshard.sync.messages import rank_plan, sent_as_it_lies, taken_as_it_lies
 from reshard.sync.tensors import bind
 
 LINEAR = frozenset({"q", "k", "v", "o", "gate", "up", "down"})
@@ -16,7 +16,7 @@ WIDE = {**LLAMA, "hidden_size": 512, "intermediate_size": 1536, "num_attention_h
 
 def staged(messages, number: int) -> list:
     """Messages of a round that need a buffer: all but large runs that go from tensor to tensor."""
-    through = [m for m in messages if m.alone and m.copies[0][0].sent_as_it_lies and m.copies[0][0].taken_as_it_lies]
+    through = [m for m in messages if m.alone and sent_as_it_lies(m.copies[0][0]) and taken_as_it_lies(m.copies[0][0])]
     return [m for m in messages if m.round == number and m not in through]
 
 

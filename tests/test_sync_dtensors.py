@@ -8,7 +8,7 @@ from sync_world import LLAMA, World, blank, loaded
 import reshard
 from reshard import sync
 from reshard.demo import make_model
-from reshard.sync.tensors import bind, extended
+from reshard.sync.tensors import bind
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +88,7 @@ def astray_case(rank, root):
     found["c"] = distribute_tensor(torch.zeros(8, 8), meshes[1], [Shard(0), Shard(1)])
     read = sync.shardings(found)
     assert read["b"] == sync.Sharding((0, 1, 2, 3), (None,)) and read["c"].ranks == ((0, 3), (1, 2))
-    return extended(sync.Sharding((0, 3), (0,)), ((0, 1), (2, 3)))
+    return sync.Sharding((0, 3), (0,)).extended(((0, 1), (2, 3)))
 
 
 def test_a_mesh_that_is_no_part_of_the_model_s_is_not_guessed(world, models):

@@ -17,8 +17,8 @@ from sync_world import LLAMA, QWEN3_MOE, blank, loaded, loopback
 import reshard
 from reshard import sync
 from reshard.demo import make_model
-from reshard.sync.messages import rank_plan
-from reshard.sync.side import intervals
+from reshard.sync.messages import rank_plan, sent_as_it_lies, taken_as_it_lies
+from reshard.sync.sharding import intervals
 
 
 @pytest.fixture(scope="module")
@@ -181,7 +181,7 @@ def test_bytes_and_messages_are_bounded_by_the_bucket():
                 here = [
                     m
                     for m in messages
-                    if m.round == number and not (m.alone and m.copies[0][0].sent_as_it_lies and m.copies[0][0].taken_as_it_lies)
+                    if m.round == number and not (m.alone and sent_as_it_lies(m.copies[0][0]) and taken_as_it_lies(m.copies[0][0]))
                 ]
                 assert sum(m.bytes for m in here) <= 1 << 18
         assert part.bytes_sent == plan.cost().ranks[process].sent

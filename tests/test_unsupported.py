@@ -239,7 +239,8 @@ def test_options_for_opening_are_refused_where_it_is_open_already(hf, tmp_path):
 def test_each_file_counts_for_its_own_rank(hf):
     """defects.md A14: a file of constants alone was counted for rank 0."""
     job = reshard.plan(hf, format="vllm", tp=2, engine_version="0.32", max_file=4)
-    alone = [file for file in job.folder.files if not file.tensors]
+    filled = {piece.file for piece in job.folder.pieces}
+    alone = [file for file in job.folder.files if file.path not in filled]
     assert alone  # control: there are such files
     by_rank = {rank: sum(file.image.size for file in job.folder.files if file.path.startswith(f"model-rank-{rank}-")) for rank in (0, 1)}
     assert {row["rank"]: row["bytes_written"] for row in job.ranks()} == by_rank

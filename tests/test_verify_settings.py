@@ -137,7 +137,7 @@ def test_one_ranks_args_that_differ_name_that_file(tmp_path):
 
 def test_ranks_are_held_against_one_another_where_no_descriptor_tells_args(tmp_path, monkeypatch):
     folder = megatron(tmp_path / "out", "llama", {"rotary_base": 500000}, only=1, tp=2)
-    monkeypatch.setattr("reshard.checkpoint.find_descriptor", lambda settings: None)
+    monkeypatch.setattr("reshard.layout.find_descriptor", lambda settings: None)
     found = differences(folder, "llama")
     assert [(d.where, d.field) for d in found] == [("args in release/mp_rank_01/model_optim_rng.pt", "rotary_base")]
 

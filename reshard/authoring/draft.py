@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from reshard import formats
-from reshard.checkpoint import find_config, folder_of, model_config, read_config
+from reshard.checkpoint import find_config, model_config, read_config
+from reshard.checkpoint.config import folder_of
 from reshard.errors import LayoutError, ReshardError
 from reshard.foreign import quote
 from reshard.layout import Descriptor, Layout, Mesh, Placement, architectures, builtin_descriptors
@@ -49,7 +50,7 @@ def draft(path: str | Path, *, from_transformers: bool = False, without: frozens
     """
     folder = folder_of(path)
     settings = read_config(find_config(folder, None))
-    shapes = {name: info.shape for name, (_, info) in formats.get("hf").read(folder).tensors[0].items()}
+    shapes = {piece.name: piece.whole or piece.shape for piece in formats.get("hf").read(folder).pieces}
     nearest = _nearest(shapes, settings, without)
     plan = _plan(settings) if from_transformers else None
     return "\n".join(_lines(nearest, shapes, architectures(settings), plan)) + "\n"

@@ -4,7 +4,17 @@ import json
 
 import click
 
-from reshard.cli.options import Place, Size, json_option, push_options, rank_option, run_options, source_options, target_options
+from reshard.cli.options import (
+    Place,
+    Size,
+    json_option,
+    push_options,
+    rank_option,
+    report_option,
+    run_options,
+    source_options,
+    target_options,
+)
 from reshard.cli.progress import progress_bar
 from reshard.foreign import quote
 from reshard.text import count, human, some
@@ -66,6 +76,7 @@ def run_conversion(
     engine_version,
     engine_platform,
     rank,
+    max_shard_size,
     dry_run,
     jobs,
     buffer,
@@ -80,21 +91,8 @@ def run_conversion(
     from reshard.conversion.transaction import convert as run
     from reshard.conversion.transaction import resumed
 
-    job = planned(
-        source,
-        to,
-        tp,
-        pp,
-        ep,
-        etp,
-        dtype,
-        engine_version,
-        engine_platform,
-        rank=rank,
-        jobs=jobs,
-        buffer=buffer,
-        allow_overflow=allow_overflow,
-    )
+    options = {"rank": rank, "jobs": jobs, "buffer": buffer, "allow_overflow": allow_overflow, "max_file": max_shard_size}
+    job = planned(source, to, tp, pp, ep, etp, dtype, engine_version, engine_platform, **options)
     if push is not None and not dry_run:
         from reshard.publish.push import convert_and_push
 
@@ -178,10 +176,15 @@ def say_pushed(done, result: dict, as_json: bool, quiet: bool) -> None:
 @source_options
 @rank_option
 @click.option("--bandwidth", type=Size(), help="Bytes per second, such as 25GB/s: adds the time it takes.")
+@report_option
 @json_option
-def plan(src, to, tp, pp, ep, etp, dtype, engine_version, engine_platform, from_, layout, config, rank, bandwidth, as_json):
+def plan(src, to, tp, pp, ep, etp, dtype, engine_version, engine_platform, from_, layout, config, rank, bandwidth, report, as_json):
     """Tell which bytes a conversion of SRC would read and write, per rank. Writes nothing."""
     job = planned(opened(src, from_, layout, config), to, tp, pp, ep, etp, dtype, engine_version, engine_platform, rank=rank)
+    if report:
+        from reshard.pages.plan import plan_page
+
+        report.write_text(plan_page(job))
     if as_json:
         extra = {"seconds_at_bandwidth": (job.bytes_read + job.bytes_written) / bandwidth} if bandwidth else {}
         click.echo(json.dumps({"ok": True, **job.to_json(), "ranks": job.ranks(), **extra}))

@@ -50,11 +50,13 @@ def pull(src, dst, from_, layout, config, cache, **options):
     with progress_bar(sum(files.values()), silent) as tell:
         done = run(folder, dst, overwrite=options["overwrite"], progress=tell)
     if options["as_json"]:
-        click.echo(json.dumps({"ok": True, **result, "seconds": round(done.seconds, 3)}))
+        click.echo(json.dumps({"ok": True, **result, "seconds": round(done.seconds, 3), "notes": done.notes}))
     elif not silent:
         click.echo(
             f"fetched {count(len(done.files), 'file')}, {human(done.bytes)} in {done.seconds:.1f}s, checksums compared: {dst}, {src} at {done.revision[:12]}"
         )
+        for note in done.notes:
+            click.echo(note, err=True)
         say_left_out(left_out(folder), "code, hidden files and other formats are not fetched")
 
 

@@ -6,8 +6,9 @@ import sys
 import click
 
 from reshard.cli.convert import opened
-from reshard.cli.options import Place, json_option, source_options
+from reshard.cli.options import FORMATS, Place, json_option, report_option, source_options
 from reshard.cli.progress import progress_bar
+from reshard.dtypes import USER_WORDS
 from reshard.errors import ReshardError
 from reshard.foreign import printable
 from reshard.text import count, human, table
@@ -73,38 +74,48 @@ def split_dim(descriptor, entry, tp: int) -> int | None:
 @click.argument("b", type=Place())
 @click.option("--config", type=Place(exists=True), help="config.json of the model, or its folder, where neither A nor B has one.")
 @click.option("--layout", type=click.Path(exists=True, dir_okay=False), help="A layout descriptor of your own, for both.")
+@click.option("--from-a", type=click.Choice(FORMATS), help="Format of A, where its files don't tell.")
+@click.option("--from-b", type=click.Choice(FORMATS), help="Format of B, where its files don't tell.")
+@click.option("--dtype", type=click.Choice(list(USER_WORDS)), help="Compare floating-point tensors as this: confirms a cast.")
+@click.option("--atol", type=click.FloatRange(0), default=0.0, metavar="X", help="Elements within X of each other are equal.")
+@report_option
 @json_option
 @click.option("-q", "--quiet", is_flag=True)
-def diff(a, b, config, layout, as_json, quiet):
+def diff(a, b, config, layout, from_a, from_b, dtype, atol, report, as_json, quiet):
     """Tell whether A and B hold the same parameters, bit for bit, whatever their layouts. Exit code 3: they differ."""
     from reshard.api import diff as run
     from reshard.api import open_pair
 
-    left, right = open_pair(a, b, layout=layout, config=config)
+    left, right = open_pair(a, b, layout=layout, config=config, formats=(from_a, from_b))
     with progress_bar(left.bytes + right.bytes, quiet or as_json) as tell:
-        report = run(left, right, progress=tell)
+        found = run(left, right, dtype=dtype, atol=atol, maps=report is not None, progress=tell)
+    if report:
+        from reshard.pages.diff import diff_page
+
+        report.write_text(diff_page(found, a, b))
     if as_json:
-        differing = [d.to_json() for d in report.differing]
-        click.echo(json.dumps({"ok": True, "equal": report.equal, "tensors": report.tensors, "differing": differing,
-                               "missing_in_a": report.missing_in_a, "missing_in_b": report.missing_in_b,
-                               "bytes_missing_in_a": report.bytes_missing_in_a, "bytes_missing_in_b": report.bytes_missing_in_b}))  # fmt: skip
-    elif report.equal:
-        click.echo(f"equal: {report.tensors} tensors, bit for bit")
+        differing = [d.to_json() for d in found.differing]
+        click.echo(json.dumps({"ok": True, "equal": found.equal, "tensors": found.tensors, "differing": differing,
+                               "missing_in_a": found.missing_in_a, "missing_in_b": found.missing_in_b,
+                               "bytes_missing_in_a": found.bytes_missing_in_a, "bytes_missing_in_b": found.bytes_missing_in_b}))  # fmt: skip
+    elif found.equal:
+        how = f"as {dtype}" if dtype else "" if atol else "bit for bit"
+        click.echo(f"equal: {found.tensors} tensors, {', '.join(filter(None, [how, f'within {atol:g}' if atol else '']))}")
     else:
-        sides = (a, report.missing_in_a, report.bytes_missing_in_a), (b, report.missing_in_b, report.bytes_missing_in_b)
+        sides = (a, found.missing_in_a, found.bytes_missing_in_a), (b, found.missing_in_b, found.bytes_missing_in_b)
         for word, names, size in sides:
             for name in names[:20]:
                 click.echo(printable(f"missing in {word}: {name}"))
             if names:
                 click.echo(f"missing in {word}: {count(len(names), 'tensor')}, {human(size)}")
-        if report.differing:
+        if found.differing:
             rows = [(f"{d.name} ({d.why})" if d.why else d.name, d.elements, "-" if d.max_abs_diff is None else f"{d.max_abs_diff:.3g}")
-                    for d in report.differing[:20]]  # fmt: skip
+                    for d in found.differing[:20]]  # fmt: skip
             click.echo(table(rows, ("differs", "elements", "max |a-b|")))
         click.echo(
-            f"different: {len(report.differing)} of {report.tensors} tensors differ, {len(report.missing_in_a) + len(report.missing_in_b)} missing"
+            f"different: {len(found.differing)} of {found.tensors} tensors differ, {len(found.missing_in_a) + len(found.missing_in_b)} missing"
         )
-    if not report.equal:
+    if not found.equal:
         sys.exit(3)
 
 

@@ -1,5 +1,7 @@
 """Arguments and options that commands share, and what they are converted to."""
 
+from pathlib import Path
+
 import click
 
 from reshard.errors import ReshardError
@@ -87,6 +89,7 @@ rank_option = click.option("--rank", type=click.IntRange(0), help="Only what thi
 cache_option = click.option(
     "--cache", is_flag=True, help="Download SRC's files into the Hub's cache first, for others too, and read them there."
 )
+report_option = click.option("--report", type=click.Path(dir_okay=False, writable=True, path_type=Path), help="Write an HTML page too.")
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 
 
@@ -97,6 +100,11 @@ def run_options(command):
         click.option("-q", "--quiet", is_flag=True, help="No progress, no summary."),
         json_option,
         click.option("--overwrite", is_flag=True, help="Replace what the destination holds."),
+        click.option(
+            "--max-shard-size",
+            type=Size(),
+            help="Bytes of a weight file, at most, where one tensor is no larger; default: usual for the format.",
+        ),
         click.option(
             "--allow-overflow", is_flag=True, help="With --dtype: store a value that has no room in it as infinity, instead of refusing."
         ),

@@ -12,6 +12,17 @@ from reshard.planner.plan import digest as digest_of
 from reshard.planner.tiles import MOST_PORTION, PORTION
 
 
+def first_note(job: Job) -> dict[str, object]:
+    """How the journal of `job` begins: whose work it is, for comparison and for messages."""
+    return {
+        "fingerprint": fingerprint(job),
+        "reshard": __version__,
+        "source": job.source.name,
+        "options": options(job),
+        "state": source_state(job),
+    }
+
+
 def fingerprint(job: Job) -> str:
     """A digest of all that decides the output's bytes and their division into portions.
 
@@ -24,8 +35,8 @@ def fingerprint(job: Job) -> str:
         _add(digest, GAP, BATCH, [batch.size for batch in job.batches])
     _add(digest, job.plan.fingerprint)
     for file in job.folder.files:
-        _add(digest, file.path, file.image.size, {name: info.offset for name, info in file.image.tensors.items()})
-        for offset, content in [*file.image.segments, *sorted((file.image.tensors[n].offset, c) for n, c in file.constants.items())]:
+        _add(digest, file.path, file.image.size)
+        for offset, content in file.image.segments:
             _add(digest, offset, len(content))
             digest.update(content)
     return digest.hexdigest()

@@ -16,6 +16,7 @@ from reshard.errors import PlanError
 from reshard.formats import Folder, Target
 from reshard.formats.manifest import NAME as MANIFEST
 from reshard.formats.manifest import manifest_bytes
+from reshard.formats.pieces import placed
 from reshard.geometry.block import Stored
 from reshard.layout import Mesh, Placement, Rank
 from reshard.layout.check import omitted, refuse_unheld
@@ -24,15 +25,13 @@ from reshard.planner.batches import peak as peak_of_fetching
 from reshard.planner.plan import Plan
 from reshard.planner.plan import plan as make_plan
 from reshard.planner.tiles import BUFFER, Portion, peak_buffer, portions
+from reshard.stores.beside import is_side_file
+from reshard.stores.files import AnyPath
 from reshard.stores.identity import Identity, identity
 from reshard.text import count, human, some, table
 
 if TYPE_CHECKING:
     from reshard.executor.casts import Casts
-
-#: files beside the weights that every folder gets, when the source has them
-COMPANIONS = ("config.json", "generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*",
-              "merges.txt", "chat_template*", "preprocessor_config.json", "processor_config.json", "LICENSE*", "*.tiktoken", "spiece.model", "*.py")  # fmt: skip
 
 
 @dataclass
@@ -44,7 +43,7 @@ class Job:
     mesh: Mesh
     plan: Plan
     folder: Folder
-    companions: dict[str, Path]
+    companions: dict[str, AnyPath]
     engine_version: str | None
     engine_platform: str | None
     dtype: str | None
@@ -199,7 +198,11 @@ def prepare(
     engine_version = engine_version or kind.newest
     target = Target(placement, ranks, engine_version, max_file)
     folder = kind.write(target, plan.destinations)
-    plan = plan.located({s.id: (file.path, file.image.tensors[name].offset) for file in folder.files for name, s in file.tensors.items()})
+    here = placed(plan.destinations, folder.pieces, complete=rank is None)
+    if all(piece.region is None for piece in folder.pieces):
+        plan = plan.located(here.stored)
+    else:  # tensors that the format cuts itself: each of its pieces is a destination, counted like any
+        plan = join_to(source, placement, dtype, ranks, rank is None, here.stored)
     sizes = {file.path: file.image.size for file in folder.files}
     native = native_dtypes(source, plan)
     alone = rank is not None and len(placement.ranks) > 1
@@ -264,11 +267,27 @@ def one_rank(placement: Placement, number: int) -> Rank:
     return placement.ranks[number]
 
 
-def join_to(source: Checkpoint, placement: Placement, dtype: str | None, ranks=None, complete: bool = True) -> Plan:
-    """The plan that fills `placement` (or some of its ranks) from `source`."""
+def rank_at(placement: Placement, at: tuple[int, ...]) -> Rank:
+    """The rank at (tp, pp), or (tp, pp, ep) where several stand there."""
+    found = [rank for rank in placement.ranks if (rank.tp, rank.pp, rank.ep)[: len(at)] == tuple(at)] if len(at) in (2, 3) else []
+    if not found or len({rank.ep for rank in found}) > 1:
+        text = f"no rank stands at {at}" if not found else f"{len(found)} ranks stand at {at}"
+        raise PlanError([f"{text} of {placement.mesh}"], "at is (tp, pp), or (tp, pp, ep), each from 0")
+    return found[0]
+
+
+def join_to(
+    source: Checkpoint,
+    placement: Placement,
+    dtype: str | None,
+    ranks: list[Rank] | None = None,
+    complete: bool = True,
+    cut: list[Stored] | None = None,
+) -> Plan:
+    """The plan that fills `placement` (or some of its ranks, or what was `cut` of its tensors) from `source`."""
     if dtype is not None and dtype not in USER_WORDS:
         raise PlanError([f"unknown dtype {dtype!r}"], f"use one of {', '.join(USER_WORDS)}")
-    destinations = list(placement.stored(ranks))
+    destinations = list(placement.stored(ranks)) if cut is None else cut
     if placement.problems:
         raise PlanError(placement.problems, split_hint(placement))
     keep = [t.name for t in source.layout.descriptor.tensors.values() if t.dtype]
@@ -307,11 +326,11 @@ def split_hint(placement: Placement) -> str:
     return f"tp sizes that fit this model here: {', '.join(works) or 'none'}" + ("; --to tp cuts unevenly" if placement.rules.even else "")
 
 
-def companion_files(source: Checkpoint) -> dict[str, Path]:
+def companion_files(source: Checkpoint) -> dict[str, AnyPath]:
     """config.json, tokenizer and their like: name in the destination → file at the source."""
     folder = source.config_path.parent if source.config_path else source.path
-    patterns = [pattern for pattern in COMPANIONS if not (source.remote and pattern == "*.py")]  # code that nobody here asked for
-    found = {path.name: path for pattern in patterns for path in sorted(folder.glob(pattern)) if path.is_file()}
+    # code that nobody here asked for is not taken from the Hub
+    found = {path.name: path for path in folder.iterdir() if is_side_file(path.name, code=not source.remote) and path.is_file()}
     if source.config_path:
         found["config.json"] = source.config_path
     return dict(sorted(found.items()))

@@ -24,7 +24,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from reshard.conversion.lock import locked
+from reshard.conversion.lock import Lock, locked
 from reshard.foreign import LIMIT, parse
 
 NAME = "journal.jsonl"
@@ -41,9 +41,9 @@ class Done:
 class Journal:
     """An open journal, locked for this run alone."""
 
-    def __init__(self, handle: int, notes: list[dict], size: int, first: int):
+    def __init__(self, handle: int, lock: Lock, notes: list[dict], size: int, first: int):
         """`size` bytes are `notes`, `first` of them the first."""
-        self._handle, self.notes, self._size, self._first = handle, notes, size, first
+        self._handle, self.lock, self.notes, self._size, self._first = handle, lock, notes, size, first
         self._turn = threading.Lock()
         self._marks = max((note.get("mark", 0) for note in notes), default=0)
 
@@ -214,7 +214,7 @@ def boot() -> str | None:
 @contextmanager
 def opened(partial: Path, what: str, make: Callable[[], None]) -> Iterator[Journal]:
     """The journal in folder `partial`, which `make()` makes. Raises DestinationError when another run has it."""
-    with locked(partial / NAME, what, make=make) as handle:
+    with locked(partial / NAME, what, make=make) as (handle, lock):
         size = os.fstat(handle).st_size
         raw = b""
         while len(raw) < size <= LIMIT:
@@ -224,4 +224,4 @@ def opened(partial: Path, what: str, make: Callable[[], None]) -> Iterator[Journ
             raw += part
         notes, good = read_notes(raw)
         os.ftruncate(handle, good)
-        yield Journal(handle, notes, good, raw.find(b"\n", 0, good) + 1)
+        yield Journal(handle, lock, notes, good, raw.find(b"\n", 0, good) + 1)

@@ -24,7 +24,8 @@ class Output:
     """Each file knows how many of its bytes are still to come, and is closed when none are.
 
     `durable`, if given, is told the path of each file once it is complete and on the disk; threads of its own wait for
-    the disk, so that those that write go on. `there` are the bytes of tensors that an earlier run left in files. `mode` and
+    the disk, so that those that write go on. `there` are the bytes of tensors that an earlier run left in files; `padded` are
+    stored tensors with elements that no tensor of the model fills. `mode` and
     `folder_mode` are the permissions of files and folders, before the process's umask.
     A disk that fails raises DestinationError; `doubtful` tells whether bytes that it took before may be lost.
     """
@@ -35,6 +36,7 @@ class Output:
         files: Iterable[OutFile],
         durable: Callable[[str], None] | None,
         there: Mapping[str, int] = {},
+        padded: Iterable[Stored] = (),
         mode: int = 0o666,
         folder_mode: int = 0o777,
     ):
@@ -43,6 +45,9 @@ class Output:
         self._folder, self._durable, self._mode, self._folder_mode = folder, durable, mode, folder_mode
         self._todo = {file.path: file for file in files}
         self._there = there
+        self._padded: dict[str, list[Stored]] = {}
+        for stored in padded:
+            self._padded.setdefault(stored.file, []).append(stored)
         self._left = {path: file.image.size - there.get(path, 0) for path, file in self._todo.items()}
         self._dirty = dict.fromkeys(self._todo, 0)
         self._turn = {path: threading.Lock() for path in self._todo}
@@ -104,10 +109,8 @@ class Output:
             self._begun.add(path)
         for offset, content in file.image.segments:
             self._put(path, offset, memoryview(content))
-        for name, content in file.constants.items():
-            self._put(path, file.image.tensors[name].offset, memoryview(content))
-        for name, stored in file.tensors.items():
-            self._pad(file, name, stored)
+        for stored in self._padded.get(path, ()):
+            self._pad(stored)
 
     def _make_folder(self, folder: Path) -> None:
         if not folder.is_dir():
@@ -118,19 +121,16 @@ class Output:
         new = 0 if path in self._begun else os.O_CREAT if self._there.get(path) else os.O_CREAT | os.O_TRUNC
         return os.open(self._folder / path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC | new, self._mode)
 
-    def _pad(self, file: OutFile, name: str, stored: Stored) -> None:
+    def _pad(self, stored: Stored) -> None:
         """Zero what no block covers: whole rows behind (and for a rank that holds nothing, all)."""
-        if not stored.padding:
-            return
         width = DTYPE_SIZE[stored.dtype]
-        offset = file.image.tensors[name].offset
         last = max((end(b.offset, b.shape, b.strides) for _, b in stored.blocks), default=0)
         assert stored.size - last == stored.padding, f"{stored.name}: padding inside the tensor"
         zeros = memoryview(bytes(min(_FLUSH, stored.padding * width)))
-        at, stop = offset + last * width, offset + stored.size * width
+        at, stop = stored.start + last * width, stored.start + stored.size * width
         while at < stop:
             part = zeros[: stop - at]
-            self._put(file.path, at, part)
+            self._put(stored.file, at, part)
             at += len(part)
 
     def _put(self, path: str, offset: int, data: memoryview) -> None:

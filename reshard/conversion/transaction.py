@@ -13,20 +13,22 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from reshard import __version__
 from reshard.checkpoint import Checkpoint
 from reshard.conversion.destination import Place, modes, sync_folder
-from reshard.conversion.fingerprint import conversion, fingerprint, options, source_state
+from reshard.conversion.fingerprint import conversion, first_note
 from reshard.conversion.job import Job, default_jobs
 from reshard.conversion.journal import Journal, notes_in, opened
+from reshard.conversion.lock import told
 from reshard.conversion.output import Output
 from reshard.conversion.resume import Work, check_leftover, give_up, resume, written_by
 from reshard.errors import CastError, DestinationError, FormatError
 from reshard.executor.run import casts_judged, run_batches, run_portions
 from reshard.executor.sources import Source
+from reshard.executor.threads import one_interrupt
 from reshard.formats.manifest import NAME as MANIFEST
 from reshard.formats.manifest import merged, of_conversion, read_incomplete
 from reshard.planner.tiles import BUFFER, tile_limit
+from reshard.stores.files import AnyPath, failed
 from reshard.stores.identity import changed
 from reshard.text import human
 
@@ -49,6 +51,7 @@ class Report:
     notes: list[str] = field(default_factory=list)  # what the user should know besides, as sentences
 
 
+@one_interrupt()
 def convert(
     job: Job,
     destination: str | Path,
@@ -70,8 +73,9 @@ def convert(
     place.check_source(job)
     notes: list[str] = []
     healed = place.heal(notes)
+    first = first_note(job)
     names = [file.path for file in job.folder.files]
-    if _finished(job, place, healed):
+    if _finished(job, place, first["fingerprint"], healed):
         progress(job.bytes_read)
         return Report(place.given, names, 0, 0, time.monotonic() - began, len(names), resumed_bytes=job.bytes_read, notes=notes)
     if _ranks_there(job, place) is None:
@@ -83,24 +87,25 @@ def convert(
                 "choose another destination, or use --overwrite to replace it",
             )
         place.check_free(overwrite, "".join(f"; {note}" for note in notes))
-    first = {
-        "fingerprint": fingerprint(job),
-        "reshard": __version__,
-        "source": job.source.name,
-        "options": options(job),
-        "state": source_state(job),
-    }
     check_leftover(notes_in(place.partial), first, job, place, overwrite)
     _check_space(job, place)
     jobs = jobs or default_jobs(job.source)
     files_mode, folders_mode = modes(job.source.path / file for file in job.source.files) if not job.source.remote else (0o666, 0o777)
     with opened(place.partial, str(place.given), lambda: place.make_partial(folders_mode)) as journal:
-        notes += check_leftover(journal.notes, first, job, place, overwrite)
+        notes += told(journal.lock) + check_leftover(journal.notes, first, job, place, overwrite)
         work = resume(journal, job, place.partial, first)
         source = job.source.source(job.batches if not work.resumed else (), jobs)
         left = [file for file in job.folder.files if file.path not in work.done.files]
         there = written_by(job, work.portions, work.done.batches) if work.done.batches else {}
-        output = Output(place.partial, left, journal.file if fsync else None, there, files_mode, folders_mode)
+        output = Output(
+            place.partial,
+            left,
+            journal.file if fsync else None,
+            there,
+            job.plan.padding,
+            files_mode,
+            folders_mode,
+        )
         source.casts = job.casts
         try:
             _move(job, work, source, output, journal, jobs=jobs, buffer=buffer, progress=progress)
@@ -161,9 +166,9 @@ def received(source: Checkpoint) -> int:
     return source.path.repository.received if source.remote else 0
 
 
-def _finished(job: Job, place: Place, healed: dict | None) -> bool:
+def _finished(job: Job, place: Place, fingerprint: str, healed: dict | None) -> bool:
     """Whether an earlier run of this very job did all: it was killed when its folder had its name, or its rank is in the folder."""
-    if healed and healed["fingerprint"] == fingerprint(job):
+    if healed and healed["fingerprint"] == fingerprint:
         return _whole(job, place.path)
     if job.rank is None or not _whole(job, place.path):
         return False
@@ -171,7 +176,7 @@ def _finished(job: Job, place: Place, healed: dict | None) -> bool:
     left = [] if place.partial.is_symlink() else notes_in(place.partial)
     if there is None or job.rank not in there["ranks"]["held"]:
         # or it was the last: the folder is whole and says nothing of ranks any more, but what the run left does
-        moved = bool(left) and left[0]["fingerprint"] == fingerprint(job) and any("publish" in note for note in left)
+        moved = bool(left) and left[0]["fingerprint"] == fingerprint and any("publish" in note for note in left)
         if not moved or read_incomplete(place.path) or any((place.partial / file.path).exists() for file in job.folder.files):
             return False
     if left:
@@ -214,10 +219,17 @@ def _check_space(job: Job, place: Place) -> None:
 
 
 def _small_files(job: Job) -> dict[str, bytes]:
-    small = {name: path.read_bytes() for name, path in job.companions.items()} | job.folder.small
+    small = {name: _content(path) for name, path in job.companions.items()} | job.folder.small
     if job.rank is not None:
         small[MANIFEST] = of_conversion(small[MANIFEST], conversion(job))
     return small
+
+
+def _content(path: AnyPath) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise failed(path, error) from None
 
 
 def _write_small(content: bytes, path: Path, fsync: bool, mode: int) -> None:

@@ -13,7 +13,7 @@ from reshard.dtypes import DTYPE_SIZE, words_of
 from reshard.errors import FormatError
 from reshard.executor.casts import Casts, Loss
 from reshard.executor.sources import Source, Workspace
-from reshard.geometry.block import Box, Stored, contiguous_from, end
+from reshard.geometry.block import Box, Id, Stored, contiguous_from, end
 from reshard.geometry.coverage import label
 from reshard.planner.batches import _split as cut_until
 from reshard.planner.batches import runs
@@ -49,7 +49,7 @@ def rearrange(
                 f"{where(check.src)} and {where(check.dst)} both hold {label(check.key)}, with different values",
                 "the ranks are not of one checkpoint, or its replicas drifted apart; take the files of one step",
             )
-    by_target: dict[tuple[int, str], list[Copy]] = defaultdict(list)
+    by_target: dict[Id, list[Copy]] = defaultdict(list)
     for copy in tile.copies:
         by_target[copy.dst.id].append(copy)
     mark = space.mark()
@@ -64,7 +64,7 @@ def rearrange(
 class Windows:
     """The source bytes of one tile: per stored tensor, the element at which its window begins, and the words from there."""
 
-    words: dict[tuple[int, str], tuple[int, np.ndarray]] = field(default_factory=dict)
+    words: dict[Id, tuple[int, np.ndarray]] = field(default_factory=dict)
 
     def view(self, stored: Stored, box: Box, offset: int, strides: tuple[int, ...]) -> np.ndarray:
         low, words = self.words[stored.id]
@@ -108,7 +108,7 @@ def _read_runs(source: Source, stored: Stored, low: int, runs: Iterable[tuple[in
 
 def _windows(tile: Tile, source: Source, space: Workspace) -> tuple[Windows, int]:
     """Read what a tile needs, each source once. And count it."""
-    needed: dict[tuple[int, str], set] = defaultdict(set)
+    needed: dict[Id, set] = defaultdict(set)
     windows, total = Windows(), 0
     found = spans(tile)
     for stored, copy, offset, strides in sides(tile):

@@ -4,13 +4,13 @@ import mmap
 import os
 import threading
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from reshard.dtypes import DTYPE_SIZE
 from reshard.errors import FormatError
 from reshard.executor.handles import Handles, allowed
 from reshard.geometry.block import Stored
+from reshard.stores.files import AnyPath, failed
 from reshard.stores.identity import Identity, changed, difference, identity
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ class Source:
     in_memory = False  # True where all bytes are in memory already
     casts: "Casts | None" = None  # how casts of this run are judged; None: a value that does not fit is refused
 
-    def __init__(self, folder: Path, identities: Mapping[str, Identity] = {}):
+    def __init__(self, folder: AnyPath, identities: Mapping[str, Identity] = {}):
         """`identities` are those that the files had when their headers were read: a file that has another is not read."""
         self.folder = folder
         self.bytes_read = 0
@@ -36,7 +36,7 @@ class Source:
         self._lock = threading.Lock()
 
     def read(self, stored: Stored, start: int, into: memoryview) -> None:
-        """Fill `into` with a stored tensor's bytes, from element `start` on."""
+        """Fill `into` with a stored tensor's bytes, from element `start` on. Raises SourceError where the disk does not give them."""
         self._read_at(stored.file, stored.start + start * DTYPE_SIZE[stored.dtype], into, stored.name)
 
     def _read_at(self, file: str, at: int, into: memoryview, name: str = "a tensor") -> None:
@@ -48,7 +48,7 @@ class Source:
                     raise FormatError(f"{self._place(file)} ends inside {name}: it became shorter while it was read", _AGAIN)
                 into, at = into[n:], at + n
         except OSError as error:
-            raise OSError(error.errno, error.strerror, str(self._place(file))) from None
+            raise failed(self._place(file), error, f"at byte {at:,}, inside {name}") from None
         finally:
             self._handles.give(file)
 
@@ -75,7 +75,10 @@ class Source:
 
     def _open(self, file: str) -> int:
         place = self._place(file)
-        handle = os.open(place, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            handle = os.open(place, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as error:
+            raise failed(place, error) from None
         then = self._identities.get(str(place))
         how = then and difference(then, identity(os.fstat(handle)))
         if how:
@@ -83,11 +86,11 @@ class Source:
             raise _changed(place, how)
         return handle
 
-    def _place(self, file: str) -> Path:
+    def _place(self, file: str) -> AnyPath:
         return self.folder / file
 
 
-def _changed(path: str | Path, how: str) -> FormatError:
+def _changed(path: str | AnyPath, how: str) -> FormatError:
     return FormatError(f"{path} was changed after its header was read: {how}", _AGAIN)
 
 

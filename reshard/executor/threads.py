@@ -1,12 +1,38 @@
 """Work on several threads: the first failure ends all, and nobody goes on behind the caller's back."""
 
+import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import contextmanager
 
 from reshard.executor.sources import Workspace
 
 
+@contextmanager
+def one_interrupt() -> Iterator[None]:
+    """Ctrl-C is heard once: until the block has come to its end, further ones add nothing. Files must not be closed while a thread writes
+    to them, and a second KeyboardInterrupt may come between any two steps of the way out. A handler of the caller's own stays in force.
+    """
+    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield
+        return
+    heard = []
+
+    def once(number: int, frame: object) -> None:
+        if not heard:
+            heard.append(True)
+            raise KeyboardInterrupt
+
+    signal.signal(signal.SIGINT, once)
+    try:
+        yield
+    finally:
+        if signal.getsignal(signal.SIGINT) is once:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@one_interrupt()
 def in_threads(
     jobs: int,
     take: Callable[[int], object],
@@ -14,11 +40,12 @@ def in_threads(
     stopped: Callable[[], None] = lambda: None,
 ) -> None:
     """`work` on whatever `take(worker)` gives, on `jobs` threads, until it raises IndexError; the first failure ends all, after `stopped()`."""
-    stop = threading.Event()
+    go, stop = threading.Event(), threading.Event()  # a thread that starts while Ctrl-C comes is in nobody's list: it must not begin
     failures: list[BaseException] = []  # the first is the cause; others may be of its making
 
     def worker(number: int) -> None:
         space = Workspace()
+        go.wait()
         while not stop.is_set():
             try:
                 item = take(number)
@@ -32,24 +59,15 @@ def in_threads(
                 stopped()
                 return
 
-    pool = ThreadPoolExecutor(jobs)
-    futures = [pool.submit(worker, i) for i in range(jobs)]
-    try:
-        wait(futures)
-    except BaseException:
-        stop.set()
-        stopped()
-        raise
-    finally:
-        _join(pool)
+    with ThreadPoolExecutor(jobs) as pool:  # which waits for the threads, at its end
+        try:
+            futures = [pool.submit(worker, i) for i in range(jobs)]
+            go.set()
+            wait(futures)
+        except BaseException:
+            stop.set()
+            go.set()
+            stopped()
+            raise
     if failures:
         raise failures[0]
-
-
-def _join(pool: ThreadPoolExecutor) -> None:
-    """Wait for the threads, through whatever further Ctrl-C: files must not be closed while somebody writes to them."""
-    while True:
-        try:
-            return pool.shutdown(cancel_futures=True)
-        except KeyboardInterrupt:
-            continue

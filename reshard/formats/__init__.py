@@ -10,48 +10,45 @@ from pathlib import Path
 
 from reshard.errors import FormatError, LayoutError, PlanError
 from reshard.foreign import quote
+from reshard.formats.pieces import Piece
 from reshard.geometry.block import Stored
 from reshard.layout import PLATFORMS, Layout, Mesh, Placement, Rank, Rules, parse_version
-from reshard.stores import FileImage, TensorInfo
+from reshard.stores import FileImage
 
 
 @dataclass
 class Contents:
-    """What a folder holds, as its headers say: per rank, name → (file within the folder, where its bytes lie).
+    """What a folder holds, as its headers say: every tensor in its files as a piece of what a rank of `mesh` stores.
 
-    `boxes` holds, for formats that cut whole HF tensors into arbitrary boxes, the offsets of each rank's pieces.
-    `stages` is the layers of each pipeline stage where the files show them. `ignore` are name patterns that every
-    model of this format may have and that are no weights. `settings` is what each file says of the model's sizes.
+    `stages` is the layers of each pipeline stage where the files show them. `settings` is what each file says of the model's
+    sizes.
     """
 
     mesh: Mesh
-    tensors: list[dict[str, tuple[str, TensorInfo]]]
+    pieces: list[Piece]
     layout: str | None = None
     engine_version: str | None = None
     engine_platform: str | None = None
     stages: list[list[int]] | None = None
-    boxes: list[dict[str, tuple[int, ...]]] | None = None
-    ignore: tuple[str, ...] = ()
     settings: Mapping[str, Mapping[str, object]] = field(default_factory=dict)
 
 
-@dataclass
+@dataclass(frozen=True)
 class OutFile:
-    """A weight file to write: its path in the folder, its skeleton, the stored tensors in it, constants' bytes, and the
-    number of the rank whose file it is (0 in formats without ranks)."""
+    """A weight file to write: its path in the folder, all of it but its tensors, and the rank whose file it is (0 in formats
+    without ranks)."""
 
     path: str
     image: FileImage
-    tensors: dict[str, Stored]
-    constants: dict[str, bytes] = field(default_factory=dict)
     rank: int = 0
 
 
-@dataclass
+@dataclass(frozen=True)
 class Folder:
-    """An output folder: weight files, and small files whose content is known at once."""
+    """An output folder: weight files, what lies where in them, and small files whose content is known at once."""
 
     files: list[OutFile]
+    pieces: list[Piece]
     small: dict[str, bytes]
 
 
@@ -68,6 +65,7 @@ class Format:
     newest: str | None = None  # release of the engine whose files it writes, the newest known
     oldest: str | None = None  # the oldest whose names are known
     disagreements: Callable[[Layout, Contents], list[str]] | None = None  # of a folder's own settings with config.json
+    small: tuple[str, ...] = ()  # names of files beside the weights without which a folder of this format is not whole
 
     def release(self, version: str) -> tuple[int, ...]:
         """The engine's release that `version` names, if its tensors' names are known. Raises PlanError or LayoutError."""

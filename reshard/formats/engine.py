@@ -8,6 +8,7 @@ Sources: vLLM 0.32 ``sharded_state_loader.py`` (files of pipeline stages are nam
 import re
 import struct
 from collections import defaultdict
+from dataclasses import replace
 from functools import partial
 from math import prod
 from pathlib import Path
@@ -17,10 +18,11 @@ from reshard.errors import FormatError, PlanError
 from reshard.foreign import quote
 from reshard.formats import Contents, Folder, Format, OutFile, Target, parts
 from reshard.formats.manifest import mesh_of, read_manifest
+from reshard.formats.pieces import Piece, pieces_of
 from reshard.geometry.block import Stored
 from reshard.layout import Mesh, Rules, parse_version
 from reshard.layout.mesh import grid
-from reshard.stores import TensorInfo, safetensors
+from reshard.stores import safetensors
 
 _NUMBER = r"(0|[1-9][0-9]{0,6})"  # as the engines write them: model-rank-00-… or other digits are other files
 _FILE = re.compile(rf"model-rank-{_NUMBER}-part-{_NUMBER}\.safetensors")
@@ -67,9 +69,9 @@ def _read(name: str, folder: Path) -> Contents:
             f"{folder} holds files of {mesh}, its manifest says {mesh_of(manifest)}",
             "files of another conversion were mixed in; convert again",
         )
-    tensors: list[dict[str, tuple[str, TensorInfo]]] = []
-    for at in sorted(by_rank):
-        tensors.append({})
+    pieces: list[Piece] = []
+    for rank, at in enumerate(sorted(by_rank)):
+        own: dict[str, str] = {}
         if sorted(by_rank[at]) != list(range(len(by_rank[at]))):
             raise FormatError(
                 f"{folder}: rank {at[1]} has parts {sorted(by_rank[at])}, expected 0 to {len(by_rank[at]) - 1}",
@@ -77,20 +79,21 @@ def _read(name: str, folder: Path) -> Contents:
             )
         for file in by_rank[at].values():
             held = safetensors.read(folder / file)[0]
-            twice = sorted(held.keys() & tensors[-1].keys())
+            twice = sorted(held.keys() & own.keys())
             if twice or (manifest and file not in manifest["files"]):
-                what = f"both it and {tensors[-1][twice[0]][0]} hold {quote(twice[0])}" if twice else "the manifest does not list it"
+                what = f"both it and {own[twice[0]]} hold {quote(twice[0])}" if twice else "the manifest does not list it"
                 raise FormatError(f"{folder / file}: {what}", "files of another conversion were mixed in; convert again")
-            tensors[-1].update({n: (file, info) for n, info in held.items()})
+            own.update(dict.fromkeys(held, file))
+            pieces += pieces_of(file, held, rank)
     if manifest:
         mesh = mesh_of(manifest)
     said = manifest or {}
-    return Contents(mesh, tensors, said.get("layout"), said.get("engine_version"), said.get("engine_platform"))
+    return Contents(mesh, pieces, said.get("layout"), said.get("engine_version"), said.get("engine_platform"))
 
 
 def _write(name: str, target: Target, stored: list[Stored]) -> Folder:
     _check_release(name, target.engine_version, target.mesh)
-    files = []
+    files, pieces = [], []
     for rank, own in target.by_rank(stored):
         constants = {n: constant for n, constant in target.placement.constants(rank)}
         specs = [(s.name, s.dtype, s.shape) for s in own.values()] + [(n, c.dtype, c.shape) for n, c in constants.items()]
@@ -99,9 +102,13 @@ def _write(name: str, target: Target, stored: list[Stored]) -> Folder:
             chosen = set(part)
             image = safetensors.compose([spec for spec in specs if spec[0] in chosen])
             where = f"pp-{rank.pp}-tp-{rank.tp}" if target.mesh.pp > 1 else f"rank-{rank.tp}"
-            values = {n: constant_bytes(c.value, c.dtype) * prod(c.shape) for n, c in constants.items() if n in chosen}
-            files.append(OutFile(f"model-{where}-part-{i}.safetensors", image, {n: own[n] for n in part if n in own}, values, rank.number))
-    return Folder(files, {})
+            values = [
+                (image.tensors[n].offset, constant_bytes(c.value, c.dtype) * prod(c.shape)) for n, c in constants.items() if n in chosen
+            ]
+            path = f"model-{where}-part-{i}.safetensors"
+            files.append(OutFile(path, replace(image, segments=(*image.segments, *values)), rank.number))
+            pieces += pieces_of(path, {n: image.tensors[n] for n in part if n in own}, rank.number)
+    return Folder(files, pieces, {})
 
 
 def _check_release(engine: str, version: str, mesh: Mesh) -> None:

@@ -14,6 +14,7 @@ from reshard.errors import FormatError
 from reshard.foreign import quote
 from reshard.formats import Contents, Folder, Format, OutFile, Target, parts, safe_join
 from reshard.formats.manifest import mesh_of, read_manifest
+from reshard.formats.pieces import Piece, pieces_of
 from reshard.geometry.block import Stored
 from reshard.layout import Mesh, Rules
 from reshard.layout.mesh import even_stages, grid
@@ -43,9 +44,9 @@ def _read(folder: Path) -> Contents:
             if (folder / single).is_file() and single not in _index(folder / index_name):
                 raise FormatError(f"{folder} holds both {single} and {index_name}, which lists other files",
                                   f"transformers would load {single} alone; remove whichever of the two is not the model")  # fmt: skip
-            return Contents(Mesh(), [_indexed(folder, index_name)])
+            return Contents(Mesh(), _indexed(folder, index_name))
         if (folder / single).is_file():
-            return Contents(Mesh(), [_file(folder, single)])
+            return Contents(Mesh(), pieces_of(single, _file(folder, single)))
     shards = sorted(path.name for path in folder.iterdir() if _SHARD.fullmatch(path.name))
     if shards:
         index_name = _INDEXES[shards[0].endswith(".bin")]
@@ -53,7 +54,7 @@ def _read(folder: Path) -> Contents:
     raise FormatError(f"{folder} holds no {' or '.join(_SINGLES + _INDEXES)}", "a Hugging Face checkpoint has one of them")
 
 
-def _indexed(folder: Path, index_name: str) -> dict[str, tuple[str, TensorInfo]]:
+def _indexed(folder: Path, index_name: str) -> list[Piece]:
     path = folder / index_name
     by_file = _index(path)
     files = {file: safe_join(folder, file) for file in sorted(by_file)}
@@ -63,7 +64,7 @@ def _indexed(folder: Path, index_name: str) -> dict[str, tuple[str, TensorInfo]]
             f"{path} lists {len(files)} files, {len(missing)} missing: {quote(', '.join(missing))}", "download the rest of the checkpoint"
         )
     listed = {name for names in by_file.values() for name in names}
-    out: dict[str, tuple[str, TensorInfo]] = {}
+    out: dict[str, Piece] = {}
     for file, names in sorted(by_file.items()):
         held = _file(folder, file)
         absent = [name for name in names if name not in held]
@@ -73,10 +74,13 @@ def _indexed(folder: Path, index_name: str) -> dict[str, tuple[str, TensorInfo]]
         if len(held) > len(names):  # what the index does not know is there all the same, and must be explained
             twice = next((name for name in held if name in out and name not in listed), None)
             if twice is not None:
-                raise FormatError(f"{files[file]} and {out[twice][0]} both hold {quote(twice)}, and {index_name} does not say which counts")
+                raise FormatError(
+                    f"{files[file]} and {out[twice].file} both hold {quote(twice)}, and {index_name} does not say which counts"
+                )
             names = [*names, *(name for name in held if name not in listed)]
-        out.update((name, held[name]) for name in names)
-    return out
+        pieces = pieces_of(file, held if len(held) == len(names) else {name: held[name] for name in names})
+        out.update(zip([piece.name for piece in pieces], pieces))
+    return list(out.values())
 
 
 def _index(path: Path) -> dict[str, list[str]]:
@@ -93,17 +97,17 @@ def _index(path: Path) -> dict[str, list[str]]:
     return by_file
 
 
-def _file(folder: Path, file: str) -> dict[str, tuple[str, TensorInfo]]:
+def _file(folder: Path, file: str) -> dict[str, TensorInfo]:
     path = safe_join(folder, file)
     if file.endswith(".safetensors"):
-        return {name: (file, info) for name, info in safetensors.read(path)[0].items()}
-    return state_dict(path, file)
+        return safetensors.read(path)[0]
+    return state_dict(path)
 
 
-def state_dict(path: Path, file: str) -> dict[str, tuple[str, TensorInfo]]:
+def state_dict(path: Path) -> dict[str, TensorInfo]:
     """The tensors of a torch file that holds a plain state dict and nothing else of size."""
     tree = torch_tree(path)
-    held = tensors_of(tree, file, path)
+    held = tensors_of(tree, path)
     inner = next((key for key, value in tree.items() if isinstance(value, (dict, list, tuple))), None)
     if inner is not None:
         some = quote(inner)
@@ -118,15 +122,14 @@ def torch_tree(path: Path) -> object:
     return torchzip.read(path)
 
 
-def tensors_of(tree: object, file: str, path: Path | None = None) -> dict[str, tuple[str, TensorInfo]]:
-    """The tensors of a plain state dict as torchzip reads one; errors name `path`, where it is more than `file`."""
-    where = path or file
+def tensors_of(tree: object, path: Path | str) -> dict[str, TensorInfo]:
+    """The tensors of a plain state dict as torchzip reads one; errors name `path`."""
     if not isinstance(tree, dict):
-        raise FormatError(f"{where} holds no state dict but a {type(tree).__name__}", "save model.state_dict() with torch.save")
+        raise FormatError(f"{path} holds no state dict but a {type(tree).__name__}", "save model.state_dict() with torch.save")
     odd = next((key for key in tree if not isinstance(key, str)), None)
     if odd is not None:
-        raise FormatError(f"{where} holds a {type(tree[odd]).__name__} under {quote(repr(odd))}, expected names as text")
-    return {name: (file, value) for name, value in tree.items() if isinstance(value, TensorInfo)}
+        raise FormatError(f"{path} holds a {type(tree[odd]).__name__} under {quote(repr(odd))}, expected names as text")
+    return {name: value for name, value in tree.items() if isinstance(value, TensorInfo)}
 
 
 def _write(target: Target, stored: list[Stored]) -> Folder:
@@ -134,18 +137,18 @@ def _write(target: Target, stored: list[Stored]) -> Folder:
     sizes = [(s.name, s.size * DTYPE_SIZE[s.dtype]) for s in stored]
     names = parts(sizes, target.max_file or _MAX_FILE)
     by_name = {s.name: s for s in stored}
-    files = []
+    files, pieces = [], []
     for i, part in enumerate(names, 1):
         path = "model.safetensors" if len(names) == 1 else f"model-{i:05d}-of-{len(names):05d}.safetensors"
-        tensors = {name: by_name[name] for name in part}
-        image = safetensors.compose([(s.name, s.dtype, s.shape) for s in tensors.values()], {"format": "pt"})
-        files.append(OutFile(path, image, tensors))
+        image = safetensors.compose([(s.name, s.dtype, s.shape) for s in (by_name[name] for name in part)], {"format": "pt"})
+        files.append(OutFile(path, image))
+        pieces += pieces_of(path, image.tensors)
     small = {}
     if len(names) > 1:
-        weight_map = {name: file.path for file in files for name in file.tensors}
+        weight_map = {piece.name: piece.file for piece in pieces}
         index = {"metadata": {"total_size": sum(size for _, size in sizes)}, "weight_map": dict(sorted(weight_map.items()))}
         small[_INDEXES[0]] = (json.dumps(index, indent=2) + "\n").encode()
-    return Folder(files, small)
+    return Folder(files, pieces, small)
 
 
 def _depth(stored: Stored, target: Target) -> int:
@@ -156,4 +159,4 @@ def _depth(stored: Stored, target: Target) -> int:
     return -1 if tensor.stage == "first" else target.placement.layout.layers
 
 
-FORMAT = Format("hf", "hf", Rules(grid, even_stages, even=False), _recognise, _read, _write)
+FORMAT = Format("hf", "hf", Rules(grid, even_stages, even=False), _recognise, _read, _write, small=_INDEXES)

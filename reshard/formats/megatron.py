@@ -20,6 +20,7 @@ from reshard.formats.manifest import mesh_of, read_manifest
 from reshard.formats.megatron_args import megatron_args, model_args
 from reshard.formats.megatron_compare import SIZES, compare_args, fields
 from reshard.formats.megatron_ranks import FOLDER, expert_cuts, folder_name, folder_names, mp_ranks
+from reshard.formats.pieces import pieces_of
 from reshard.geometry.block import Stored
 from reshard.layout import Layout, Mesh, Rank, Rules
 from reshard.layout.mesh import MOST_RANKS, even_stages
@@ -30,7 +31,6 @@ _LAYER = re.compile(r"decoder\.layers\.([0-9]{1,6})\.")
 _MODEL = re.compile(r"model[0-9]{0,6}")
 _PREFIX = re.compile(r"^(module\.)+")  # of wrappers that Megatron itself takes off before it saves
 _MIXED = "files of several checkpoints were mixed"
-_IGNORE = ("*._extra_state", "*.local_tokens_per_expert", "*.global_tokens_per_expert", "*.inv_freq")
 
 
 def _recognise(folder: Path, names: set[str]) -> bool:
@@ -83,17 +83,17 @@ def _read(folder: Path) -> Contents:
                           "files of another conversion were mixed in; convert again")  # fmt: skip
     chunks = _chunks(root, blobs)
     virtual = Mesh(mesh.tp, mesh.pp * len(chunks), mesh.ep, mesh.etp)
-    tensors, depth = [], defaultdict(set)
+    pieces, depth = [], defaultdict(set)
     for rank in mp_ranks(virtual):
         chunk, stage = divmod(rank.pp, mesh.pp)  # virtual stage v·P + s lies in the files of stage s
         name = folder_name(Rank(0, rank.tp, stage, rank.ep, rank.etp), mesh)
         held = {_PREFIX.sub("", key): at for key, at in tensors_of(blobs[name][chunks[chunk]], files[name]).items()}
-        tensors.append(held)
+        pieces += pieces_of(files[name], held, rank.number)
         depth[rank.pp].update(int(match[1]) for key in held if (match := _LAYER.match(key)))
     layers = iter(range(sum(map(len, depth.values()))))
     stages = [list(islice(layers, len(depth[p]))) for p in range(virtual.pp)]
     settings = {files[name]: fields(blob.get("args")) for name, blob in blobs.items()}
-    return Contents(virtual, tensors, manifest and manifest.get("layout"), stages=stages, ignore=_IGNORE, settings=settings)
+    return Contents(virtual, pieces, manifest and manifest.get("layout"), stages=stages, settings=settings)
 
 
 def _disagreements(layout: Layout, contents: Contents) -> list[str]:
@@ -218,13 +218,23 @@ def _sizes(mesh: Mesh) -> str:
 def _write(target: Target, stored: list[Stored]) -> Folder:
     from reshard.stores import torchzip
 
-    mesh, files = target.mesh, []
+    mesh, files, pieces = target.mesh, [], []
     args = argparse.Namespace(**megatron_args(target, stored))
     for rank, own in target.by_rank(stored):
         model = {s.name: torchzip.TensorSpec(s.name, s.dtype, s.shape) for s in own.values()}
         blob = {"args": args, "checkpoint_version": 3.0, "iteration": 0, "model": model}
-        files.append(OutFile(f"release/{folder_name(rank, mesh)}/{FILE}", torchzip.compose(blob), own, rank=rank.number))
-    return Folder(files, {TRACKER: b"release"})
+        files.append(OutFile(f"release/{folder_name(rank, mesh)}/{FILE}", torchzip.compose(blob), rank.number))
+        pieces += pieces_of(files[-1].path, files[-1].image.tensors, rank.number)
+    return Folder(files, pieces, {TRACKER: b"release"})
 
 
-FORMAT = Format("megatron", "megatron", Rules(mp_ranks, even_stages, local=True), _recognise, _read, _write, disagreements=_disagreements)
+FORMAT = Format(
+    "megatron",
+    "megatron",
+    Rules(mp_ranks, even_stages, local=True),
+    _recognise,
+    _read,
+    _write,
+    disagreements=_disagreements,
+    small=(TRACKER,),
+)

@@ -46,10 +46,10 @@ _WAY = (
 
 def scheme(settings: Mapping[str, object], contents: Contents) -> str | None:
     """What the model is quantised as, in words; None where neither config.json nor the tensors say that it is."""
-    telling = [name for rank in contents.tensors for name in rank if name.endswith(_ENDS) or ".quant_state." in name]
+    telling = [piece.name for piece in contents.pieces if piece.name.endswith(_ENDS) or ".quant_state." in piece.name]
     by_name = next((word for word, pattern in _NAMES for name in telling if pattern.fullmatch(name)), None)
     config = quantization_config(settings)
-    codes = any(info.dtype not in FLOATS for rank in contents.tensors for _, info in rank.values())
+    codes = any(piece.dtype not in FLOATS for piece in contents.pieces)
     if config is None:
         return by_name
     # a copy that was dequantised may have kept the entry
@@ -76,9 +76,8 @@ def _described(config: Mapping[str, object]) -> str:
 def refuse(folder: Path, word: str, contents: Contents) -> FormatError:
     """The one error for a quantised checkpoint."""
     kinds: dict[str, int] = {}
-    for rank in contents.tensors:
-        for _, info in rank.values():
-            kinds[info.dtype] = kinds.get(info.dtype, 0) + 1
+    for piece in contents.pieces:
+        kinds[piece.dtype] = kinds.get(piece.dtype, 0) + 1
     counted = ", ".join(f"{count} {dtype}" for dtype, count in sorted(kinds.items(), key=lambda item: -item[1]))
     return FormatError(f"{folder} is quantised: {word}; its tensors are {counted}. reshard does not move quantised weights yet", _WAY)
 

@@ -8,6 +8,7 @@ from reshard.foreign import quote
 from reshard.formats import Contents, Folder, Format, OutFile, Target
 from reshard.formats.hf import state_dict
 from reshard.formats.manifest import mesh_of, read_manifest
+from reshard.formats.pieces import pieces_of
 from reshard.geometry.block import Stored
 from reshard.layout import Mesh, Rules
 from reshard.layout.mesh import even_stages, grid
@@ -33,17 +34,18 @@ def _read(folder: Path) -> Contents:
             "copy the folder again, whole",
         )
     mesh = told or Mesh(count)
-    return Contents(mesh, [state_dict(folder / name, name) for _, name in found])
+    return Contents(mesh, [piece for rank, name in found for piece in pieces_of(name, state_dict(folder / name), rank)])
 
 
 def _write(target: Target, stored: list[Stored]) -> Folder:
     from reshard.stores import torchzip
 
-    files = []
+    files, pieces = [], []
     for rank, own in target.by_rank(stored):
         image = torchzip.compose({s.name: torchzip.TensorSpec(s.name, s.dtype, s.shape) for s in own.values()})
-        files.append(OutFile(f"rank_{rank.number:02d}.pt", image, own, rank=rank.number))
-    return Folder(files, {})
+        files.append(OutFile(f"rank_{rank.number:02d}.pt", image, rank.number))
+        pieces += pieces_of(files[-1].path, image.tensors, rank.number)
+    return Folder(files, pieces, {})
 
 
 FORMAT = Format("rank-pt", "hf", Rules(grid, even_stages, even=False), _recognise, _read, _write)

@@ -18,10 +18,12 @@ from reshard.errors import FormatError
 from reshard.foreign import parse
 from reshard.formats import Contents, Folder, Format, OutFile, Target, parts
 from reshard.formats.manifest import mesh_of, read_manifest
+from reshard.formats.pieces import Piece, pieces_of
 from reshard.geometry.block import Stored, row_major
+from reshard.geometry.regions import Chunk
 from reshard.layout import Mesh, Placement, Rules
 from reshard.layout.mesh import even_stages, grid
-from reshard.stores import TensorInfo, safetensors
+from reshard.stores import safetensors
 
 _FILE = re.compile(r"shard-([0-9]{5})-model-([0-9]{5})-of-([0-9]{5})\.safetensors")
 
@@ -46,24 +48,27 @@ def _read(folder: Path) -> Contents:
             raise FormatError(
                 f"{folder}: rank {rank} has parts {held}, its files say there are {sorted(counts[rank])}", "copy the folder again, whole"
             )
-    tensors: list[dict[str, tuple[str, TensorInfo]]] = []
-    offsets: list[dict[str, tuple[int, ...]]] = []
+    pieces: list[Piece] = []
+    offsets: dict[str, tuple[int, ...]] = {}  # of the pieces of a file
     notes = set()
     for rank in sorted(found):
-        tensors.append({})
-        offsets.append({})
         for file in found[rank].values():
             held, metadata = safetensors.read(folder / file)
-            tensors[-1].update({name: (file, info) for name, info in held.items()})
             try:
                 info = parse(metadata.get("DCP_SHARDING_INFO", "{}").encode())
-                offsets[-1].update({name: _offset(value["saved_offsets"]) for name, value in info.items()})
+                offsets = {name: _offset(value["saved_offsets"]) for name, value in info.items()}
             except (ValueError, KeyError, TypeError, AttributeError):
                 raise FormatError(f"{folder / file}: DCP_SHARDING_INFO is not the JSON that torch writes") from None
-            notes.add(_mesh_note(folder / file, metadata.get("reshard")))
-    if notes == {None}:  # written by transformers or torch: boxes of whole tensors, on a mesh that only the boxes tell
-        return Contents(Mesh(), tensors, boxes=offsets)
-    return _ours(folder, tensors, notes)
+            note = _mesh_note(folder / file, metadata.get("reshard"))
+            notes.add(note)
+            if note is None:  # written by transformers or torch: boxes of whole tensors, on a mesh that only the boxes tell
+                pieces += [
+                    Piece(file, at.offset, at.dtype, at.shape, name, 0, Chunk(offsets.get(name, (0,) * len(at.shape))), holder=rank)
+                    for name, at in held.items()
+                ]
+            else:
+                pieces += pieces_of(file, held, rank)
+    return Contents(Mesh(), pieces) if notes == {None} else _ours(folder, pieces, len(found), notes)
 
 
 def _offset(numbers: object) -> tuple[int, ...]:
@@ -87,7 +92,7 @@ def _mesh_note(path: Path, note: str | None) -> tuple[str, Mesh] | None:
         raise FormatError(f"{path}: its metadata under 'reshard' names no mesh") from None
 
 
-def _ours(folder: Path, tensors: list, notes: set) -> Contents:
+def _ours(folder: Path, pieces: list[Piece], ranks: int, notes: set) -> Contents:
     manifest = read_manifest(folder)
     said = {f"{note[1]}" if note else "nothing" for note in notes} | ({str(mesh_of(manifest))} if manifest else set())
     if len(said) != 1 or len(notes) != 1:
@@ -95,15 +100,15 @@ def _ours(folder: Path, tensors: list, notes: set) -> Contents:
             f"{folder}: its files and manifest disagree on the mesh: {', '.join(sorted(said))}", "files of several checkpoints were mixed"
         )
     layout, mesh = next(iter(notes))
-    if len(tensors) != mesh.tp * mesh.pp:
+    if ranks != mesh.tp * mesh.pp:
         raise FormatError(
-            f"{folder} has files of {len(tensors)} ranks, its metadata says {mesh.tp * mesh.pp} ({mesh})", "copy the folder again, whole"
+            f"{folder} has files of {ranks} ranks, its metadata says {mesh.tp * mesh.pp} ({mesh})", "copy the folder again, whole"
         )
-    return Contents(mesh, tensors, layout=layout)
+    return Contents(mesh, pieces, layout)
 
 
 def _write(target: Target, stored: list[Stored]) -> Folder:
-    files = []
+    files, pieces = [], []
     mesh = target.mesh
     offset_of = _offsets(target)
     for rank, own in target.by_rank(stored):
@@ -117,8 +122,9 @@ def _write(target: Target, stored: list[Stored]) -> Folder:
             metadata = {"DCP_SHARDING_INFO": json.dumps(boxes), "DCP_VERSION": "1.0", "format": "pt", "reshard": json.dumps(note)}
             image = safetensors.compose([(s.name, s.dtype, s.shape) for s in tensors.values()], metadata)
             path = f"shard-{rank.number + 1:05d}-model-{i:05d}-of-{len(names):05d}.safetensors"
-            files.append(OutFile(path, image, tensors, rank=rank.number))
-    return Folder(files, {})
+            files.append(OutFile(path, image, rank.number))
+            pieces += pieces_of(path, image.tensors, rank.number)
+    return Folder(files, pieces, {})
 
 
 def _offsets(target: Target) -> Callable[[Stored], tuple[int, ...] | None]:

@@ -16,6 +16,8 @@ from typing import Any, Protocol
 Box = tuple[tuple[int, int], ...]
 #: a tensor of the model: its name in the descriptor, then its layer and expert numbers where it has them
 Key = tuple[Any, ...]
+#: what names a stored tensor on its side: rank, name, file, byte; a rank may hold several pieces of one tensor
+Id = tuple[int, str, str, int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,9 +109,8 @@ class Stored:
     pad: int = 0  # elements that the layout declares to be padding
 
     @property
-    def id(self) -> tuple[int, str]:
-        """What names it among the stored tensors of its side."""
-        return self.rank, self.name
+    def id(self) -> Id:
+        return self.rank, self.name, self.file, self.start
 
     @property
     def size(self) -> int:

@@ -1,6 +1,6 @@
 """Pieces: what the boxes of one tensor on one side share with its boxes on the other, with all holders and all takers. Pure."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
@@ -41,18 +41,23 @@ def by_box(boxes: Sequence[Box]) -> dict[Box, tuple[int, ...]]:
     return {box: tuple(positions) for box, positions in found.items()}
 
 
-def halved(box: Box, limit: int) -> list[Box]:
-    """`box` cut along its leading axes into boxes of at most `limit` elements, as few as that takes on each axis."""
+def halved(box: Box, limit: int, grain: Callable[[Box], tuple[int, ...]] | None = None) -> list[Box]:
+    """`box` cut along its leading axes into boxes of at most `limit` elements, as few as that takes on each axis.
+
+    `grain` gives, for a box, after how many indices of each axis it may be cut, counted from where it begins; a box that has no more
+    than these of any axis stays as it is.
+    """
     if volume(box) <= limit:
         return [box]
-    axis = next((a for a, (start, stop) in enumerate(box) if stop - start > 1), None)
+    grains = grain(box) if grain else (1,) * len(box)
+    axis = next((a for a, (start, stop) in enumerate(box) if stop - start > grains[a]), None)
     if axis is None:
         return [box]
     start, stop = box[axis]
     row = volume(box) // (stop - start)
-    step = max(1, limit // row)
+    step = max(1, limit // row // grains[axis]) * grains[axis]
     parts = [box[:axis] + ((low, min(low + step, stop)),) + box[axis + 1 :] for low in range(start, stop, step)]
-    return [small for part in parts for small in halved(part, limit)]
+    return [small for part in parts for small in halved(part, limit, grain)]
 
 
 def union_volume(boxes: Iterable[Box]) -> int:

@@ -10,9 +10,9 @@ from types import SimpleNamespace
 from reshard.errors import FormatError, HubError
 from reshard.hub.location import parse
 from reshard.hub.repository import Repository
+from reshard.stores.beside import is_side_file
 
 _AT_LEAST = 4096  # bytes fetched for a small read somewhere in a file
-_CACHED = ("*.safetensors", "*.json", "tokenizer*", "*.model", "*.tiktoken", "vocab.*", "merges.txt", "chat_template*", "LICENSE*")
 
 
 class HubPath:
@@ -143,7 +143,7 @@ def open_folder(text: str, cache: bool = False) -> HubPath:
         raise FormatError(f"{location} is empty at {repository.commit[:12]}")
     if cache:
         names = {path.path for path in folder.iterdir() if path.is_file()}
-        plain = [name for name in names if any(fnmatchcase(Path(name).name, pattern) for pattern in _CACHED)]
+        plain = [name for name in names if name.endswith((".safetensors", ".json")) or is_side_file(Path(name).name)]
         if not any(name.endswith(".safetensors") for name in plain):
             plain += [name for name in names if name.endswith((".bin", ".pt"))]
         repository.fill_cache([glob_safe(name) for name in plain])

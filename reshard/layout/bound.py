@@ -17,6 +17,10 @@ from reshard.layout.model import Descriptor, Section, Tensor
 MOST_NUMBERED = 4096
 #: layers × experts of a layer: five times those of the largest model
 MOST_TENSORS = 200_000
+#: names under which any framework may hold what is no weight of any model: rotary caches, which transformers wrote before 4.32,
+#: TransformerEngine's scaling state, Megatron's counts of tokens per expert
+BUFFERS = ("*.inv_freq", "*.original_inv_freq", "*.cos_sin_cache", "*.cos_cached", "*.sin_cached",
+           "*._extra_state", "*.local_tokens_per_expert", "*.global_tokens_per_expert")  # fmt: skip
 
 
 class Scope(Mapping[str, object]):
@@ -168,9 +172,13 @@ class Layout:
     def section(self, format: str) -> Section:
         return self.descriptor.section(format)
 
-    def filled(self, patterns: Iterable[str]) -> list[str]:
-        """Patterns of names, as a section's `drop` and `omit` are, their expressions filled in."""
-        return [self.fill(pattern) for pattern in patterns]
+    def buffers(self, section: Section) -> tuple[str, ...]:
+        """Patterns of names under which files and memory hold what is no weight: computed again by whoever needs it."""
+        return (*BUFFERS, *map(self.fill, section.drop))
+
+    def omitted(self, section: Section) -> tuple[str, ...]:
+        """Patterns of names of weights that the descriptor leaves out."""
+        return tuple(map(self.fill, section.omit))
 
     def fill(self, name: str, place: str = "", number: int | None = None, printed: int | None = None) -> str:
         """`name` with its place's number as it is printed there, and with expressions, in which numbers are always global.

@@ -9,22 +9,21 @@ from dataclasses import replace
 from reshard.layout.bound import Layout
 from reshard.layout.fusion import Group
 from reshard.layout.model import Entry, Section, Tensor
-from reshard.stores import TensorInfo
 
 #: of what is carried, by place and the rest of the name: its shape and dtype
 Carried = Mapping[tuple[str, str], tuple[tuple[int, ...], str]]
 
 
-def found(section: Section, ranks: Iterable[Mapping[str, tuple[str, TensorInfo]]]) -> Carried:
-    """What the files of a format (per rank, tensors by name) have under the prefixes of places that are carried."""
+def found(section: Section, held: Iterable[tuple[str, tuple[int, ...] | None, str]]) -> Carried:
+    """What files have under the prefixes of places that are carried. `held`: names with shapes (of a region: where it ends) and dtypes."""
     out: dict[tuple[str, str], tuple[tuple[int, ...], str]] = {}
-    for names in ranks if section.carried else ():
-        for name, (_, info) in names.items():
-            for place, prefix in section.carried:
-                rest = name.removeprefix(f"{prefix}.") if prefix else name
-                if (rest != name or not prefix) and not {"{", "}"} & set(name):
-                    out.setdefault((place, rest), (info.shape, info.dtype))
-                    break
+    for name, shape, dtype in held if section.carried else ():
+        for place, prefix in section.carried:
+            rest = name.removeprefix(f"{prefix}.")
+            if rest != name and shape is not None and not {"{", "}"} & set(name):
+                known = out.get((place, rest), (shape, dtype))[0]
+                out[place, rest] = (tuple(map(max, known, shape)) if len(known) == len(shape) else known), dtype
+                break
     return out
 
 

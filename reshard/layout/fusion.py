@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping
 from math import prod
 from typing import NamedTuple
 
-from reshard.geometry.block import Block, cut, restride, row_major
+from reshard.geometry.block import Block, row_major
 
 #: what a rank holds of each axis of a tensor: (its range in the padded axis, the axis' true size)
 Cut = Mapping[str, tuple[tuple[int, int], int]]
@@ -233,17 +233,3 @@ def _steps(item: Item, axes: tuple[str, ...], step: int) -> dict[str, int]:
         out[axis] = step
         step *= item.extent(axis)
     return out
-
-
-def slice_dim(shape, blocks, dim: int, low: int, high: int, axes: Mapping[object, tuple[int, ...]]):
-    """Rows [low, high) along `dim` of a stored tensor: its shape and blocks. `axes` names, per tensor, the axes in `dim`."""
-    new = shape[:dim] + (high - low,) + shape[dim + 1 :]
-    step = row_major(shape)[dim]
-    steps = row_major(new)
-    out = []
-    for tensor, block in blocks:
-        at = (block.offset // step) % shape[dim] * step  # the block's own place along dim
-        for part in cut(block, axes[tensor], low * step - at, high * step - at):
-            moved = restride(part, shape, steps)
-            out.append((tensor, moved.moved(-low * steps[dim])))
-    return new, out

@@ -12,9 +12,10 @@ from math import prod
 from reshard.errors import LayoutError
 from reshard.foreign import quote
 from reshard.geometry.block import Part, Stored, chunk
+from reshard.geometry.regions import slice_dim
 from reshard.layout.bound import Layout, Scope
 from reshard.layout.expressions import evaluate, holds
-from reshard.layout.fusion import Item, fuse, slice_dim
+from reshard.layout.fusion import Item, fuse
 from reshard.layout.mesh import Mesh, Rank, Rules, expert_cut
 from reshard.layout.model import Constant, Entry, Section, Tensor
 from reshard.layout.values import PLATFORMS
@@ -265,7 +266,7 @@ class Placement:
             return shape, blocks
         if shape[dim] % count:
             self._problem(entry, f"cannot cut {shape[dim]} fused rows evenly over {count} ranks")
-        return slice_dim(shape, blocks, dim, *chunk(shape[dim], count, index), self.dim_axes(entry, dim))
+        return slice_dim(shape, blocks, dim, *chunk(shape[dim], count, index))
 
     def _aligned(self, entry: Entry, text: str, scope: Scope) -> int:
         unit = evaluate(text, scope)
@@ -312,15 +313,6 @@ class Placement:
                     )
                 return value
         return size
-
-    def dim_axes(self, entry: Entry, dim: int) -> dict[str, tuple[int, ...]]:
-        """Per tensor of `entry`, the numbers of its axes that lie in dimension `dim`, from the slowest."""
-        out = {}
-        for name in entry.of:
-            tensor = self.layout.descriptor.tensors[name]
-            stored = entry.dims_of(tensor)
-            out[name] = tuple(tensor.axes.index(axis) for axis in stored[dim])
-        return out
 
     def _problem(self, entry: Entry, text: str) -> None:
         line = f"{entry.name}: {text}"

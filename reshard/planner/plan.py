@@ -136,8 +136,8 @@ class Plan:
         key, work = run.key(i), self.work[run.pattern]
         here = [(self.join.sources[n], start) for n, start in (column.at(i) for column in run.sources)]
         there = [(self.join.destinations[n], start) for n, start in (column.at(i) for column in run.destinations)]
-        copies = [_copy(key, here[a], there[b], move) for a, b, move in work.copies]
-        return copies, [_copy(key, here[a], here[b], move) for a, b, move in work.checks]
+        copies = [copy_at(key, here[a], there[b], move) for a, b, move in work.copies]
+        return copies, [copy_at(key, here[a], here[b], move) for a, b, move in work.checks]
 
     @property
     def copies(self) -> list[Copy]:
@@ -174,8 +174,13 @@ class Plan:
         return sum(stored.size * DTYPE_SIZE[stored.dtype] for stored in self.destinations)
 
     @property
+    def padding(self) -> list[Stored]:
+        """Destinations with elements that no tensor fills."""
+        return [stored for stored in self.destinations if stored.padding]
+
+    @property
     def padded(self) -> list[str]:
-        return sorted({stored.name for stored in self.destinations if stored.padding})
+        return sorted({stored.name for stored in self.padding})
 
     def per_rank(self) -> list[dict[str, int]]:
         """What each destination rank reads if it reads alone, and holds, in bytes."""
@@ -200,10 +205,9 @@ class Plan:
         wanted = set(files)
         return replace(self, join=join(self.join.sources, [s for s in self.destinations if s.file in wanted]))
 
-    def located(self, places: Mapping[tuple[int, str], tuple[str, int]]) -> "Plan":
-        """The plan with the file, and the byte in it, of each destination, by its ``Stored.id``."""
-        moved = tuple([Stored(s.rank, s.name, s.dtype, s.shape, s.parts, s.entry, *places[s.id], s.pad) for s in self.destinations])
-        return replace(self, join=replace(self.join, destinations=moved))
+    def located(self, destinations: Iterable[Stored]) -> "Plan":
+        """The plan with its destinations, in the same order, at their places in files."""
+        return replace(self, join=replace(self.join, destinations=tuple(destinations)))
 
 
 def digest(side: Iterable[Stored]) -> str:
@@ -215,7 +219,8 @@ def digest(side: Iterable[Stored]) -> str:
     return out.hexdigest()
 
 
-def _copy(key: Key, here: tuple[Stored, int], there: tuple[Stored, int], move: Move) -> Copy:
+def copy_at(key: Key, here: tuple[Stored, int], there: tuple[Stored, int], move: Move) -> Copy:
+    """The copy whose `move` is relative to an element of each side: the stored tensor, and where in it the slot begins."""
     (src, a), (dst, b) = here, there
     return Copy(key, src, dst, Move(move.box, move.size, a + move.src_offset, move.src_strides, b + move.dst_offset, move.dst_strides))
 

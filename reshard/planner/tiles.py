@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from reshard.dtypes import DTYPE_SIZE
-from reshard.geometry.block import Box, Key, Stored, end
+from reshard.geometry.block import Box, Id, Key, Stored, end
 from reshard.geometry.pieces import union_volume
 from reshard.planner.plan import Copy, Plan
 
@@ -186,10 +186,10 @@ def sides(tile: Tile) -> list[tuple[Stored, Copy, int, tuple[int, ...]]]:
 Span = tuple[Stored, int, int, int]
 
 
-def spans(tile: Tile) -> dict[tuple[int, str], Span]:
+def spans(tile: Tile) -> dict[Id, Span]:
     """Per source that a tile takes from, by its ``Stored.id``, what of it is needed."""
-    found: dict[tuple[int, str], Span] = {}
-    boxes: dict[tuple[tuple[int, str], Key], set[Box]] = defaultdict(set)
+    found: dict[Id, Span] = {}
+    boxes: dict[tuple[Id, Key], set[Box]] = defaultdict(set)
     for stored, copy, offset, strides in sides(tile):
         stop = end(offset, copy.move.shape, strides)
         _, low, high, _ = found.get(stored.id, (stored, offset, stop, 0))

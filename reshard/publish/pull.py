@@ -14,15 +14,16 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from reshard.conversion.destination import Place, sync_folder
 from reshard.conversion.journal import NAME as JOURNAL
 from reshard.conversion.journal import Done, Journal, notes_in, opened
+from reshard.conversion.lock import told
 from reshard.errors import DestinationError, HubError
 from reshard.executor.sources import Workspace
-from reshard.executor.threads import in_threads
+from reshard.executor.threads import in_threads, one_interrupt
 from reshard.foreign import quote
 from reshard.hub.answers import Entry
 from reshard.hub.folder import HubPath, open_folder
@@ -42,6 +43,7 @@ class Pulled:
     files: list[str]
     bytes: int
     seconds: float
+    notes: list[str] = field(default_factory=list)  # what the user should know besides, as sentences
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +78,7 @@ def left_out(folder: HubPath) -> dict[str, int]:
     return {name: every[name] for name in sorted(every.keys() - wanted(folder).keys())}
 
 
+@one_interrupt()
 def pull(
     source: str,
     destination: str | Path,
@@ -108,6 +111,7 @@ def pull(
         _check_leftover(notes_in(place.partial), work, overwrite)
         _check_room(work)
         with opened(place.partial, str(place.given), lambda: place.make_partial(0o777)) as journal:
+            notes += told(journal.lock)
             _check_leftover(journal.notes, work, overwrite)
             _download(work, _resume(journal, work), journal, progress)
             _clean(work, set(names))
@@ -116,7 +120,7 @@ def pull(
             with place.locked():
                 place.publish(journal, overwrite, True)
             place.tidy()
-    return Pulled(place.given, folder.revision, list(names), sum(names.values()), time.monotonic() - began)
+    return Pulled(place.given, folder.revision, list(names), sum(names.values()), time.monotonic() - began, notes)
 
 
 class Work:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from huggingface_hub import CommitOperationAdd
 
+from reshard import formats
 from reshard.conversion.job import Job, default_jobs
 from reshard.conversion.job import left_out as what_is_left_out
 from reshard.conversion.output import Output
@@ -25,7 +26,7 @@ from reshard.hub.failures import asked, told
 from reshard.hub.location import parse_target
 from reshard.publish.card import card
 from reshard.publish.commit import commit, quietly
-from reshard.publish.selection import CARD, Selection, check_links, is_side_file, select
+from reshard.publish.selection import CARD, Selection, check_links, goes_along, left_out, select
 from reshard.publish.target import Target, prepare
 
 _REGULAR = 32 << 20  # bytes: the Hub keeps larger files in LFS; those that it does not wait for the commit in memory
@@ -103,9 +104,11 @@ def convert_and_push(
     """
     began = time.monotonic()
     location = parse_target(destination)
-    beside = {name: path for name, path in job.companions.items() if is_side_file(name, include_code)}
-    left_out = {name: path.stat().st_size for name, path in job.companions.items() if name not in beside}
+    beside = {name: path for name, path in job.companions.items() if goes_along(name, include_code)}
+    others = {}
     if not job.source.remote:
+        goes = {*beside, *job.folder.small, *job.source.files, *formats.get(job.source.format).small, CARD}
+        others = left_out(job.source.path, goes)
         check_links((path for path in beside.values() if path != job.source.config_path or path.parent == job.source.path), job.source.path)
     names = {file.path for file in job.folder.files} | set(beside) | set(job.folder.small)
     with told(location), tempfile.TemporaryDirectory(prefix="reshard-push-", dir=scratch) as made:
@@ -117,7 +120,7 @@ def convert_and_push(
         small, left = dict(job.folder.small), what_is_left_out(job.source, job.not_held)
         if CARD not in small and target.card_is_ours():
             small[CARD] = card(location.repo, location.folder, job.format, job.mesh, job.engine_version, job.source, base_model, left)
-        return _publish(target, adds, small, sorted({*names, *small}), began, left_out)
+        return _publish(target, adds, small, sorted({*names, *small}), began, others)
 
 
 def _check_room(job: Job, scratch: Path) -> None:
@@ -131,9 +134,10 @@ def _check_room(job: Job, scratch: Path) -> None:
 def _written(job: Job, scratch: Path, jobs: int | None, buffer: int, progress: Callable[[int], None]) -> Iterator[tuple[str, Path]]:
     """Each weight file, written alone; it is removed when the next one is asked for."""
     for file in job.folder.files:
-        with closing(job.source.source()) as source, closing(Output(scratch, [file], None)) as output:
+        plan = job.plan.only([file.path])
+        with closing(job.source.source()) as source, closing(Output(scratch, [file], None, padded=plan.padding)) as output:
             source.casts = job.casts
-            run(job.plan.only([file.path]), source, output.write, jobs=jobs or default_jobs(job.source), buffer=buffer, progress=progress)
+            run(plan, source, output.write, jobs=jobs or default_jobs(job.source), buffer=buffer, progress=progress)
             output.finish()
             source.check_unchanged()
         yield file.path, scratch / file.path

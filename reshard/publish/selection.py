@@ -6,7 +6,6 @@ never shown. What is left out is listed, with its size.
 """
 
 import os
-import re
 import stat
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -14,19 +13,15 @@ from pathlib import Path
 
 from huggingface_hub import constants
 
+from reshard import formats
 from reshard.checkpoint import Checkpoint, open_checkpoint
 from reshard.errors import DestinationError
 from reshard.foreign import quote
 from reshard.formats.manifest import NAME as MANIFEST
+from reshard.stores.beside import is_side_file
 
 CARD = "README.md"
 _MOST = 100_000  # entries that are counted below a folder that is left out
-_KNOWN = re.compile(
-    r"config\.json|generation_config\.json|(?:video_)?preprocessor_config\.json|processor_config\.json|special_tokens_map\.json|added_tokens\.json"
-    r"|tokenizer\.json|tokenizer_config\.json|tokenizer\.model(?:\.v[0-9]+)?|[A-Za-z0-9_-]+\.tiktoken|tiktoken\.model|spiece\.model"
-    r"|sentencepiece(?:\.bpe)?\.model|vocab\.(?:json|txt)|merges\.txt|chat_template\.(?:json|jinja)|(?:LICENSE|NOTICE)(?:\.md|\.txt)?"
-    r"|model\.safetensors\.index\.json|pytorch_model\.bin\.index\.json|latest_checkpointed_iteration\.txt"
-)
 
 
 @dataclass(frozen=True)
@@ -42,11 +37,9 @@ class Selection:
         return sum(path.stat().st_size for path in self.files.values())
 
 
-def is_side_file(name: str, include_code: bool = False) -> bool:
-    """Whether the file `name`, beside weights, is one that goes with them."""
-    if "/" in name or name.startswith("."):
-        return False
-    return bool(_KNOWN.fullmatch(name)) or name in (MANIFEST, CARD) or (include_code and name.endswith(".py"))
+def goes_along(name: str, include_code: bool = False) -> bool:
+    """Whether a push publishes the file `name` that lies beside weights."""
+    return name in (MANIFEST, CARD) or is_side_file(name, include_code)
 
 
 def select(folder: str | Path, include_code: bool = False, **options) -> Selection:
@@ -54,10 +47,12 @@ def select(folder: str | Path, include_code: bool = False, **options) -> Selecti
     folder = Path(folder)
     checkpoint = open_checkpoint(folder, **options)
     weights = set(checkpoint.files)
-    names = weights | {path.name for path in folder.iterdir() if is_side_file(path.name, include_code) and path.is_file()}
+    small = formats.get(checkpoint.format).small
+    beside = {path.name for path in folder.iterdir() if (path.name in small or goes_along(path.name, include_code)) and path.is_file()}
+    names = weights | beside
     files = {name: folder / name for name in sorted(names)}
     check_links(files.values(), folder)
-    return Selection(checkpoint, files, _left_out(folder, names))
+    return Selection(checkpoint, files, left_out(folder, names))
 
 
 def check_links(paths, folder: Path) -> None:
@@ -83,7 +78,8 @@ def _in_cache(real: Path, home: Path) -> bool:
     return real.parent.parent.parent == Path(os.path.realpath(constants.HF_HUB_CACHE))
 
 
-def _left_out(folder: Path, names: set[str]) -> dict[str, int]:
+def left_out(folder: Path, names: set[str]) -> dict[str, int]:
+    """What `folder` holds besides `names`: name → bytes; a folder's ends in /."""
     inside = {parent.as_posix() for name in names for parent in Path(name).parents} - {"."}
     out: dict[str, int] = {}
 

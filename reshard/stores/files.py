@@ -4,12 +4,12 @@ import os
 import stat
 import struct
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import IO, Any, BinaryIO, Protocol, Self
 
-from reshard.errors import FormatError, ReshardError
+from reshard.errors import FormatError, ReshardError, SourceError
 from reshard.foreign import LIMIT, parse, quote
 from reshard.stores.identity import note
 
@@ -31,6 +31,33 @@ _SURPRISES = (
 )
 
 
+def failed(what: object, error: OSError, where: str = "") -> SourceError:
+    """What a failure of the disk or share that a source lies on is to the user: nothing is known of what the file holds."""
+    return SourceError(
+        f"{what} can't be read{where and ' ' + where}: {error.strerror or error}",
+        "see to the disk or share that it lies on, then run the same command again: an interrupted run goes on where it stopped",
+    )
+
+
+class AnyPath(Protocol):
+    """A file or folder of a checkpoint: ``pathlib.Path`` on this machine, ``hub.folder.HubPath`` on the Hub. What readers ask of either."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def parent(self) -> Self: ...
+    def __truediv__(self, name: str, /) -> Self: ...
+    def __lt__(self, other: Self, /) -> bool: ...
+    def is_file(self) -> bool: ...
+    def is_dir(self) -> bool: ...
+    def exists(self) -> bool: ...
+    def iterdir(self) -> Iterable[Self]: ...
+    def glob(self, pattern: str, /) -> Iterable[Self]: ...
+    def stat(self) -> Any: ...
+    def read_bytes(self) -> bytes: ...
+    def open(self, mode: str = "r", buffering: int = -1) -> IO[Any]: ...
+
+
 @contextmanager
 def reading(what: object, error: type[ReshardError] = FormatError) -> Iterator[None]:
     """The one boundary between readers and the rest: a surprise inside becomes an `error` that names `what`.
@@ -43,13 +70,15 @@ def reading(what: object, error: type[ReshardError] = FormatError) -> Iterator[N
         yield
     except ReshardError:
         raise
+    except OSError as failure:
+        raise failed(what, failure) from None
     except _SURPRISES as surprise:
         text = quote(surprise) or "no reason given"
         raise error(f"{what} can't be read: its content is malformed ({type(surprise).__name__}: {text})",
                     "it is damaged, or not what it seems; copy it again") from surprise  # fmt: skip
 
 
-def open_file(path: Path, buffering: int = -1) -> BinaryIO:
+def open_file(path: AnyPath, buffering: int = -1) -> BinaryIO:
     """`path` opened for reading, if it is a plain file: a named pipe would block for ever, a device may have no end.
 
     Raises FormatError for anything else, and for a file that can't be opened.
@@ -73,28 +102,31 @@ def open_file(path: Path, buffering: int = -1) -> BinaryIO:
         raise FormatError(f"{path} can't be opened: {getattr(error, 'strerror', None) or error}") from None
 
 
-def _plain(path: Path, mode: int) -> None:
+def _plain(path: AnyPath, mode: int) -> None:
     if not stat.S_ISREG(mode):
         kind = next((word for test, word in _KINDS.items() if test(mode)), "something else")
         raise FormatError(f"{path} is {kind}, not a file", "put the file itself there")
 
 
-def read_small(path: Path, limit: int = LIMIT) -> bytes:
+def read_small(path: AnyPath, limit: int = LIMIT) -> bytes:
     """The whole of a file that can't be large. Raises FormatError where it is."""
     if not isinstance(path, Path):
         _check_size(path, path.stat().st_size, limit)
         return path.read_bytes()
     with open_file(path) as file:
         _check_size(path, os.fstat(file.fileno()).st_size, limit)
-        return file.read(limit)
+        try:
+            return file.read(limit)
+        except OSError as error:
+            raise failed(path, error) from None
 
 
-def _check_size(path: Path, size: int, limit: int) -> None:
+def _check_size(path: AnyPath, size: int, limit: int) -> None:
     if size > limit:
         raise FormatError(f"{path} has {size} bytes, more than the {limit} that such a file may have")
 
 
-def read_json(path: Path) -> object:
+def read_json(path: AnyPath) -> object:
     """The JSON in `path`, parsed strictly. Raises FormatError."""
     raw = read_small(path)
     try:

@@ -8,25 +8,24 @@ import os
 import struct
 from collections.abc import Sequence
 from math import prod
-from pathlib import Path
 
 from reshard.dtypes import DTYPE_SIZE, FILE_ORDER
 from reshard.errors import FormatError
 from reshard.foreign import LIMIT, parse, quote
 from reshard.stores import FileImage, TensorInfo
-from reshard.stores.files import is_lfs_pointer, open_file, reading
+from reshard.stores.files import AnyPath, is_lfs_pointer, open_file, reading
 
 _KEYS = {"dtype", "shape", "data_offsets"}
 NOT_SAFETENSORS = "this is no safetensors file, or it is damaged; copy it again"
 
 
-def read(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
+def read(path: AnyPath) -> tuple[dict[str, TensorInfo], dict[str, str]]:
     """Tensors and metadata of a file, from its header. Raises FormatError for anything the format forbids."""
     with reading(path):
         return _read(path)
 
 
-def _read(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
+def _read(path: AnyPath) -> tuple[dict[str, TensorInfo], dict[str, str]]:
     with open_file(path) as file:
         size = file.seek(0, os.SEEK_END)
         file.seek(0)
@@ -68,7 +67,7 @@ def _read(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
     return tensors, metadata
 
 
-def _entry(path: Path, name: str, entry: object, base: int) -> tuple[TensorInfo, int, int]:
+def _entry(path: AnyPath, name: str, entry: object, base: int) -> tuple[TensorInfo, int, int]:
     if not isinstance(entry, dict) or entry.keys() != _KEYS:
         raise FormatError(f"{_where(path, name)} must have dtype, shape and data_offsets and nothing else", NOT_SAFETENSORS)
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
@@ -94,7 +93,7 @@ def _entry(path: Path, name: str, entry: object, base: int) -> tuple[TensorInfo,
     return TensorInfo(dtype, tuple(shape), base + begin), begin, end
 
 
-def _where(path: Path, name: str) -> str:
+def _where(path: AnyPath, name: str) -> str:
     return f"{path}: {quote(name)}"
 
 

@@ -13,12 +13,11 @@ The zip is ``ziprecords``' business, its pickle that of ``torch_unpickle`` (whic
 import hashlib
 import io
 from math import prod
-from pathlib import Path
 
 from reshard.dtypes import DTYPE_SIZE
 from reshard.errors import FormatError
 from reshard.stores import FileImage, TensorInfo
-from reshard.stores.files import open_file, reading
+from reshard.stores.files import AnyPath, open_file, reading
 from reshard.stores.torch_names import DTYPE_NAME, DType, Global, Opaque, TensorSpec
 from reshard.stores.torch_pickle import Pickler
 from reshard.stores.torch_unpickle import Unpickler
@@ -27,7 +26,7 @@ from reshard.stores.ziprecords import ALIGNMENT, COPY, Archive, Layout
 __all__ = ["DTYPE_NAME", "DType", "Global", "Opaque", "TensorSpec", "compose", "read"]
 
 
-def read(path: Path, start: int = 0, length: int | None = None) -> object:
+def read(path: AnyPath, start: int = 0, length: int | None = None) -> object:
     """The object saved in `path`, each tensor of it a TensorInfo (offsets count from the start of `path`).
 
     `start` and `length` say where in the file the zip lies; default is all of it. Reads the zip's directory, the pickle

@@ -5,12 +5,11 @@ Source: caffe2/serialize/inline_container.cc, and APPNOTE.TXT for zip64.
 
 import struct
 import zlib
-from pathlib import Path
 from typing import BinaryIO
 
 from reshard.errors import FormatError
 from reshard.foreign import quote
-from reshard.stores.files import is_lfs_pointer
+from reshard.stores.files import AnyPath, is_lfs_pointer
 
 ALIGNMENT = 64
 RESAVE = "re-save it with a current torch: torch.save(torch.load(path, weights_only=True), path)"
@@ -28,7 +27,7 @@ _FULL32, _FULL16 = 0xFFFFFFFF, 0xFFFF
 class Archive:
     """The records of one zip, by name without the leading folder, as its directory lists them; offsets are the file's."""
 
-    def __init__(self, path: Path, file: BinaryIO, start: int, end: int):
+    def __init__(self, path: AnyPath, file: BinaryIO, start: int, end: int):
         self.path, self.file, self.start, self.end = path, file, start, end
         at, size, count = self._directory()
         self.data_end = at

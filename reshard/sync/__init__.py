@@ -20,7 +20,8 @@ from reshard.sync.cost import Cost
 from reshard.sync.fp8_blocks import Fp8
 from reshard.sync.lora import adapter
 from reshard.sync.plan import SyncPlan, plan
-from reshard.sync.side import Sharding, Side, fsdp, layout
+from reshard.sync.sharding import Sharding, fsdp
+from reshard.sync.side import Side, layout
 
 __all__ = [
     "Cost",

@@ -3,11 +3,16 @@
 A row begins with whether the rank refuses or failed, and ends with the words for it.
 """
 
+from collections.abc import Callable
 from dataclasses import astuple, dataclass, fields
+from typing import TYPE_CHECKING
 
 import torch
 
-from reshard.errors import ReshardError, SyncError
+from reshard.errors import PeerLost, ReshardError, SyncError
+
+if TYPE_CHECKING:
+    from reshard.sync.transport import Wire
 
 _TEXT = 480  # bytes of a refusal that all ranks get to read
 MODES = ("tensors", "buckets")
@@ -35,6 +40,39 @@ class Intent:
         return table[:, 1 + [f.name for f in fields(cls)].index(name)].tolist()
 
 
+class Trial:
+    """What a rank tries before all ranks go on: ``with trial:`` keeps the first error, for ``told`` to tell. A lost peer is raised at
+    once, since nobody can be told then."""
+
+    def __init__(self, error: BaseException | None = None):
+        self.error = error
+
+    def __enter__(self) -> "Trial":
+        return self
+
+    def __exit__(self, _: object, error: BaseException | None, __: object) -> bool:
+        if isinstance(error, PeerLost) or (error is not None and not isinstance(error, Exception)):
+            return False
+        self.error = self.error or error
+        return error is not None
+
+    def run(self, *calls: Callable[[], object]) -> None:
+        """Call one after another, as long as nothing has failed."""
+        for call in calls:
+            if self.error is None:
+                with self:
+                    call()
+
+    def told(self, wire: "Wire", doing: str, numbers: "Intent | list[int]" = ()) -> torch.Tensor:
+        """All ranks' rows: every rank comes here, also one that failed."""
+        return wire.gather(row(words(self.error) if self.error else "", numbers), doing)
+
+    def settle(self) -> None:
+        """Raise what failed."""
+        if self.error is not None:
+            raise self.error
+
+
 def row(failure: str, numbers: "Intent | list[int]" = ()) -> torch.Tensor:
     text = failure.encode()[:_TEXT].ljust(_TEXT, b"\0")
     values = [int(bool(failure)), *(astuple(numbers) if isinstance(numbers, Intent) else numbers)]
@@ -48,6 +86,8 @@ def failures(table: torch.Tensor) -> list[str]:
 
 def words(error: BaseException) -> str:
     """An error as all ranks get to read it."""
+    if isinstance(error, GeneratorExit):
+        return "it stopped before the last bucket"
     if isinstance(error, ReshardError):
         return str(error) + (f"; {error.hint}" if error.hint else "")
     return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
@@ -63,11 +103,15 @@ def number(version: object) -> int:
     return found
 
 
+def refuse(reasons: list[str], own: BaseException | None = None) -> None:
+    """Raise what ranks refuse, if any does; `own` is this rank's error."""
+    if reasons:
+        raise SyncError("the sync was refused before its first byte: " + "; ".join(reasons)) from own
+
+
 def check(table: torch.Tensor) -> None:
     """Raise what any rank refused, or any two ranks disagree on."""
-    refused = failures(table)
-    if refused:
-        raise SyncError("the sync was refused before its first byte: " + "; ".join(refused))
+    refuse(failures(table))
     fingerprints, versions, held, modes = (Intent.column(table, name) for name in ("fingerprint", "version", "held", "mode"))
     if len(set(fingerprints)) > 1:
         groups = {f: [r for r, other in enumerate(fingerprints) if other == f] for f in dict.fromkeys(fingerprints)}

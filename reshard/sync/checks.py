@@ -13,14 +13,14 @@ from functools import lru_cache
 import torch
 
 from reshard.dtypes import DTYPE_SIZE
-from reshard.geometry.block import Block, Box, Key, Stored
+from reshard.geometry.block import Box, Key, Stored
 from reshard.geometry.coverage import label
 from reshard.sync.fp8 import quantise
 from reshard.sync.fp8_blocks import Blocks, scale_place
 from reshard.sync.messages import RankPlan
 from reshard.sync.plan import SyncPlan
 from reshard.sync.staging import Copies
-from reshard.sync.tensors import DTYPES, Bound
+from reshard.sync.tensors import DTYPES, Tensors, scales_of
 
 _TABLE = 1 << 15  # words that have a number each; beyond them the numbers repeat, times one for each repetition
 _SMALL = 1 << 16  # bytes: boxes of fewer are copied together and summed at once
@@ -29,17 +29,22 @@ _PIECE = 8 << 20  # bytes summed at a time, where they must be copied or cast fo
 
 @dataclass(frozen=True)
 class Item:
-    """A box of tensor `key` to sum, as elements of dtype `wire`; `stored` holds it at this end, in `block`. With `blocks` it is
+    """A box of tensor `key` to sum, as elements of dtype `wire`, and where it lies at this end in `stored`. With `blocks` it is
     quantised: with its scales at the taker (`scaled`), still to be quantised at the sender."""
 
     key: Key
     box: Box
     wire: str
     stored: Stored
-    block: Block
+    offset: int
+    strides: tuple[int, ...]
     blocks: Blocks | None = None
     scaled: bool = False
     order: str = ""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(stop - start for start, stop in self.box)
 
 
 @lru_cache(maxsize=8)
@@ -67,7 +72,7 @@ def word_sum(words: torch.Tensor) -> torch.Tensor:
 class Sums:
     """The sums of the tensors between this process and its peers, made ready once: ``run`` reads what the tensors hold then."""
 
-    def __init__(self, items: dict[tuple[int, int], list[Item]], tensors: dict[int, Bound]):
+    def __init__(self, items: dict[tuple[int, int], list[Item]], tensors: Tensors):
         self.labels: dict[tuple[int, int], list[str]] = {}
         self._places: dict[tuple[int, int], slice] = {}
         self._whole: list[tuple[int, int, torch.Tensor, tuple[int, ...], str]] = []  # (place of the sum, factor, view, shape, dtype)
@@ -159,15 +164,14 @@ class _Batch:
         return torch.diff(upto, prepend=upto.new_zeros(1))
 
 
-def _elements(item: Item, tensors: dict[int, Bound]) -> tuple[torch.Tensor, tuple[int, ...]]:
+def _elements(item: Item, tensors: Tensors) -> tuple[torch.Tensor, tuple[int, ...]]:
     """The box where it lies, and its shape in its own axes, which the view may have more of."""
-    part = item.block.clip(item.box)
-    return tensors[id(item.stored)].view(part.shape, part.offset, part.strides), part.shape
+    return tensors[item.stored.id].view(item.shape, item.offset, item.strides), item.shape
 
 
-def _scales(item: Item, tensors: dict[int, Bound]) -> torch.Tensor:
-    offset, step = scale_place(item.stored, item.block.clip(item.box).offset, item.blocks.edge)
-    return tensors[-id(item.stored)].view(item.blocks.grid, offset, (step, 1))
+def _scales(item: Item, tensors: Tensors) -> torch.Tensor:
+    offset, step = scale_place(item.stored, item.offset, item.blocks.edge)
+    return tensors[scales_of(item.stored.id)].view(item.blocks.grid, offset, (step, 1))
 
 
 def _pieces(values: torch.Tensor, wire: str) -> Iterable[torch.Tensor]:
@@ -209,10 +213,13 @@ def sent_and_taken(part: RankPlan) -> tuple[dict[tuple[int, int], list[Item]], d
     sent, taken = defaultdict(list), defaultdict(list)
     for t in part.transfers:
         if t.sender != t.taker:
+            at, move = t.copy, t.copy.move
             if t.sender == part.process:
-                sent[t.sender, t.taker].append(Item(t.key, t.box, t.wire, t.src, t.src_block, t.blocks, False, t.dst.name))
+                item = Item(at.key, move.box, t.wire, at.src, move.src_offset, move.src_strides, t.blocks, False, at.dst.name)
+                sent[t.sender, t.taker].append(item)
             else:
-                taken[t.sender, t.taker].append(Item(t.key, t.box, t.wire, t.dst, t.dst_block, t.blocks, bool(t.blocks), t.dst.name))
+                item = Item(at.key, move.box, t.wire, at.dst, move.dst_offset, move.dst_strides, t.blocks, bool(t.blocks), at.dst.name)
+                taken[t.sender, t.taker].append(item)
     return dict(sent), dict(taken)
 
 
@@ -221,7 +228,7 @@ def replicated(plan: SyncPlan, process: int) -> dict[tuple[int, int], list[Item]
     found: dict[tuple[int, int], list[Item]] = defaultdict(list)
     for (key, box), (holders, stored, block) in plan.shared(process).items():
         first = holders[0]
-        item = Item(key, box, stored.dtype, stored, block)
+        item = Item(key, box, stored.dtype, stored, block.offset, block.strides)
         for other in holders[1:]:
             if process in (first, other):
                 found[other, first].append(item)

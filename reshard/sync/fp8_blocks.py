@@ -6,6 +6,7 @@ cuts through a block cannot be quantised by its sender, since the largest value 
 
 from dataclasses import dataclass
 from functools import lru_cache
+from math import gcd, prod
 
 from reshard.errors import PlanError
 from reshard.geometry.block import Box, Stored
@@ -23,15 +24,11 @@ class Fp8:
 
 @dataclass(frozen=True, slots=True)
 class Blocks:
-    """A box of a weight as rows × columns, which begins on a block boundary of `edge`: at (`row`, `column`) of the whole.
-    The first `row_axes` of the box's axes are its rows."""
+    """A box of a weight as rows × columns, which begins on a block boundary of `edge`."""
 
     rows: int
     columns: int
     edge: int
-    row: int = 0
-    column: int = 0
-    row_axes: int = 1
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -45,6 +42,10 @@ class Blocks:
 def linear_tensors(layout: Layout) -> frozenset[str]:
     """The weights that FP8 checkpoints quantise: matrices inside the layers, but no router."""
     return frozenset(t.name for t in layout.descriptor.tensors.values() if len(t.dims) == 2 and "layer" in t.index and t.name != "router")
+
+
+def scales_name(name: str) -> str:
+    return name + "_scale_inv"
 
 
 def scale_shape(shape: tuple[int, ...], edge: int) -> tuple[int, ...]:
@@ -76,19 +77,32 @@ def _flat(box: Box, sizes: tuple[int, ...]) -> tuple[int, int] | None:
 
 def block_grid(layout: Layout, name: str, box: Box, fp8: Fp8) -> Blocks:
     """`box` of tensor `name` on the grid of blocks. Raises PlanError where it does not begin and end on it."""
-    tensor = layout.descriptor.tensors[name]
     at, ends = 0, []
-    for axes in tensor.dims:
-        sizes = tuple(layout.size(axis) for axis in axes)
-        span = _flat(box[at : at + len(axes)], sizes)
-        at += len(axes)
-        total = 1
-        for size in sizes:
-            total *= size
+    for sizes in _sizes(layout, name):
+        span = _flat(box[at : at + len(sizes)], sizes)
+        at += len(sizes)
+        total = prod(sizes)
         if span is None or span[0] % fp8.edge or (span[1] % fp8.edge and span[1] != total):
             where = "rows or columns that are no one range" if span is None else f"{span[0]}:{span[1]} of {total}"
             raise PlanError([f"{name}: {where} cut through FP8 blocks of {fp8.edge}: no sender holds the largest value of such a block"],
                             "choose meshes whose cuts fall on multiples of the block")  # fmt: skip
-        ends.append(span)
-    (row, last_row), (column, last_column) = ends
-    return Blocks(last_row - row, last_column - column, fp8.edge, row, column, len(tensor.dims[0]))
+        ends.append(span[1] - span[0])
+    rows, columns = ends
+    return Blocks(rows, columns, fp8.edge)
+
+
+def grain(layout: Layout, name: str, box: Box, fp8: Fp8) -> tuple[int, ...]:
+    """After how many indices of each axis a cut of `box` falls between blocks; all of an axis where no cut does."""
+    out: list[int] = []
+    for sizes in _sizes(layout, name):
+        inner, outermost = prod(sizes), True  # a range of rows is cut along the first axis that has more than one index
+        for size in sizes:
+            inner //= size
+            start, stop = box[len(out)]
+            out.append(fp8.edge // gcd(fp8.edge, inner) if outermost else stop - start)
+            outermost = outermost and stop - start == 1
+    return tuple(out)
+
+
+def _sizes(layout: Layout, name: str) -> list[tuple[int, ...]]:
+    return [tuple(layout.size(axis) for axis in axes) for axes in layout.descriptor.tensors[name].dims]

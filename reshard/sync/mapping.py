@@ -15,9 +15,9 @@ import torch
 
 from reshard.errors import SyncError
 from reshard.geometry.block import row_major
+from reshard.planner.plan import Copy
 from reshard.sync.device import Devices
-from reshard.sync.messages import Copy
-from reshard.sync.tensors import Bound, lying
+from reshard.sync.tensors import Tensors, lying
 
 #: file descriptors that a process keeps for itself when its storages move to shared memory, one for each
 SPARE_FILES = 64
@@ -47,18 +47,18 @@ def place(found: Iterable[torch.device], transport: str, devices: Devices) -> in
     return node() ^ int.from_bytes(hashlib.sha256(devices.identity(fast.pop()).encode()).digest()[:7], "big")
 
 
-def storages(tensors: dict[int, Bound]) -> dict[int, torch.UntypedStorage]:
+def storages(tensors: Tensors) -> dict[int, torch.UntypedStorage]:
     """By address, the storages that these tensors lie in."""
     return {b.tensor.untyped_storage().data_ptr(): b.tensor.untyped_storage() for b in tensors.values() if b.stored.size}
 
 
-def can_share(tensors: dict[int, Bound]) -> bool:
+def can_share(tensors: Tensors) -> bool:
     """Whether storages of their kinds can be mapped by others at all."""
     kinds = {s.device.type for s in storages(tensors).values()}
     return len(kinds) <= 1 and kinds <= {"cpu", "cuda"}
 
 
-def needs(tensors: dict[int, Bound]) -> int:
+def needs(tensors: Tensors) -> int:
     """Bytes of shared memory that these tensors take when they are published."""
     return sum(s.nbytes() for s in storages(tensors).values() if s.device.type == "cpu" and not s.is_shared())
 
@@ -72,7 +72,7 @@ def room() -> int:
     return found.f_bavail * found.f_frsize
 
 
-def too_many_files(tensors: dict[int, Bound]) -> str:
+def too_many_files(tensors: Tensors) -> str:
     """Why these tensors cannot be published, where that takes more open files than this process may have; or ``""``."""
     new = sum(1 for s in storages(tensors).values() if s.device.type == "cpu" and not s.is_shared())
     limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
@@ -85,7 +85,7 @@ def too_many_files(tensors: dict[int, Bound]) -> str:
     return f"{new} tensors in shared memory take a file descriptor each, {opened} are open and the limit (ulimit -n) is {limit}"
 
 
-def publish(tensors: dict[int, Bound], devices: Devices) -> list:
+def publish(tensors: Tensors, devices: Devices) -> list:
     """Where each tensor lies, for ``Mapped``: plain lists, no pickles. CPU storages move to shared memory, in place."""
     rows, known = [], {}
     handles: list = []
@@ -112,18 +112,24 @@ class Mapped:
 
     def __init__(self, published: list, dtypes: dict, devices: Devices):
         handles, rows = published
-        self._storages = [open_storage(handle, devices) for handle in handles]
+        self._storages: list[torch.UntypedStorage] = []
+        try:
+            for handle in handles:
+                self._storages.append(open_storage(handle, devices))
+        except Exception:
+            give_back(handles[len(self._storages) :])
+            raise
         self._dtypes = dtypes
         self._at = {(rank, name): (number, offset, tuple(strides)) for rank, name, number, offset, strides in rows}
 
     def view(self, copy: Copy) -> torch.Tensor:
         """The elements of `copy` at its source, in the peer's memory."""
         number, start, own = self._at[copy.src.rank, copy.src.name]
-        storage = self._storages[number]
+        storage, move = self._storages[number], copy.move
         flat = torch.empty(0, dtype=self._dtypes[copy.src.dtype], device=storage.device).set_(storage)
         if own == row_major(copy.src.shape):
-            return torch.as_strided(flat, copy.shape, copy.src_strides, start + copy.src_offset)
-        return torch.as_strided(flat, *lying(copy.src, own, copy.shape, copy.src_offset, copy.src_strides, start))
+            return torch.as_strided(flat, move.shape, move.src_strides, start + move.src_offset)
+        return torch.as_strided(flat, *lying(copy.src, own, move.shape, move.src_offset, move.src_strides, start))
 
 
 def open_storage(handle: list, devices: Devices) -> torch.UntypedStorage:
@@ -140,6 +146,18 @@ def open_storage(handle: list, devices: Devices) -> torch.UntypedStorage:
         return torch.UntypedStorage.from_file(f"/proc/{pid}/fd/{fd}", shared=True, nbytes=size)
     except RuntimeError as error:
         raise SyncError(f"cannot map the memory of process {pid}: {str(error).splitlines()[0]}", 'use transport="p2p"') from None
+
+
+def give_back(handles: list) -> None:
+    """Tell the sender that nobody holds these: torch keeps what it has published until each handle was opened and let go."""
+    for kind, *rest in handles:
+        if kind == "cuda":
+            _, _, _, _, _, counter, at, *_ = rest
+            _release_cuda(bytes.fromhex(counter), at)
+
+
+def _release_cuda(counter: bytes, at: int) -> None:
+    torch.UntypedStorage._release_ipc_counter(counter, at, device="cuda")
 
 
 def _open_cuda(*handle) -> torch.UntypedStorage:

@@ -1,19 +1,19 @@
 """One part of a plan, bound to tensors: made ready, and its sums compared when it has moved."""
 
 from dataclasses import dataclass
-from math import prod
 
 import torch
 
 from reshard.dtypes import DTYPE_SIZE
 from reshard.errors import SyncError
+from reshard.sync.agreement import Trial
 from reshard.sync.checks import Sums, differing, replicated, sent_and_taken
 from reshard.sync.device import Devices
 from reshard.sync.messages import RankPlan
 from reshard.sync.plan import SyncPlan
 from reshard.sync.sharing import Sharing
 from reshard.sync.staging import Copies, Staging, source_view, straight
-from reshard.sync.tensors import DTYPES, Bound
+from reshard.sync.tensors import DTYPES, Bound, Tensors
 from reshard.sync.transport import Wire
 
 
@@ -41,11 +41,28 @@ class Ready:
     bytes_mapped: int
     bytes_local: int
 
+    def move(self, wire: Wire) -> None:
+        """Move one part's bytes. An error is raised when this rank has sent all that others wait for."""
+        trial = Trial()
+        trial.run(self.mapped.run, self.own.run)
+        with trial:
+            wire.run(self.staging)
+        trial.settle()
+
+    def run(self, wire: Wire, devices: Devices) -> None:
+        """Move one part's bytes, and compare them."""
+        trial = Trial()
+        with trial:
+            self.move(wire)
+        if self.sums:
+            compare(self.sums, wire, devices, self, trial.error is not None)
+        trial.settle()
+
 
 def make(
     part: RankPlan,
-    source: dict[int, Bound],
-    into: dict[int, Bound],
+    source: Tensors,
+    into: Tensors,
     wire: Wire,
     sharing: Sharing,
     devices: Devices,
@@ -58,18 +75,18 @@ def make(
     for (sender, taker), copies in part.pairs.items():
         if taker == part.process and sender in sharing.peers.out_of:
             mapped.extend(straight(copies, sharing.memory[sender].view, into))
-            size += sum(prod(copy.shape) * DTYPE_SIZE[copy.src.dtype] for copy in copies)
+            size += sum(t.copy.move.size * DTYPE_SIZE[t.copy.src.dtype] for t in copies)
     sums = None
     if verify is not None:
         sent, taken = sent_and_taken(part)
         sums = Sums(sent, source), Sums(taken, into), Sums(replicated(verify, part.process) if source and first else {}, source)
     own = straight(part.local, lambda copy: source_view(copy, source), into)
-    return Ready(staging, mapped, own, sums, size, sum(copy.bytes for copy in part.local))
+    return Ready(staging, mapped, own, sums, size, sum(t.bytes for t in part.local))
 
 
-def room(part: RankPlan, device: torch.device) -> tuple[Bucket, dict[int, Bound]]:
+def room(part: RankPlan, device: torch.device) -> tuple[Bucket, Tensors]:
     """A buffer for the whole tensors that one part brings."""
-    wanted = {id(t.dst): t.dst for t in part.transfers if t.taker == part.process}
+    wanted = {t.copy.dst.id: t.copy.dst for t in part.transfers if t.taker == part.process}
     at, layout = 0, []
     for s in wanted.values():
         kind = DTYPES[s.dtype]
@@ -78,19 +95,17 @@ def room(part: RankPlan, device: torch.device) -> tuple[Bucket, dict[int, Bound]
         at = layout[-1][-1]
     flat = torch.empty(at, dtype=torch.uint8, device=device)
     tensors = [(name, flat[low:high].view(kind).view(shape)) for name, shape, kind, low, high in layout]
-    return Bucket(tensors, flat, layout), {id(s): Bound(s, t) for s, (_, t) in zip(wanted.values(), tensors)}
+    return Bucket(tensors, flat, layout), {s.id: Bound(s, t) for s, (_, t) in zip(wanted.values(), tensors)}
 
 
 def compare(sums: tuple[Sums, Sums, Sums], wire: Wire, devices: Devices, ready: Ready, failed: bool) -> None:
     """Exchange the sums of every tensor. Raises SyncError naming what differs. A rank that has `failed` before, or fails at this,
     sends sums of nothing, since others wait for them, and compares nothing."""
-    error: Exception | None = None
+    trial = Trial()
     values = [{pair: torch.zeros(len(own), dtype=torch.int64) for pair, own in kind.labels.items()} for kind in sums]
-    try:
+    with trial:
         devices.synchronize(ready.staging.devices)
         values = values if failed else [kind.run() for kind in sums]
-    except Exception as found:  # noqa: BLE001  raised when the sums have gone
-        error = found
     (sent, taken, held), me, doing = values, wire.rank, "comparing sums"
 
     def blank(own: torch.Tensor) -> torch.Tensor:
@@ -100,8 +115,7 @@ def compare(sums: tuple[Sums, Sums, Sums], wire: Wire, devices: Devices, ready: 
     wire.exchange([(taker, own.to(wire.control)) for (_, taker), own in sent.items()], list(arrived.items()), doing)
     copies = {other: blank(own) for (other, first), own in held.items() if first == me}
     wire.exchange([(first, own.to(wire.control)) for (other, first), own in held.items() if other == me], list(copies.items()), doing)
-    if error is not None:
-        raise error
+    trial.settle()
     if failed:
         return
     unlike = [

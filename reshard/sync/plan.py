@@ -17,8 +17,8 @@ from reshard.errors import PlanError
 from reshard.geometry.block import Block, Box, Key, Stored, volume
 from reshard.geometry.coverage import label
 from reshard.geometry.pieces import Piece, halved
-from reshard.planner.join import Pattern, Run, Slot, join
-from reshard.planner.plan import digest
+from reshard.planner.join import Pattern, Run, join
+from reshard.planner.plan import Copy, copy_at, digest, move_between
 from reshard.sync.fp8_blocks import Blocks, block_grid
 from reshard.sync.side import Side, restricted
 
@@ -28,27 +28,22 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Transfer:
-    """A box of tensor `key` that `sender` gives to `taker`: which stored tensor holds it there, which wants it here."""
+    """A copy of one box from a tensor that `sender` holds into one of `taker`'s."""
 
     sender: int
     taker: int
-    key: Key
-    box: Box
-    size: int
-    src: Stored
-    src_block: Block
-    dst: Stored
-    dst_block: Block
+    copy: Copy
+    place: tuple[int, int]  # of the destination: the plan's side, and the number of the tensor there
     blocks: Blocks | None  # where quantised blocks and their scales lie, for an FP8 destination
 
     @property
     def wire(self) -> str:
-        return wire_dtype(self.src.dtype, self.dst.dtype)
+        return wire_dtype(self.copy.src.dtype, self.copy.dst.dtype)
 
     @property
     def bytes(self) -> int:
         """Bytes on the wire."""
-        return self.size * DTYPE_SIZE[self.wire] + (4 * self.blocks.count if self.blocks else 0)
+        return self.copy.move.size * DTYPE_SIZE[self.wire] + (4 * self.blocks.count if self.blocks else 0)
 
 
 def wire_dtype(source: str, destination: str) -> str:
@@ -214,12 +209,16 @@ class SyncPlan:
 
     def _transfers(self, batch: Batch, number: int, slot: int, sender: int, taker: int, start: int, stop: int) -> Iterator[Transfer]:
         piece, blocks = batch.pair.pieces[number], self.blocks(batch, batch.pair.pieces[number].box)
-        source = next(i for i in piece.sources if sender in self.source.at(batch.pattern.sources[i].rank))
-        joined = self.joins[batch.side]
+        source, joined, pattern, run = self._slot(batch, piece, sender), self.joins[batch.side], batch.pattern, batch.run
+        move = move_between(pattern.sources[source], pattern.destinations[slot], piece.box)
         for i in range(start, stop):
-            src, src_block = _held(joined.sources, batch.pattern.sources[source], batch.run.sources[source].at(i))
-            dst, dst_block = _held(joined.destinations, batch.pattern.destinations[slot], batch.run.destinations[slot].at(i))
-            yield Transfer(sender, taker, batch.run.key(i), piece.box, piece.size, src, src_block, dst, dst_block, blocks)
+            (a, src_start), (b, dst_start) = run.sources[source].at(i), run.destinations[slot].at(i)
+            copy = copy_at(run.key(i), (joined.sources[a], src_start), (joined.destinations[b], dst_start), move)
+            yield Transfer(sender, taker, copy, (batch.side, b), blocks)
+
+    def _slot(self, batch: Batch, piece: Piece, process: int) -> int:
+        """The source slot in which `process` holds a piece."""
+        return next(i for i in piece.sources if process in self.source.at(batch.pattern.sources[i].rank))
 
     def shared(self, process: int) -> dict[tuple[Key, Box], tuple[tuple[int, ...], Stored, Block]]:
         """The boxes of the source that `process` and others hold: all their holders, and where each lies at `process`."""
@@ -227,12 +226,12 @@ class SyncPlan:
         for batch in self.batches:
             for piece, holders in zip(batch.pair.pieces, batch.pair.holders):
                 if len(holders) > 1 and process in holders:
-                    source = next(i for i in piece.sources if process in self.source.at(batch.pattern.sources[i].rank))
+                    source = self._slot(batch, piece, process)
+                    slot = batch.pattern.sources[source]
                     for i in range(batch.run.count):
-                        at = batch.run.key(i), piece.box
-                        if at not in found:
-                            place = batch.run.sources[source].at(i)
-                            found[at] = holders, *_held(self.joins[batch.side].sources, batch.pattern.sources[source], place)
+                        number, start = batch.run.sources[source].at(i)
+                        block = Block(slot.box, start, slot.strides).part(piece.box)
+                        found.setdefault((batch.run.key(i), piece.box), (holders, self.joins[batch.side].sources[number], block))
         return found
 
     @cached_property
@@ -284,12 +283,6 @@ def share_out(count: int, size: int, holders: Sequence[int], loads: Mapping[int,
     for _ in range(count - sum(given.values())):
         given[min(given, key=lambda holder: (loads[holder] + given[holder] * size, holder))] += 1
     return [(holder, number) for holder, number in given.items() if number]
-
-
-def _held(side: Sequence[Stored], slot: Slot, place: tuple[int, int]) -> tuple[Stored, Block]:
-    """The stored tensor of a slot's place, and the block that lies there."""
-    number, start = place
-    return side[number], Block(slot.box, start, slot.strides)
 
 
 def plan(

@@ -10,10 +10,11 @@ from collections.abc import Collection
 import torch
 
 from reshard.sync import agreement, mapping
+from reshard.sync.agreement import Trial
 from reshard.sync.device import Devices
 from reshard.sync.mapping import Mapped, publish
 from reshard.sync.staging import Peers
-from reshard.sync.tensors import DTYPES, Bound
+from reshard.sync.tensors import DTYPES, Tensors
 from reshard.sync.transport import Wire
 
 
@@ -30,26 +31,24 @@ class Sharing:
         pairs: Collection[tuple[int, int]],
         source_places: list[int],
         into_places: list[int],
-        source: dict[int, Bound],
-        failure: Exception | None,
+        source: Tensors,
+        trial: Trial,
     ) -> list[str]:
         """Map anew. `pairs` are this rank's (sender, taker); places are those of all ranks. All ranks call this together, also one
-        that has a `failure` to tell. Returns what ranks refuse, each in words: nothing where the step goes on."""
+        that has failed before in `trial`. Returns what ranks refuse, each in words: nothing where the step goes on."""
         self.memory, self.peers, self.note = {}, Peers(), ""
         me, wire = self._wire.rank, self._wire
         near = {(s, t) for s, t in pairs if source_places[s] == into_places[t] >= 0} if self._transport != "p2p" else set()
         to, out_of = {t for s, t in near if s == me}, {s for s, t in near if t == me}
-        problem, need = "", 0
-        try:
-            if to and failure is None:
+        failed, problem, need, looking = trial.error is not None, "", 0, Trial(trial.error)
+        with looking:
+            if to and not failed:
                 if not mapping.can_share(source):
                     problem = "its tensors lie on several kinds of devices"
                 else:
                     need, problem = mapping.needs(source), mapping.too_many_files(source)
-        except Exception as error:  # noqa: BLE001  told below
-            problem = agreement.words(error)
-        told = agreement.words(failure) if failure else problem
-        row = agreement.row(told, [int(bool(failure)), int(bool(to)), need, mapping.room(), mapping.node()])
+        told = agreement.words(looking.error) if looking.error else problem
+        row = agreement.row(told, [int(failed), int(bool(to)), need, mapping.room(), mapping.node()])
         table = wire.gather(row, "mapping memory")
         if table[:, 1].any():
             return [text for r, text in zip(_failing(table), agreement.failures(table)) if table[r, 1]]
@@ -65,13 +64,11 @@ class Sharing:
                 handles = json.dumps([agreement.words(error), []]).encode()
         published = [json.loads(data) if data else None for data in wire.gather_bytes(handles, "exchanging handles")]
         without |= {r: f"rank {r}: {own[0]}" for r, own in enumerate(published) if own and own[0]}
-        problem = ""
-        try:
+        opening = Trial()
+        with opening:
             for r in sorted(out_of - set(without)):
                 self.memory[r] = Mapped(published[r][1], DTYPES, self._devices)
-        except Exception as error:  # noqa: BLE001  told to all
-            problem = agreement.words(error)
-        table = wire.gather(agreement.row(problem), "opening mapped memory")
+        table = opening.told(wire, "opening mapped memory")
         closed = {r: text for r, text in zip(_failing(table), agreement.failures(table))}
         reasons = [*without.values(), *closed.values()]
         if reasons and self._transport == "mapped":

@@ -4,26 +4,21 @@
 framework's order of ranks. ``Side.sharded`` is HF tensors cut as DTensors are: FSDP2, tensor parallel, both.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from itertools import product
-from math import prod
 from pathlib import Path
 
 from reshard import formats
-from reshard.checkpoint import axes_in, find_config, model_config, read_config
+from reshard.checkpoint import find_config, model_config, read_config
 from reshard.conversion.job import split_hint
 from reshard.dtypes import USER_WORDS
 from reshard.errors import LayoutError, PlanError
-from reshard.geometry.block import Stored, chunk, restride, row_major, singles
+from reshard.geometry.block import Stored, singles
 from reshard.layout import Layout, Mesh, Placement, Rank, Section, find_descriptor, load_descriptor, parse_version
-from reshard.layout.fusion import slice_dim
 from reshard.layout.mesh import stage_order
-from reshard.sync.fp8_blocks import Fp8, linear_tensors, scale_shape
-
-#: how one dimension of a device mesh cuts a tensor: None replicates, a number is Shard(dim), a pair is _StridedShard(dim, split_factor)
-Cut = None | int | tuple[int, int]
+from reshard.sync.fp8_blocks import Fp8, linear_tensors, scale_shape, scales_name
+from reshard.sync.sharding import Sharding, local_part, spelled, unsharded
 
 
 def layout(config: Mapping | str | Path, descriptor: str | Path | None = None) -> Layout:
@@ -36,30 +31,6 @@ def layout(config: Mapping | str | Path, descriptor: str | Path | None = None) -
             "pass a descriptor of your own: layout(config, 'my.toml')",
         )
     return found.bind(model_config(settings))
-
-
-@dataclass(frozen=True)
-class Sharding:
-    """How a DTensor lies: `ranks` is its device mesh, nested lists of processes, `cuts` one Cut per dimension of that mesh."""
-
-    ranks: tuple
-    cuts: tuple[Cut, ...]
-
-    @property
-    def sizes(self) -> tuple[int, ...]:
-        sizes, inner = [], self.ranks
-        for _ in self.cuts:
-            sizes.append(len(inner))
-            inner = inner[0]
-        return tuple(sizes)
-
-    def members(self) -> Iterator[tuple[int, tuple[int, ...]]]:
-        """(process, its place in the mesh) of all processes."""
-        for coordinate in product(*map(range, self.sizes)):
-            at = self.ranks
-            for index in coordinate:
-                at = at[index]
-            yield at, coordinate
 
 
 @dataclass(frozen=True)
@@ -103,7 +74,7 @@ class Side:
         """The tensor of scales beside `stored`, where that is held in FP8 blocks."""
         if self.fp8 is None or stored.dtype != "F8_E4M3":
             return None
-        return Stored(stored.rank, stored.name + "_scale_inv", "F32", scale_shape(stored.shape, self.fp8.edge), (), stored.entry)
+        return Stored(stored.rank, scales_name(stored.name), "F32", scale_shape(stored.shape, self.fp8.edge), (), stored.entry)
 
     @classmethod
     def placed(
@@ -134,7 +105,7 @@ class Side:
         kind, mesh, processes = formats.get(format), Mesh(tp, pp, ep, etp), list(ranks)
         section = layout.section(kind.section)
         version = parse_version(engine_version) if engine_version else None
-        placement = Placement(layout, _spelled(section.for_version(version), section, variants), kind.rules, mesh, engine=version)
+        placement = Placement(layout, spelled(section.for_version(version), section, variants), kind.rules, mesh, engine=version)
         numbers = _numbers(format, placement, len(processes))
         stored: list[list[Stored]] = [[] for _ in placement.ranks]
         for s in placement.stored():
@@ -157,7 +128,7 @@ class Side:
             {},
             _other_names(section, {s.name for member in stored for s in member}),
             constants,
-            _ignored(layout, section),
+            layout.buffers(section) + layout.omitted(section),
             f"{format} {mesh}{replicas}",
             quantised,
         )
@@ -180,7 +151,7 @@ class Side:
         if not variants:  # transformers holds experts stacked, its files each apart: by the names that are given
             variants = [name for name, _, v in section.variants
                         if any(s.name in shardings for s in Placement(layout, v, formats.get("hf").rules, Mesh()).stored())]  # fmt: skip
-        placement = Placement(layout, _spelled(section, section, variants), formats.get("hf").rules, Mesh())
+        placement = unsharded(layout, variants)
         processes = sorted({process for sharding in shardings.values() for process, _ in sharding.members()})
         held: dict[int, list[Stored]] = {process: [] for process in processes}
         every = list(placement.stored())
@@ -198,7 +169,7 @@ class Side:
                 at = (whole.entry.label, whole.shape, sharding.sizes, sharding.cuts, coordinate)
                 if at not in cache:
                     keys = [key for key, _ in whole.blocks]
-                    shape, parts = _shard(placement, whole, sharding, coordinate)
+                    shape, parts = local_part(whole, sharding, coordinate)
                     cache[at] = shape, [(keys.index(key), block) for key, block in parts]
                 shape, parts = cache[at]
                 keys = [key for key, _ in whole.blocks]
@@ -216,61 +187,9 @@ class Side:
             dict(shardings),
             others,
             frozenset(),
-            _ignored(layout, section),
+            layout.buffers(section) + layout.omitted(section),
             f"DTensors on {len(processes)} ranks",
         )
-
-
-def fsdp(
-    layout: Layout,
-    *,
-    dp: int = 1,
-    tp: int = 1,
-    ranks: Iterable[int],
-    replicas: int = 1,
-    variants: Sequence[str] = (),
-    outside_tp: Iterable[str] = (),
-) -> dict[str, Sharding]:
-    """The shardings of a model under FSDP2's ``fully_shard`` over `dp`, on top of tensor parallelism over `tp` by its
-    layout's rule: what ``shardings(model)`` reads there, for ranks that have no such model. The mesh is (replicas, dp, tp), its
-    dimensions of size 1 left out; `ranks` in its order. `outside_tp`: tensors of the layout that the tensor parallel plan leaves
-    whole (``["embed", "lm_head"]``)."""
-    whole_over_tp = frozenset(outside_tp)
-    if unknown := sorted(whole_over_tp - set(layout.descriptor.tensors)):
-        raise PlanError(
-            [f"{name} is no tensor of layout {layout.name}" for name in unknown], f"known are {', '.join(layout.descriptor.tensors)}"
-        )
-    processes = list(ranks)
-    sizes = [("replicas", replicas), ("dp", dp), ("tp", tp)]
-    if len(processes) != replicas * dp * tp:
-        raise PlanError([f"{len(processes)} ranks for {replicas} × dp{dp} × tp{tp} = {replicas * dp * tp}"])
-    kept = [(name, size) for name, size in sizes if size > 1] or [("dp", 1)]
-    mesh = _nested(processes, [size for _, size in kept])
-    section = layout.section("hf")
-    out = {}
-    for whole in Placement(layout, _spelled(section, section, variants), formats.get("hf").rules, Mesh()).stored():
-        dim = None if whole_over_tp.intersection(whole.entry.of) else _split_dim(layout, whole)
-        cuts: list[Cut] = []
-        for name, _ in kept:
-            inner = tp > 1 and dim == 0
-            cuts.append(None if name == "replicas" else (dim if tp > 1 else None) if name == "tp" else ((0, tp) if inner else 0))
-        out[whole.name] = Sharding(mesh, tuple(cuts))
-    return out
-
-
-def _split_dim(layout: Layout, whole: Stored) -> int | None:
-    """The dimension of an HF tensor that its layout's tensor parallelism cuts."""
-    tensor = layout.descriptor.tensors[whole.entry.of[0]]
-    dims = whole.entry.dims_of(tensor)
-    lead = len(whole.shape) - len(dims)
-    return next((lead + d for d, axes in enumerate(dims) if tensor.split and tensor.split[0] in axes), None)
-
-
-def _nested(flat: list[int], sizes: list[int]) -> tuple:
-    if len(sizes) == 1:
-        return tuple(flat)
-    step = len(flat) // sizes[0]
-    return tuple(_nested(flat[i * step : (i + 1) * step], sizes[1:]) for i in range(sizes[0]))
 
 
 def _numbers(format: str, placement: Placement, count: int) -> list[int]:
@@ -284,15 +203,6 @@ def _numbers(format: str, placement: Placement, count: int) -> list[int]:
         return [i % places for i in range(count)]
     by_place: dict[tuple[int, int, int], Rank] = {(r.pp, r.tp, r.ep): r for r in placement.ranks}
     return [by_place[p, *order[g % len(order)][:2]].number for p in range(mesh.pp) for g in range(count // mesh.pp)]
-
-
-def _spelled(section: Section, known: Section, variants: Sequence[str]) -> Section:
-    names = {name: variant for name, _, variant in known.variants}
-    for name in variants:
-        if name not in names:
-            raise PlanError([f"unknown variant {name!r}"], f"known are {', '.join(names) or 'none'}")
-        section = section.overlaid(names[name])
-    return section
 
 
 def _dtype(layout: Layout, s: Stored, dtype: str, dtypes: Mapping[str, str]) -> str:
@@ -317,76 +227,6 @@ def _other_names(section: Section, placed: set[str]) -> dict[tuple[str, ...], tu
 
 def _is_alias(name: str, others: Mapping[tuple[str, ...], tuple[str, ...]]) -> bool:
     return any(name in names for names in others.values())
-
-
-def _ignored(layout: Layout, section: Section) -> tuple[str, ...]:
-    """Buffers that are no weights: rotary caches, TransformerEngine's extra state, and what the layout drops."""
-    ours = layout.filled((*section.drop, *section.omit))
-    return ("*.inv_freq", "*.original_inv_freq", "*.cos_sin_cache", "*.cos_cached", "*.sin_cached", "*._extra_state", *ours)
-
-
-def intervals(size: int, cuts: Sequence[tuple[int, int, int]]) -> list[tuple[int, int]]:
-    """The ranges of a dimension of `size` that lie, one after another, on one place of a mesh.
-
-    `cuts` in order of the mesh's dimensions: (parts, this place's index, split factor; 1 for a plain Shard). A strided
-    shard whose factor is the product of the later shards is cut after them (FSDP over TP); another one cuts each of
-    `factor` equal runs (packed tensors). torch.chunk's rule throughout.
-    """
-    held = [(0, size)]
-    late: list[tuple[int, int]] = []
-    for i, (parts, index, factor) in enumerate(cuts):
-        if factor > 1 and factor == prod(n for n, _, f in cuts[i + 1 :] if f == 1):
-            late.append((parts, index))
-        elif factor > 1:
-            total = sum(high - low for low, high in held)
-            runs = [chunk(total, factor, run) for run in range(factor)]
-            held = [
-                r for low, high in runs for start, stop in [chunk(high - low, parts, index)] for r in _within(held, low + start, low + stop)
-            ]
-        else:
-            held = _within(held, *chunk(sum(high - low for low, high in held), parts, index))
-    for parts, index in reversed(late):
-        held = _within(held, *chunk(sum(high - low for low, high in held), parts, index))
-    return held
-
-
-def _within(held: list[tuple[int, int]], low: int, high: int) -> list[tuple[int, int]]:
-    """Positions [low, high) of the ranges `held`, laid one after another."""
-    out, at = [], 0
-    for start, stop in held:
-        first, last = max(low, at), min(high, at + stop - start)
-        if first < last:
-            out.append((start + first - at, start + last - at))
-        at += stop - start
-    return out
-
-
-def _shard(placement: Placement, whole: Stored, sharding: Sharding, coordinate: tuple[int, ...]):
-    """Shape and blocks of one place's part of an HF tensor."""
-    shape, blocks = whole.shape, list(whole.blocks)
-    for dim in range(len(shape)):
-        cuts = []
-        for size, index, cut in zip(sharding.sizes, coordinate, sharding.cuts):
-            on, factor = cut if isinstance(cut, tuple) else (cut, 1)
-            if on is not None and not -len(shape) <= on < len(shape):
-                raise PlanError([f"{whole.name}: sharded along dimension {on}, it has {len(shape)}"])
-            if on is not None and on % len(shape) == dim:
-                cuts.append((size, index, factor))
-        if not cuts:
-            continue
-        axes, parts, ranges = axes_in(placement, whole, dim), [], intervals(shape[dim], cuts)
-        local = replace_dim(shape, dim, sum(high - low for low, high in ranges))
-        steps, at = row_major(local), 0
-        for low, high in ranges:
-            piece, cut_blocks = slice_dim(shape, blocks, dim, low, high, axes)
-            parts += [(key, restride(block, piece, steps).moved(at * steps[dim])) for key, block in cut_blocks]
-            at += high - low
-        shape, blocks = local, parts
-    return shape, blocks
-
-
-def replace_dim(shape: tuple[int, ...], dim: int, size: int) -> tuple[int, ...]:
-    return shape[:dim] + (size,) + shape[dim + 1 :]
 
 
 def restricted(side: Side, select: Callable[[tuple], bool]) -> Side:

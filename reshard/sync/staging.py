@@ -5,15 +5,18 @@ before it travels. Where tensors lie on another device than the group sends from
 NCCL) a message is packed where its tensors are and crosses in one copy: the host's end of that is pinned memory.
 """
 
-from collections.abc import Iterable
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
 import torch
 
+from reshard.planner.plan import Copy
 from reshard.sync.device import Devices
 from reshard.sync.fp8 import quantise
-from reshard.sync.messages import Copy, Message, RankPlan, scale_copy
-from reshard.sync.tensors import DTYPES, Bound
+from reshard.sync.messages import Message, RankPlan, scale_copy, sent_as_it_lies, taken_as_it_lies
+from reshard.sync.plan import Transfer
+from reshard.sync.tensors import DTYPES, Tensors, scales_of
 
 FLIGHTS = 2
 _ALIGN = 64
@@ -101,27 +104,27 @@ class Round:
     unpack: Copies = field(default_factory=Copies)
 
 
-def source_view(copy: Copy, source: dict[int, Bound]) -> torch.Tensor:
-    return source[id(copy.src)].view(copy.shape, copy.src_offset, copy.src_strides)
+def source_view(copy: Copy, source: Tensors) -> torch.Tensor:
+    return source[copy.src.id].view(copy.move.shape, copy.move.src_offset, copy.move.src_strides)
 
 
-def target_view(copy: Copy, into: dict[int, Bound]) -> torch.Tensor:
-    return into[id(copy.dst)].view(copy.shape, copy.dst_offset, copy.dst_strides)
+def target_view(copy: Copy, into: Tensors) -> torch.Tensor:
+    return into[copy.dst.id].view(copy.move.shape, copy.move.dst_offset, copy.move.dst_strides)
 
 
-def scale_view(copy: Copy, into: dict[int, Bound]) -> torch.Tensor:
-    return into[-id(copy.dst)].view(*scale_copy(copy))
+def scale_view(t: Transfer, into: Tensors) -> torch.Tensor:
+    return into[scales_of(t.copy.dst.id)].view(*scale_copy(t))
 
 
-def straight(copies: list[Copy], source_of, into: dict[int, Bound]) -> Copies:
+def straight(transfers: Iterable[Transfer], source_of: Callable[[Copy], torch.Tensor], into: Tensors) -> Copies:
     """Copies from tensor to tensor, with no message between: within a process, or out of a peer's mapped memory."""
     out = Copies()
-    for copy in copies:
-        value = source_of(copy)
-        if copy.blocks:
-            out.quantised.append((target_view(copy, into), scale_view(copy, into), value, copy.blocks))
+    for t in transfers:
+        value = source_of(t.copy)
+        if t.blocks:
+            out.quantised.append((target_view(t.copy, into), scale_view(t, into), value, t.blocks))
         else:
-            out.add(target_view(copy, into), value)
+            out.add(target_view(t.copy, into), value)
     return out
 
 
@@ -140,8 +143,8 @@ class Staging:
     def __init__(
         self,
         part: RankPlan,
-        source: dict[int, Bound],
-        into: dict[int, Bound],
+        source: Tensors,
+        into: Tensors,
         device: torch.device,
         mapped: "Peers",
         devices: Devices | None = None,
@@ -155,59 +158,48 @@ class Staging:
         self.devices = {device} | {b.tensor.device for b in (*source.values(), *into.values())}
         #: whether messages cross between devices: the buffers are then free only when the copies are done
         self.crosses = False
-        straight_out = {id(m): view for m in sends for view in [_run(m, source_view, source, device, sent=True)] if view is not None}
-        straight_in = {id(m): view for m in takes for view in [_run(m, target_view, into, device, sent=False)] if view is not None}
-        out_of = {id(m): _one_device(source[id(copy.src)].tensor.device for copy, _ in m.copies) for m in sends}
-        in_to = {id(m): _one_device(into[id(copy.dst)].tensor.device for copy, _ in m.copies) for m in takes}
-        out_buffers = self._buffers(sends, straight_out, out_of, device)
-        in_buffers = self._buffers(takes, straight_in, in_to, device)
-        for m in sends:
-            here, buffer = self.rounds[m.round], straight_out.get(id(m))
-            if buffer is None:
-                buffer, near = out_buffers[id(m)]
-                for copy, at in m.copies:
-                    _pack(here.pack, copy, near, at, source)
-                if near is not buffer:
-                    here.leave.add(buffer, near)
-            here.sends.append(Parcel(m.taker, buffer, m.tag, id(m) in straight_out))
-        for m in takes:
-            here, buffer = self.rounds[m.round], straight_in.get(id(m))
-            if buffer is None:
-                buffer, near = in_buffers[id(m)]
-                for copy, at in m.copies:
-                    _unpack(here.unpack, copy, near, at, into)
-                if near is not buffer:
-                    here.arrive.add(near, buffer)
-            here.takes.append(Parcel(m.sender, buffer, m.tag, id(m) in straight_in))
+        lying_there = [_lying(m, source_view, sent_as_it_lies, source, device) for m in sends]
+        lying_here = [_lying(m, target_view, taken_as_it_lies, into, device) for m in takes]
+        for m, found, (buffer, near) in zip(sends, lying_there, self._buffers(sends, lying_there, device)):
+            here = self.rounds[m.round]
+            for t, at in () if found.run is not None else m.copies:
+                _pack(here.pack, t, near, at, source)
+            if near is not buffer:
+                here.leave.add(buffer, near)
+            here.sends.append(Parcel(m.taker, buffer, m.tag, found.run is not None))
+        for m, found, (buffer, near) in zip(takes, lying_here, self._buffers(takes, lying_here, device)):
+            here = self.rounds[m.round]
+            for t, at in () if found.run is not None else m.copies:
+                _unpack(here.unpack, t, near, at, into)
+            if near is not buffer:
+                here.arrive.add(near, buffer)
+            here.takes.append(Parcel(m.sender, buffer, m.tag, found.run is not None))
 
-    def _buffers(
-        self, messages: list[Message], without: dict[int, torch.Tensor], lying: dict[int, "torch.device | None"], device: torch.device
-    ):
-        """For each staged message its bytes on `device`, and where its copies are packed or unpacked: the same bytes, or as
-        many on the device where its tensors lie. Buffers hold the messages of any one round, one buffer for each flight."""
-        filled: dict[tuple, int] = {}
-        places: dict[int, tuple[int, torch.device | None, int]] = {}
-        for m in messages:
-            if id(m) not in without:
-                other = lying[id(m)] if lying[id(m)] != device else None
-                at = filled.get((m.round, other), 0)
-                places[id(m)] = m.round % FLIGHTS, other, at
-                filled[m.round, other] = -(-(at + m.bytes) // _ALIGN) * _ALIGN
-        sizes: dict[tuple, int] = {}
+    def _buffers(self, messages: list[Message], lying: list["_Lying"], device: torch.device) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """For each message its bytes on `device`, and where its copies are packed or unpacked: the same bytes, or as many on the
+        device where its tensors lie. Buffers hold the staged messages of any one round, one buffer for each flight."""
+        filled: dict[tuple[int, torch.device | None], int] = defaultdict(int)
+        places = []
+        for m, found in zip(messages, lying):
+            at = m.round, found.device if found.device != device else None
+            places.append((at, filled[at]))
+            if found.run is None:
+                filled[at] = -(-(filled[at] + m.bytes) // _ALIGN) * _ALIGN
+        sizes: dict[tuple[int, torch.device | None], int] = defaultdict(int)
         for (number, other), size in filled.items():
             flight = number % FLIGHTS, other
-            sizes[flight] = max(sizes.get(flight, 0), size)
+            sizes[flight] = max(sizes[flight], size)
         made = {}
         for (flight, other), size in sizes.items():
-            self.crosses |= other is not None
-            made[flight, other] = self._empty(size, device, other), self._empty(size, other, device) if other else None
-        out = {}
-        for m in messages:
-            if id(m) in places:
-                flight, other, at = places[id(m)]
-                wire, near = (None if b is None else b[at : at + m.bytes] for b in made[flight, other])
-                out[id(m)] = wire, wire if near is None else near
-        return out
+            self.crosses |= other is not None and size > 0
+            own = self._empty(size, device, other)
+            made[flight, other] = own, self._empty(size, other, device) if other else own
+        for m, found, ((number, other), at) in zip(messages, lying, places):
+            if found.run is not None:
+                yield found.run, found.run
+            else:
+                wire, near = (b[at : at + m.bytes] for b in made[number % FLIGHTS, other])
+                yield wire, near if other else wire
 
     def _empty(self, size: int, device: torch.device, other: "torch.device | None") -> torch.Tensor:
         """`size` bytes on `device`: pinned where that is the host's, and `other` an accelerator that they go to or come from."""
@@ -217,46 +209,48 @@ class Staging:
         return torch.empty(size, dtype=torch.uint8, device=device)
 
 
-def _one_device(found: Iterable[torch.device]) -> torch.device | None:
-    """The device of all, or None where they differ: such a message is packed right where it is sent from, copy by copy."""
-    devices = set(found)
-    return devices.pop() if len(devices) == 1 else None
+@dataclass(frozen=True)
+class _Lying:
+    """Where a message's tensors lie at this end: the `device` of all, None where they differ (such a message is packed right where
+    it is sent from, copy by copy); and the bytes of the message, where it is one `run` of a tensor on the group's device."""
+
+    device: torch.device | None
+    run: torch.Tensor | None
 
 
-def _run(message: Message, view, tensors: dict[int, Bound], device: torch.device, *, sent: bool) -> torch.Tensor | None:
-    """The bytes of a message that is one run of a tensor at this end, on the device that the group sends from."""
-    copy = message.copies[0][0]
-    if not message.alone or not (copy.sent_as_it_lies if sent else copy.taken_as_it_lies):
-        return None
-    if tensors[id(copy.src if sent else copy.dst)].tensor.device != device:
-        return None  # gloo would read a CUDA address, NCCL refuse a host's
-    run = view(copy, tensors)
-    return run.view(-1).view(torch.uint8) if run.is_contiguous() else None
+def _lying(m: Message, view, as_it_lies, tensors: Tensors, device: torch.device) -> _Lying:
+    devices = {view(t.copy, tensors).device for t, _ in m.copies}
+    own = devices.pop() if len(devices) == 1 else None
+    first = m.copies[0][0]
+    if own == device and m.alone and as_it_lies(first):  # gloo would read a CUDA address, NCCL refuse a host's
+        run = view(first.copy, tensors)
+        if run.is_contiguous():
+            return _Lying(own, run.view(-1).view(torch.uint8))
+    return _Lying(own, None)
 
 
-def _parts(copy: Copy, buffer: torch.Tensor, at: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+def _parts(t: Transfer, buffer: torch.Tensor, at: int) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Where a copy's elements lie in a message's buffer, in their shape; and the bytes of its scales."""
     scales = None
-    if copy.blocks:
-        scales = buffer[at : at + 4 * copy.blocks.count]
-        at += 4 * copy.blocks.count
-    kind = DTYPES[copy.wire]
-    size = copy.bytes - (4 * copy.blocks.count if copy.blocks else 0)
-    return buffer[at : at + size].view(kind).view(copy.shape), scales
+    if t.blocks:
+        scales = buffer[at : at + 4 * t.blocks.count]
+        at += 4 * t.blocks.count
+    kind = DTYPES[t.wire]
+    return buffer[at : at + t.copy.move.size * kind.itemsize].view(kind).view(t.copy.move.shape), scales
 
 
-def _pack(out: Copies, copy: Copy, buffer: torch.Tensor, at: int, source: dict[int, Bound]) -> None:
-    elements, scales = _parts(copy, buffer, at)
-    value = source_view(copy, source)
+def _pack(out: Copies, t: Transfer, buffer: torch.Tensor, at: int, source: Tensors) -> None:
+    elements, scales = _parts(t, buffer, at)
+    value = source_view(t.copy, source)
     if scales is None:
         out.add(elements, value)
     else:
-        out.quantised.append((elements.view(torch.uint8), scales, value, copy.blocks))
+        out.quantised.append((elements.view(torch.uint8), scales, value, t.blocks))
 
 
-def _unpack(out: Copies, copy: Copy, buffer: torch.Tensor, at: int, into: dict[int, Bound]) -> None:
-    elements, scales = _parts(copy, buffer, at)
-    out.add(target_view(copy, into), elements)
+def _unpack(out: Copies, t: Transfer, buffer: torch.Tensor, at: int, into: Tensors) -> None:
+    elements, scales = _parts(t, buffer, at)
+    out.add(target_view(t.copy, into), elements)
     if scales is not None:
-        target = scale_view(copy, into)
+        target = scale_view(t, into)
         out.add(target.view(torch.uint8), scales.view(*target.shape[:-1], 4 * target.shape[-1]))

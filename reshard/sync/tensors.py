@@ -6,14 +6,16 @@ once, before a byte moves.
 
 from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
-from itertools import pairwise, permutations, product
+from itertools import pairwise
 
 import torch
 
 from reshard.dtypes import torch_dtypes
 from reshard.errors import PlanError
-from reshard.geometry.block import Stored, end, row_major
-from reshard.sync.side import Cut, Sharding, Side, intervals
+from reshard.geometry.block import Id, Stored, end, row_major
+from reshard.sync.fp8_blocks import scales_name
+from reshard.sync.sharding import Cut, Sharding, flat, tuples
+from reshard.sync.side import Side
 
 DTYPES = torch_dtypes()
 WORDS = {dtype: word for word, dtype in DTYPES.items()}
@@ -42,6 +44,16 @@ class Bound:
                 flat = torch.zeros(self.tensor.shape, dtype=torch.bool, device=self.tensor.device)
                 flat.view(-1)[low:high] = True
                 self.tensor[flat] = 0
+
+
+#: the tensors of one process on one side, by ``Stored.id``
+Tensors = dict[Id, Bound]
+
+
+def scales_of(stored: Id) -> Id:
+    """The ``Stored.id`` of the scales beside a tensor in FP8 blocks."""
+    rank, name, file, start = stored
+    return rank, scales_name(name), file, start
 
 
 def lying(stored: Stored, own: tuple[int, ...], shape, offset: int, strides, start: int = 0):
@@ -107,18 +119,15 @@ def _identity(name: str, tensor: torch.Tensor) -> tuple:
 _PLAIN = torch.Tensor, torch.nn.Parameter
 
 
-def bind(given, side: Side, process: int, role: str) -> dict[int, Bound]:
-    """Match `given` with what `process` holds on `side`: {id of the stored tensor: Bound}; a tensor's scales under minus its id.
-
-    Raises PlanError with all problems.
-    """
+def bind(given, side: Side, process: int, role: str) -> Tensors:
+    """Match `given` with what `process` holds on `side`, scales among it. Raises PlanError with all problems."""
     tensors = named(given)
-    wanted = [(id(s), s) for s in side.held_by(process)]
-    wanted += [(-at, scales) for at, s in wanted for scales in [side.scales(s)] if scales]
+    held = side.held_by(process)
+    scales = {found.id: found for s in held for found in [side.scales(s)] if found}
     problems: list[str] = []
-    out: dict[int, Bound] = {}
+    out: Tensors = {}
     used: dict[str, torch.Tensor] = {}
-    for at, s in wanted:
+    for s in (*held, *scales.values()):
         names = [name for name in (s.name, *side.other_names.get(s.entry.of, ())) if name in tensors]
         if not names:
             if s.size:
@@ -135,7 +144,7 @@ def bind(given, side: Side, process: int, role: str) -> dict[int, Bound]:
         elif local.is_meta:
             problems.append(f"{names[0]} is on the meta device: it holds nothing")
         else:
-            out[at] = Bound(s, local.detach(), at > 0 and s.padding > 0 and s.name not in side.partly)
+            out[s.id] = Bound(s, local.detach(), s.id not in scales and s.padding > 0 and s.name not in side.partly)
         for name in names[1:]:
             if _storage(tensors[name]) != _storage(tensor):
                 problems.append(f"{name} and {names[0]} are one tensor in this model, here they lie apart")
@@ -169,20 +178,10 @@ def _local(name: str, tensor: torch.Tensor, side: Side, process: int, problems: 
     found, expected = sharding(name, tensor), side.shardings.get(name)
     if expected is not None and found != expected:
         shape = tuple(tensor.shape)  # the mesh may be a part of the plan's, over whose rest the tensor is replicated
-        if _parts(found, shape).get(process) != _parts(expected, shape).get(process):
+        if found.held(process, shape) != expected.held(process, shape):
             plan = f"{expected.cuts} on {expected.ranks}"
             problems.append(f"{name}: placements {found.cuts} on ranks {found.ranks}, the plan was made for {plan}")
     return tensor._local_tensor
-
-
-def _parts(sharding: Sharding, shape: tuple[int, ...]):
-    def cuts(dim: int, coordinate: tuple[int, ...]):
-        for size, index, cut in zip(sharding.sizes, coordinate, sharding.cuts):
-            on, factor = cut if isinstance(cut, tuple) else (cut, 1)
-            if on is not None and on % len(shape) == dim:
-                yield size, index, factor
-
-    return {process: [intervals(n, list(cuts(dim, at))) for dim, n in enumerate(shape)] for process, at in sharding.members()}
 
 
 def sharding(name: str, tensor: torch.Tensor) -> Sharding:
@@ -198,7 +197,7 @@ def sharding(name: str, tensor: torch.Tensor) -> Sharding:
             cuts.append(placement.dim)
         else:
             raise PlanError([f"{name}: placement {placement} is neither a shard nor a replica"], "redistribute it first")
-    return Sharding(_tuples(tensor.device_mesh.mesh.tolist()), tuple(cuts))
+    return Sharding(tuples(tensor.device_mesh.mesh.tolist()), tuple(cuts))
 
 
 def shardings(tensors, ranks: Iterable[int] = (), *, mesh: "torch.distributed.DeviceMesh | None" = None) -> dict[str, Sharding]:
@@ -212,8 +211,8 @@ def shardings(tensors, ranks: Iterable[int] = (), *, mesh: "torch.distributed.De
     given = named(tensors)
     found = {name: sharding(name, tensor) for name, tensor in given.items() if hasattr(tensor, "_local_tensor")}
     meshes = {own.ranks: len(own.sizes) for own in found.values()}
-    largest = _tuples(mesh.mesh.tolist()) if mesh is not None else max(meshes, key=lambda m: (len(_flat(m)), meshes[m]), default=())
-    plain = tuple(ranks) or tuple(_flat(largest))
+    largest = tuples(mesh.mesh.tolist()) if mesh is not None else max(meshes, key=lambda m: (len(flat(m)), meshes[m]), default=())
+    plain = tuple(ranks) or tuple(flat(largest))
     out, problems = {}, []
     for name in given:
         if name not in found:
@@ -221,53 +220,11 @@ def shardings(tensors, ranks: Iterable[int] = (), *, mesh: "torch.distributed.De
             if not plain:
                 problems.append(f"{name} is no DTensor: say which ranks hold it whole")
             continue
-        wider = extended(found[name], largest)
+        wider = found[name].extended(largest)
         if wider is None:
-            problems.append(f"{name} lies on ranks {_flat(found[name].ranks)}, which are no dimension of the mesh {largest}")
+            problems.append(f"{name} lies on ranks {flat(found[name].ranks)}, which are no dimension of the mesh {largest}")
         else:
             out[name] = wider
     if problems:
         raise PlanError(problems, "shardings(model, ranks=[…]) for plain tensors, mesh= the mesh of all ranks that train this model")
     return out
-
-
-def extended(own: Sharding, mesh: tuple) -> Sharding | None:
-    """`own` over all of `mesh`, replicated along the dimensions that its own mesh does not have; itself where it has all the
-    ranks; None where its mesh is no part of `mesh`."""
-    if sorted(_flat(own.ranks)) == sorted(_flat(mesh)):
-        return own
-    sizes = _sizes(mesh)
-    places = dict(zip(_flat(mesh), product(*map(range, sizes))))
-    if not places.keys() >= set(_flat(own.ranks)):
-        return None
-    first = places[_flat(own.ranks)[0]]
-    for dims in permutations(range(len(sizes)), len(own.sizes)):
-        if tuple(sizes[d] for d in dims) != own.sizes:
-            continue
-        if all(places[rank] == _moved(first, dims, at) for rank, at in own.members()):
-            cuts: list[Cut] = [None] * len(sizes)
-            for dim, cut in zip(dims, own.cuts):
-                cuts[dim] = cut
-            return Sharding(mesh, tuple(cuts))
-    return None
-
-
-def _moved(first: tuple[int, ...], dims: tuple[int, ...], at: tuple[int, ...]) -> tuple[int, ...]:
-    steps = dict(zip(dims, at))
-    return tuple(steps.get(d, index) for d, index in enumerate(first))
-
-
-def _sizes(mesh: tuple) -> tuple[int, ...]:
-    sizes = []
-    while isinstance(mesh, tuple):
-        sizes.append(len(mesh))
-        mesh = mesh[0]
-    return tuple(sizes)
-
-
-def _flat(mesh: tuple) -> list[int]:
-    return [rank for part in mesh for rank in (_flat(part) if isinstance(part, tuple) else [part])]
-
-
-def _tuples(nested) -> tuple:
-    return tuple(_tuples(x) if isinstance(x, list) else x for x in nested)

@@ -15,8 +15,9 @@ import torch.distributed as dist
 from torch.distributed import distributed_c10d as c10d
 
 from reshard.errors import PeerLost, SyncError
+from reshard.sync.agreement import Trial
 from reshard.sync.device import Devices
-from reshard.sync.staging import FLIGHTS, Copies, Parcel, Round, Staging
+from reshard.sync.staging import FLIGHTS, Parcel, Round, Staging
 
 #: gloo's tags for what is no weight: those of weights count from 0 for each pair of ranks
 _AGREE, _SUMS, _NEVER = 1 << 30, (1 << 30) + 1, (1 << 30) + 2
@@ -40,6 +41,7 @@ class Wire:
         self.host = self.backends.get("cpu") == "gloo"  # agreements go by the host
         self.direct = self.backends.get("cuda", "gloo") != "gloo"  # NCCL: from device to device
         self.control = torch.device("cpu") if self.host else self.devices.current()
+        self._met = not self.host  # whether the communicator of all ranks is there: the first agreement by NCCL makes it
         self.choose(False)
         self.bytes_sent = self.bytes_taken = 0  # counted here, message by message, for the tests' sake
 
@@ -47,6 +49,20 @@ class Wire:
         """Send weights from accelerators, `device` at this rank, if the group can; `accelerated`: all ranks' tensors lie there."""
         self.gloo = self.host and not (accelerated and self.direct)
         self.device = torch.device("cpu") if self.gloo else device or (self.devices.current() if self.host else self.control)
+        if not self.gloo and not self._met:
+            self._meet()
+
+    def _meet(self) -> None:
+        """All ranks make NCCL's communicator of the group: a round of messages, which also would, may be between a few of them."""
+        try:
+            work = dist.all_reduce(torch.zeros(1, device=self.device), group=self.group, async_op=True)
+            self._until(work.is_completed, "meeting")
+            work.wait()
+        except PeerLost:
+            raise
+        except RuntimeError as error:
+            raise self.lost("meeting", error) from None
+        self._met = True
 
     # ------------------------------------------------------------------------------------------------------- waiting
 
@@ -168,12 +184,12 @@ class Wire:
         An error of packing or unpacking is raised when all messages have gone: peers wait for no one, and the group is left
         as it was.
         """
-        failed: list[Exception] = []
+        trial = Trial()
         with self.devices.side_streams(staging.devices):
             straight = self._post([p for here in staging.rounds for p in here.takes if p.straight], []) if self.gloo else []
             flying: list[tuple[Round, list]] = []
             for here in staging.rounds:
-                attempt(failed, here.pack, here.leave)
+                trial.run(here.pack.run, here.leave.run)
                 if staging.crosses or (self.gloo and len(staging.devices) > 1):
                     self.devices.settle(staging.devices)  # the host sends what the device has packed
                 if self.gloo:
@@ -183,14 +199,13 @@ class Wire:
                 else:
                     flying.append((here, self._post(here.takes, here.sends)))
                 if len(flying) == FLIGHTS:
-                    self._land(staging, failed, *flying.pop(0))
+                    self._land(staging, trial, *flying.pop(0))
             for here, works in flying:
-                self._land(staging, failed, here, works)
+                self._land(staging, trial, here, works)
             for work, peer in straight:
                 self.wait(work, f"exchanging weights with rank {peer}")
             self.drain("sending")
-        if failed:
-            raise failed[0]
+        trial.settle()
 
     def _post(self, takes: list[Parcel], sends: list[Parcel]) -> list:
         self.bytes_sent += sum(p.bytes.numel() for p in sends)
@@ -211,10 +226,10 @@ class Wire:
         except RuntimeError as error:
             raise self.lost(doing, error) from None
 
-    def _land(self, staging: Staging, failed: list[Exception], here: Round, works: list) -> None:
+    def _land(self, staging: Staging, trial: Trial, here: Round, works: list) -> None:
         for work, peer in works:
             self.wait(work, "exchanging weights" if peer is None else f"exchanging weights with rank {peer}")
-        attempt(failed, here.arrive, here.unpack)
+        trial.run(here.arrive.run, here.unpack.run)
         if staging.crosses:
             self.devices.settle(staging.devices)  # the next message comes into the same buffer
 
@@ -245,16 +260,6 @@ class Wire:
 
         _beside(look)
         return f"; {found[0]}" if found else ""
-
-
-def attempt(failed: list[Exception], *all_copies: Copies) -> None:
-    """Run copies unless some failed before; keep the error for later."""
-    for copies in all_copies:
-        if not failed:
-            try:
-                copies.run()
-            except Exception as error:  # noqa: BLE001  raised when the messages have gone
-                failed.append(error)
 
 
 def _beside(call: Callable[[], None], seconds: float = 1.0) -> None:

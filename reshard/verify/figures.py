@@ -39,7 +39,7 @@ def relative_tolerance(dtype: torch.dtype, depth: int, width: int) -> float:
 
     Each of the 2·depth updates of the hidden state is rounded by half a unit in the last place, and the dot products of
     length `width` in fp32 by some sqrt(width) of fp32's; errors add up like steps of a random walk, and 4 stands for the
-    largest of many logits. Measured on sound shards: docs/measurements.md.
+    largest of many logits. Measured on sound shards: docs/performance.md.
     """
     unit = max(torch.finfo(dtype).eps / 2, torch.finfo(torch.float32).eps * sqrt(width))
     return 4 * sqrt(2 * depth) * unit

@@ -3,21 +3,11 @@
 from html import escape
 from math import isfinite, log10
 
+from reshard.page import page as whole_page
+from reshard.page import rows as table_of
 from reshard.text import human
 from reshard.verify.exact import STATED
 from reshard.verify.report import Report
-
-_STYLE = """
-:root { color-scheme: light dark; --ok: #2a7f4f; --bad: #c0392b; --line: #8884; --bar: #4a78b5; }
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }
-h1 { font-size: 1.4rem; } h2 { font-size: 1.1rem; margin-top: 2rem; }
-.ok { color: var(--ok); } .bad { color: var(--bad); }
-table { border-collapse: collapse; width: 100%; } td, th { text-align: left; padding: .25rem .6rem; border-bottom: 1px solid var(--line); }
-td.n { text-align: right; font-variant-numeric: tabular-nums; } td.w { width: 45%; }
-.bar { display: block; height: .7rem; background: var(--bar); } .bar.bad { background: var(--bad); }
-.scale { position: relative; } .limit { position: absolute; top: 0; bottom: 0; border-left: 2px dashed var(--bad); }
-code { font-size: .9em; }
-"""
 
 
 def page(report: Report) -> str:
@@ -34,9 +24,9 @@ def page(report: Report) -> str:
     ]
     body = [
         f'<h1>reshard verify: <span class="{kind}">{escape(report.verdict())}</span></h1>',
-        _table([], [[f"<td>{name}</td>", f"<td>{value}</td>"] for name, value in facts]),
+        table_of([], [[f"<td>{name}</td>", f"<td>{value}</td>"] for name, value in facts]),
         "<h2>Logits against the original's</h2>",
-        _table(
+        table_of(
             ["", "max |Δlogit|", "of max |logit|", "mean KL", "same top-1", ""],
             [_result_row(report, i) for i in range(1 + len(report.controls))],
         ),
@@ -52,7 +42,7 @@ def page(report: Report) -> str:
         ]
     if report.ranks:
         body += ["<h2>Memory of every rank</h2>", _memory(report)]
-    return f"<!doctype html><html lang=en><meta charset=utf-8><title>reshard verify</title><style>{_STYLE}</style><body>{''.join(body)}</body></html>\n"
+    return whole_page("reshard verify", body)
 
 
 def _list(lines) -> str:
@@ -91,7 +81,7 @@ def _errors(report: Report) -> str:
                 f'<td class="w"><div class="scale">{bar}{line}</div></td>',
             ]
         )
-    return _table(["output of", "error", ""], rows)
+    return table_of(["output of", "error", ""], rows)
 
 
 def _memory(report: Report) -> str:
@@ -106,9 +96,4 @@ def _memory(report: Report) -> str:
                 f'<td class="w">{bar}</td>',
             ]
         )
-    return _table(["", "stored", f"held in {report.dtype}", "peak of its process", "held, of the highest peak"], rows)
-
-
-def _table(head: list[str], rows: list[list[str]]) -> str:
-    top = "<tr>" + "".join(f"<th>{escape(cell)}</th>" for cell in head) + "</tr>" if head else ""
-    return f"<table>{top}{''.join('<tr>' + ''.join(row) + '</tr>' for row in rows)}</table>"
+    return table_of(["", "stored", f"held in {report.dtype}", "peak of its process", "held, of the highest peak"], rows)

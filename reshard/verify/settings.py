@@ -74,9 +74,10 @@ def _configs(checkpoint: Path, reference: Path, config: Path | None) -> list[Dif
 
 def _args(args: Mapping[str, Mapping], reference: Path) -> list[Difference]:
     """Every rank's args against those that the original's config.json implies, or where no descriptor tells those, the first's."""
-    from reshard.checkpoint import find_descriptor, model_config, read_config
+    from reshard.checkpoint import model_config, read_config
     from reshard.formats.megatron_args import model_args
     from reshard.formats.megatron_compare import compare_args
+    from reshard.layout import find_descriptor
 
     found = {file: fields for file, fields in args.items() if fields}
     if not found:

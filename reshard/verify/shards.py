@@ -12,8 +12,8 @@ from reshard import formats
 from reshard.dtypes import torch_dtypes
 from reshard.errors import FormatError
 from reshard.foreign import quote
+from reshard.formats.pieces import Piece
 from reshard.layout import Mesh, Rank
-from reshard.stores import TensorInfo
 from reshard.verify.tables import Engine, Row, Table, engine_of
 
 _FLOATS = ("BF16", "F16", "F32", "F64")
@@ -21,14 +21,19 @@ _FLOATS = ("BF16", "F16", "F32", "F64")
 
 @dataclass(frozen=True)
 class Held:
-    """A tensor of a rank: its name in the file, the file, and where it lies there; what the engine's table says of it (None: nothing),
-    and the number of its expert."""
+    """A tensor of a rank as its file holds it; what the engine's table says of it (None: nothing), and the number of its expert."""
 
-    name: str
-    file: str
-    info: TensorInfo
+    info: Piece
     row: Row | None = None
     expert: int | None = None
+
+    @property
+    def name(self) -> str:
+        return self.info.name
+
+    @property
+    def file(self) -> str:
+        return self.info.file
 
 
 @dataclass(frozen=True)
@@ -96,26 +101,21 @@ def open_shards(folder: Path, format: str | None = None) -> Shards:
         raise FormatError(f"{folder} is of format {kind.name}, of which verify does not know how its engine computes",
                           "try --method permute, or convert it to one of " + ", ".join(engine_of()))  # fmt: skip
     contents = kind.read(folder)
-    if contents.boxes is not None:
+    if any(piece.region is not None for piece in contents.pieces):
         raise FormatError(
             f"{folder} holds pieces of whole tensors, not the ranks of an engine", "convert it first: reshard convert … --to tp --tp N"
         )
-    quantised = next(
-        (
-            (name, info)
-            for table in contents.tensors
-            for name, (_, info) in table.items()
-            if info.dtype not in _FLOATS and not engine.kind_beside(name)
-        ),
-        None,
-    )
+    quantised = next((p for p in contents.pieces if p.dtype not in _FLOATS and not engine.kind_beside(p.name)), None)
     if quantised:
-        name, info = quantised
-        raise FormatError(f"{folder}: {quote(name)} is {info.dtype}: verify does not compute with quantised weights")
+        raise FormatError(f"{folder}: {quote(quantised.name)} is {quantised.dtype}: verify does not compute with quantised weights")
     ranks = kind.rules.ranks(contents.mesh)
     stages = contents.stages
     first = [stages[rank.pp][0] if stages and kind.rules.local and stages[rank.pp] else 0 for rank in ranks]
-    held = [{name: Held(name, file, info) for name, (file, info) in stored.items()} for stored in contents.tensors]
-    tables = [{name: one for name, one in table.items() if not engine.kind_beside(name)} for table in held]
-    extra = [[one for name, one in table.items() if engine.kind_beside(name)] for table in held]
+    tables: list[dict[str, Held]] = [{} for _ in ranks]
+    extra: list[list[Held]] = [[] for _ in ranks]
+    for piece in contents.pieces:
+        if engine.kind_beside(piece.name):
+            extra[piece.rank].append(Held(piece))
+        else:
+            tables[piece.rank][piece.name] = Held(piece)
     return Shards(folder, kind.name, engine, contents.mesh, ranks, tables, extra, first, contents.settings)

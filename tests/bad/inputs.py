@@ -97,7 +97,9 @@ def _make_index(r: random.Random, folder: Path) -> None:
 
 
 def _judge_index(folder: Path, contents: object) -> str | None:
-    (found,) = contents.tensors
+    found = {
+        piece.name: (piece.file, safetensors.TensorInfo(piece.dtype, piece.shape, piece.offset, piece.strides)) for piece in contents.pieces
+    }
     whole = {
         name: (file.name, info) for file in sorted((folder / "m").glob("*.safetensors")) for name, info in safetensors.read(file)[0].items()
     }

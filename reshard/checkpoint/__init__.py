@@ -1,0 +1,10 @@
+"""Open a checkpoint: recognise its format, find its layout, and match every tensor in its files with that layout.
+
+What comes out is a list of stored tensors with dtypes, files and byte offsets: one side of a join. Headers only.
+"""
+
+from reshard.checkpoint.config import find_config, model_config, read_config
+from reshard.checkpoint.open import open_checkpoint
+from reshard.checkpoint.opened import Checkpoint
+
+__all__ = ["Checkpoint", "find_config", "model_config", "open_checkpoint", "read_config"]

@@ -1,0 +1,135 @@
+"""From a folder to an opened checkpoint: its format, its config.json, the descriptor of its architecture, the match."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+from reshard import formats
+from reshard.checkpoint.config import find_config, folder_of, model_config, read_config
+from reshard.checkpoint.match import match
+from reshard.checkpoint.opened import Checkpoint
+from reshard.errors import FormatError, LayoutError, PlanError
+from reshard.foreign import quote
+from reshard.formats.manifest import read_manifest
+from reshard.formats.quantised import codes_without_scales, refuse, scheme
+from reshard.layout import Descriptor, Mesh, Placement, architectures, builtin_descriptors, find_descriptor, load_descriptor
+from reshard.stores.files import reading
+from reshard.stores.identity import identity, noting
+
+
+def open_checkpoint(
+    path: str | Path,
+    *,
+    format: str | None = None,
+    layout: str | Path | None = None,
+    config: str | Path | None = None,
+    cache: bool = False,
+) -> Checkpoint:
+    """Read the headers of the checkpoint in folder `path`, and match them with its layout.
+
+    `format` forces what is otherwise recognised from the files; `layout` is a TOML file of the user's own; `config` is a
+    config.json, or the folder of one, for formats that have none. `path` may be hf://ORG/NAME[@REV][/SUBDIR]: ranges of its
+    files are read then, unless they are in the Hub's cache; `cache` puts them there first. Raises FormatError, LayoutError,
+    PlanError or HubError.
+    """
+    folder = folder_of(path, cache)
+    kind = formats.get(format) if format else formats.recognise(folder)
+    config_path = find_config(folder, config)
+    with noting() as identities:
+        if isinstance(config_path, Path):
+            identities[str(config_path)] = identity(config_path.stat())
+        settings = read_config(config_path)
+        with reading(folder), _naming(folder):
+            contents = kind.read(folder)
+    with _naming(config_path):
+        checkpoint = _matched(folder, kind, contents, config_path, settings, load_descriptor(Path(layout)) if layout else None)
+    checkpoint.identities = identities
+    return checkpoint
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Errors of layouts and meshes, which know of no file, with the name of the one that they are about."""
+    try:
+        yield
+    except (LayoutError, PlanError) as error:
+        if str(path) in f"{error} {error.hint}":
+            raise
+        raise (LayoutError if isinstance(error, LayoutError) else FormatError)(f"{path}: {error}", error.hint) from None
+
+
+def _matched(
+    folder: Path,
+    kind: formats.Format,
+    contents: formats.Contents,
+    config_path: Path,
+    settings: Mapping[str, object],
+    own: Descriptor | None,
+) -> Checkpoint:
+    """The checkpoint whose files hold `contents`, by the descriptor that is given or, by default, that of its architecture."""
+    descriptor = own or find_descriptor(settings)
+    quantised_as = scheme(settings, contents)
+    if descriptor is None and quantised_as:
+        raise refuse(folder, quantised_as, contents)
+    if descriptor is None:
+        raise unknown_architecture(settings, contents)
+    if not own and contents.layout not in (None, descriptor.name):
+        raise FormatError(f"{folder} was written by layout {quote(contents.layout)}, {config_path} is a model of layout {descriptor.name}",
+                          "pass the layout's file with --layout, or the right config.json with --config")  # fmt: skip
+    bound = descriptor.bind(model_config(settings))
+    disagreements = kind.disagreements(bound, contents) if kind.disagreements else []
+    if disagreements:
+        raise PlanError([f"{folder}: {text}" for text in disagreements],
+                        f"{config_path} is of another model: name the config.json of the one that was trained, with --config")  # fmt: skip
+    checkpoint = Checkpoint(folder, kind.name, contents.mesh, bound, [], engine_version=contents.engine_version, config_path=config_path)
+    manifest = read_manifest(folder) or {}
+    checkpoint.native = manifest.get("dtypes", {})
+    checkpoint.origin = (
+        {"repo": folder.repository.location.repo, "revision": folder.revision} if checkpoint.remote else manifest.get("source")
+    )
+    try:
+        match(checkpoint, kind, contents)
+    except PlanError:
+        if quantised_as:  # one sentence instead of a line for each scale
+            raise refuse(folder, quantised_as, contents) from None
+        raise
+    without = None if own else codes_without_scales(folder, settings, checkpoint.stored)
+    if without:
+        raise without
+    return checkpoint
+
+
+def unknown_architecture(settings: Mapping[str, object], contents: formats.Contents) -> LayoutError:
+    """The error for a model that no descriptor lists: which family comes closest, and what it leaves unexplained."""
+    names = {piece.name for piece in contents.pieces}
+    best: tuple[int, str, list[str]] | None = None
+    for family, descriptor in builtin_descriptors().items():
+        try:
+            bound = descriptor.bind(model_config(settings))
+            section = bound.section("hf")
+            all_entries = section.entries + tuple(e for _, _, variant in section.variants for e in variant.entries)
+            rules = formats.get("hf").rules
+            known = {s.name for s in Placement(bound, replace(section, entries=all_entries), rules, Mesh()).stored(aliases=True)}
+        except LayoutError:
+            continue
+        left = sorted(names - known)
+        if best is None or len(left) < best[0]:
+            best = len(left), family, left
+    architecture = quote(", ".join(architectures(settings) or ["(config.json names none)"]))
+    text = f"no layout descriptor for architecture {architecture}"
+    if contents.layout:
+        return LayoutError(f"{text}; its files were written by layout {quote(contents.layout)}", "pass that layout's file with --layout")
+    if best is None or best[0] == len(names):
+        text += f", and no family explains any of its {len(names)} tensors:\n  {_listed(sorted(names))}"
+        return LayoutError(text, "`reshard layouts new` drafts a descriptor (docs/guides/descriptor.md); pass it with --layout FILE.toml")
+    count, family, left = best
+    if count:
+        text += f"\nclosest is {family}, which leaves {count} of {len(names)} tensors unexplained:\n  {_listed(left)}"
+    else:
+        text += f"\n{family} explains the names of all {len(names)} tensors"
+    return LayoutError(text, f'`reshard layouts new` drafts a descriptor; it begins with extends = "{family}". Pass it with --layout FILE.toml')
+
+
+def _listed(names: list[str], shown: int = 12) -> str:
+    return "\n  ".join(map(quote, names[:shown])) + (f"\n  … and {len(names) - shown} more" if len(names) > shown else "")

@@ -1,0 +1,86 @@
+"""An opened checkpoint: its tensors with the places of their bytes, its layout, and what of its files no conversion carries."""
+
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from reshard.dtypes import DTYPE_SIZE
+from reshard.foreign import quote
+from reshard.geometry.block import Stored
+from reshard.layout import Layout, Mesh
+from reshard.stores.files import AnyPath
+from reshard.stores.identity import Identity
+
+if TYPE_CHECKING:
+    from reshard.executor.sources import Source
+    from reshard.planner.batches import Batch
+
+
+@dataclass
+class Checkpoint:
+    """An opened checkpoint. `stored` are its tensors.
+
+    `left_out` are weights in its files that the layout declares but does not describe (`omit`: multi-token prediction), each
+    under a key of its own name. `dropped` are the names of all that no conversion carries: those, constants that engines
+    want, and buffers that can be computed again; `dropped_bytes` is their size in the files.
+    """
+
+    path: AnyPath
+    format: str
+    mesh: Mesh
+    layout: Layout
+    stored: list[Stored]
+    dropped: list[str] = field(default_factory=list)
+    dropped_bytes: int = 0
+    left_out: list[Stored] = field(default_factory=list)
+    engine_version: str | None = None
+    config_path: AnyPath | None = None
+    origin: Mapping[str, str] | None = None  # repo and revision on the Hub that it comes from, where that is known
+    native: Mapping[str, str] = field(default_factory=dict)  # the model's dtype of tensors that this format's engine widened
+    identities: Mapping[str, Identity] = field(default_factory=dict)  # of local files, by path, when their headers were read
+
+    @property
+    def architecture(self) -> str:
+        return quote((self.layout.config.get("architectures") or [self.layout.name])[0])
+
+    @property
+    def tensors(self) -> list[Stored]:
+        return self.stored
+
+    @property
+    def files(self) -> list[str]:
+        return sorted({stored.file for stored in self.stored})
+
+    @property
+    def bytes(self) -> int:
+        return sum(stored.size * DTYPE_SIZE[stored.dtype] for stored in self.stored)
+
+    @property
+    def remote(self) -> bool:
+        return not isinstance(self.path, Path)
+
+    @property
+    def name(self) -> str:
+        """What it is called where it must not be confused: links followed, a branch's commit said."""
+        return self.path.pinned if self.remote else os.path.realpath(self.path)
+
+    @property
+    def revision(self) -> str | None:
+        """The commit, of a checkpoint on the Hub."""
+        return self.path.revision if self.remote else None
+
+    @property
+    def left_out_bytes(self) -> int:
+        return sum(stored.size * DTYPE_SIZE[stored.dtype] for stored in self.left_out)
+
+    def source(self, whole: Iterable["Batch"] = (), jobs: int = 8) -> "Source":
+        """Its bytes, to be read; of a remote one, `whole` are the batches of a run that fetches everything."""
+        from reshard.executor.sources import Source
+
+        if not self.remote:
+            return Source(self.path, self.identities)
+        from reshard.hub.source import HubSource
+
+        return HubSource(self.path, whole, jobs)
