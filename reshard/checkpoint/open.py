@@ -131,13 +131,13 @@ def unknown_architecture(settings: Mapping[str, object], contents: formats.Conte
         return LayoutError(f"{text}; its files were written by layout {quote(contents.layout)}", "pass that layout's file with --layout")
     if best is None or best[0] == len(names):
         text += f", and no family explains any of its {len(names)} tensors:\n  {_listed(sorted(names))}"
-        return LayoutError(text, "write a descriptor (docs/guides/descriptor.md) and pass it with --layout FILE.toml")
+        return LayoutError(text, "`reshard layouts new` drafts a descriptor (docs/guides/descriptor.md); pass it with --layout FILE.toml")
     count, family, left = best
     if count:
         text += f"\nclosest is {family}, which leaves {count} of {len(names)} tensors unexplained:\n  {_listed(left)}"
     else:
         text += f"\n{family} explains the names of all {len(names)} tensors"
-    return LayoutError(text, f'write a descriptor that begins with extends = "{family}" and pass it with --layout FILE.toml')
+    return LayoutError(text, f'`reshard layouts new` drafts a descriptor; it begins with extends = "{family}". Pass it with --layout FILE.toml')
 
 
 def _listed(names: list[str], shown: int = 12) -> str:
