@@ -88,6 +88,11 @@ class Checkpoint:
         return self.path.revision if self.remote else None
 
     @property
+    def received(self) -> int:
+        """Bytes of content that came over the network so far."""
+        return self.path.repository.received if self.remote else 0
+
+    @property
     def left_out_bytes(self) -> int:
         return sum(stored.size * DTYPE_SIZE[stored.dtype] for stored in self.left_out)
 

@@ -82,6 +82,9 @@ def target_options(command, required=True):
         help="What that engine runs on, where names or shapes hang on it; cuda by default.",
     )(command)
     command = click.option("--dtype", type=click.Choice(["bf16", "fp16", "fp32"]), help="Store floating-point tensors as this.")(command)
+    command = click.option("--dequantise", is_flag=True, help="Compute the weights of a quantised checkpoint from its codes and scales.")(
+        command
+    )
     command = mesh_options(command)
     return click.option("--to", "to", type=click.Choice(FORMATS), required=required, help="Format of the result.")(command)
 

@@ -7,7 +7,6 @@ A format reads a folder into ``Contents`` (which tensors lie where, on which mes
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from importlib import import_module
-from pathlib import Path
 
 from reshard.errors import FormatError, LayoutError, PlanError
 from reshard.foreign import quote
@@ -16,6 +15,7 @@ from reshard.geometry.block import Stored
 from reshard.layout import PLATFORMS, Layout, Mesh, Placement, Rank, Rules, parse_version
 from reshard.registry import FORMATS
 from reshard.stores import FileImage
+from reshard.stores.files import AnyPath
 
 
 @dataclass
@@ -64,8 +64,8 @@ class Format:
     name: str
     section: str
     rules: Rules
-    recognise: Callable[[Path, set[str]], bool]
-    read: Callable[[Path], Contents]
+    recognise: Callable[[AnyPath, set[str]], bool]
+    read: Callable[[AnyPath], Contents]
     write: Callable[["Target", list[Stored]], Folder]
     newest: str | None = None  # release of the engine whose files it writes, the newest known
     oldest: str | None = None  # the oldest whose names are known
@@ -132,9 +132,8 @@ def get(name: str) -> Format:
     return getattr(import_module(f"reshard.formats.{module}"), attribute)
 
 
-def recognise(folder: Path) -> Format:
-    """The format of `folder`, by its manifest or the names of its files. Raises FormatError."""
-    from reshard.formats.manifest import read_manifest
+def recognise(folder: AnyPath, manifest: Mapping[str, object] | None) -> Format:
+    """The format of `folder`, by its manifest, if it has one, or the names of its files. Raises FormatError."""
     from reshard.formats.unsupported import refuse_file, refuse_folder
 
     if not folder.is_dir():
@@ -142,7 +141,6 @@ def recognise(folder: Path) -> Format:
         if not folder.exists() and not folder.is_absolute() and len(folder.parts) == 2:
             hint = f"did you mean hf://{folder}?"
         raise refuse_file(folder) if folder.exists() else FormatError(f"{folder} does not exist", hint)
-    manifest = read_manifest(folder)
     if manifest:
         if manifest["format"] not in FORMATS:
             raise FormatError(f"{folder}: reshard.json names the unknown format {quote(repr(manifest['format']))}",
@@ -153,13 +151,6 @@ def recognise(folder: Path) -> Format:
         if format.recognise(folder, names):
             return format
     raise refuse_folder(folder, names)
-
-
-def safe_join(folder: Path, name: str) -> Path:
-    """`folder`/`name`, refusing a name from a file that would lead out of the folder."""
-    if not name or name.startswith(("/", "\\")) or ".." in Path(name).parts or "\x00" in name:
-        raise FormatError(f"{folder}: file name {quote(repr(name))} leads out of the folder")
-    return folder / name
 
 
 def parts(stored: list[tuple[str, int]], max_file: int | None) -> list[list[str]]:

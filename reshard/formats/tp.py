@@ -9,7 +9,6 @@ asks for the names that a model has in memory, tied head included: it opens mode
 
 import json
 from collections.abc import Callable
-from pathlib import Path
 
 from reshard.dtypes import DTYPE_SIZE
 from reshard.errors import FormatError
@@ -22,13 +21,14 @@ from reshard.geometry.block import Stored, row_major
 from reshard.layout import Mesh, Placement, Rules
 from reshard.layout.mesh import even_stages, grid
 from reshard.stores import safetensors
+from reshard.stores.files import AnyPath
 
 
-def _recognise(folder: Path, names: set[str]) -> bool:
+def _recognise(folder: AnyPath, names: set[str]) -> bool:
     return bool(noted(folder, names))
 
 
-def _read(folder: Path) -> Contents:
+def _read(folder: AnyPath) -> Contents:
     pieces: list[Piece] = []
     notes, ranks = set(), set()
     for shard in read_shards(folder):
@@ -38,7 +38,7 @@ def _read(folder: Path) -> Contents:
     return _ours(folder, pieces, len(ranks), notes)
 
 
-def _mesh_note(path: Path, note: str | None) -> tuple[str, Mesh] | None:
+def _mesh_note(path: AnyPath, note: str | None) -> tuple[str, Mesh] | None:
     """What a file's own metadata says of layout and mesh; None in a file that reshard did not write."""
     if note is None:
         return None
@@ -52,7 +52,7 @@ def _mesh_note(path: Path, note: str | None) -> tuple[str, Mesh] | None:
         raise FormatError(f"{path}: its metadata under 'reshard' names no mesh") from None
 
 
-def _ours(folder: Path, pieces: list[Piece], ranks: int, notes: set) -> Contents:
+def _ours(folder: AnyPath, pieces: list[Piece], ranks: int, notes: set) -> Contents:
     manifest = read_manifest(folder)
     said = {f"{note[1]}" if note else "nothing" for note in notes} | ({str(mesh_of(manifest))} if manifest else set())
     if len(said) != 1 or len(notes) != 1:

@@ -3,10 +3,10 @@
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 from reshard.errors import FormatError
 from reshard.foreign import quote
+from reshard.stores.files import AnyPath
 
 Names = set[str]
 
@@ -103,13 +103,13 @@ _STEP = re.compile(r"(?:checkpoint|step|global_step|iter|epoch|ckpt)[-_]?([0-9]{
 _LISTED = 5
 
 
-def refuse_file(path: Path) -> FormatError:
+def refuse_file(path: AnyPath) -> FormatError:
     """The error for a file where a folder is due."""
     what, way = _FILES.get(path.suffix.lower(), ("a file", "name the folder of a checkpoint"))
     return FormatError(f"{path} is not a folder but {what}", way)
 
 
-def refuse_folder(folder: Path, names: Names) -> FormatError:
+def refuse_folder(folder: AnyPath, names: Names) -> FormatError:
     """The error for a folder that no format recognises: what it is, if that can be told, or what is in it."""
     kind = next((kind for kind in KINDS if kind.found(names)), None)
     if kind:

@@ -176,6 +176,7 @@ class Descriptor:
     replicate: tuple[str, ...]
     formats: Mapping[str, Section]
     path: str = ""  # of the user's own file; empty for those that come with reshard
+    doubts: tuple[tuple[str, str, str, str], ...] = ()  # (tensor, named, beside, says): what `layouts check` asks the author
 
     def section(self, format: str) -> Section:
         if format not in self.formats:

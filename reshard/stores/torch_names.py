@@ -50,9 +50,9 @@ class Opaque:
 
     module: str
     name: str
-    args: tuple
+    args: tuple[object, ...]
     state: object = None
-    items: list = field(default_factory=list)
+    items: list[object] = field(default_factory=list)
 
 
 @dataclass(eq=False, slots=True)
@@ -61,7 +61,7 @@ class Made:
 
     module: str
     name: str
-    args: tuple
+    args: tuple[object, ...]
     state: object = None
     called: bool = False
 
