@@ -15,6 +15,7 @@ from reshard.formats.manifest import read_manifest
 from reshard.formats.quantised import codes_without_scales, refuse, scheme
 from reshard.hub import folder_of
 from reshard.layout import Descriptor, Mesh, Placement, architectures, builtin_descriptors, find_descriptor, load_descriptor
+from reshard.layout.schemes import quantised
 from reshard.stores.files import AnyPath, reading
 from reshard.stores.identity import identity, noting
 
@@ -87,7 +88,11 @@ def _matched(
     if disagreements:
         raise PlanError([f"{folder}: {text}" for text in disagreements],
                         f"{config_path} is of another model: name the config.json of the one that was trained, with --config")  # fmt: skip
-    checkpoint = Checkpoint(folder, kind.name, contents.mesh, bound, [], engine_version=contents.engine_version, config_path=config_path)
+    names = {piece.name for piece in contents.pieces}
+    bound = quantised(bound, kind.section, names) if quantised_as else bound
+    checkpoint = Checkpoint(
+        folder, kind.name, contents.mesh, bound, [], engine_version=contents.engine_version, config_path=config_path, writer=contents.writer
+    )
     checkpoint.native = manifest.get("dtypes", {})
     checkpoint.origin = (
         {"repo": folder.repository.location.repo, "revision": folder.revision} if checkpoint.remote else manifest.get("source")
@@ -95,10 +100,10 @@ def _matched(
     try:
         match(checkpoint, kind, contents)
     except PlanError:
-        if quantised_as:  # one sentence instead of a line for each scale
+        if quantised_as and checkpoint.layout.scheme == "none":  # one sentence instead of a line for each scale
             raise refuse(folder, quantised_as, contents) from None
         raise
-    without = None if own else codes_without_scales(folder, settings, checkpoint.stored)
+    without = None if own else codes_without_scales(folder, settings, checkpoint.stored, checkpoint.layout.operands)
     if without:
         raise without
     return checkpoint
@@ -126,13 +131,15 @@ def unknown_architecture(settings: Mapping[str, object], contents: formats.Conte
         return LayoutError(f"{text}; its files were written by layout {quote(contents.layout)}", "pass that layout's file with --layout")
     if best is None or best[0] == len(names):
         text += f", and no family explains any of its {len(names)} tensors:\n  {_listed(sorted(names))}"
-        return LayoutError(text, "write a descriptor (docs/guides/descriptor.md) and pass it with --layout FILE.toml")
+        return LayoutError(text, "`reshard layouts new` drafts a descriptor (docs/guides/descriptor.md); pass it with --layout FILE.toml")
     count, family, left = best
     if count:
         text += f"\nclosest is {family}, which leaves {count} of {len(names)} tensors unexplained:\n  {_listed(left)}"
     else:
         text += f"\n{family} explains the names of all {len(names)} tensors"
-    return LayoutError(text, f'write a descriptor that begins with extends = "{family}" and pass it with --layout FILE.toml')
+    return LayoutError(
+        text, f'`reshard layouts new` drafts a descriptor; it begins with extends = "{family}". Pass it with --layout FILE.toml'
+    )
 
 
 def _listed(names: list[str], shown: int = 12) -> str:

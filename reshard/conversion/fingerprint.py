@@ -51,8 +51,8 @@ def conversion(job: Job) -> str:
         __version__,
         options(job) | {"rank": None},
         source_state(job),
-        plain(job.source.layout.section(job.section)),
-        dict(job.source.layout.sizes),
+        plain(job.layout.section(job.section)),
+        dict(job.layout.sizes),
     )
     _add(digest, digest_of(job.source.stored))
     return digest.hexdigest()
@@ -62,6 +62,7 @@ def options(job: Job) -> dict[str, object]:
     """What the user asked for, for messages too."""
     mesh = job.mesh
     return {"format": job.format, "tp": mesh.tp, "pp": mesh.pp, "ep": mesh.ep, "etp": mesh.etp, "dtype": job.dtype,
+            "dequantise": job.dequantises or None,
             "engine_version": job.engine_version, "engine_platform": job.engine_platform, "max_file": job.max_file, "rank": job.rank}  # fmt: skip
 
 

@@ -54,9 +54,9 @@ def _options_text(chosen: Mapping[str, object]) -> str:
     words = {"format": "to"}
     usual = (None, 0, 1)
     given = [
-        f"--{words.get(key, key).replace('_', '-')} {value}"
+        f"--{words.get(key, key).replace('_', '-')}{'' if value is True else f' {value}'}"
         for key, value in chosen.items()
-        if value not in usual or (key == "rank" and value is not None)
+        if value is True or value not in usual or (key == "rank" and value is not None)
     ]
     return " ".join(given)[:200] or "other options"
 
@@ -103,6 +103,9 @@ def written_by(job: Job, portions: Sequence[Batch | Portion], batches: set[int])
         for tile in portions[number].tiles:
             for copy in tile.copies:
                 size[copy.dst.file] += copy.move.size * DTYPE_SIZE[copy.dst.dtype]
+            for each in tile.computed:
+                for stored, block in each.takers:
+                    size[stored.file] += block.size * DTYPE_SIZE[stored.dtype]
     return size
 
 
@@ -114,7 +117,5 @@ def give_up(job: Job, work: Work, journal: Journal, place: Place, error: Reshard
     if not job.source.remote or file is None:
         shutil.rmtree(place.partial)
         return
-    outputs = sorted({copy.dst.file for copy in job.plan.copies if copy.src.file == file})
-    journal.redo(
-        outputs, [n for n, portion in enumerate(work.portions) if any(c.src.file == file for tile in portion.tiles for c in tile.copies)]
-    )
+    made = {n: {into for tile in portion.tiles for source, into in tile.flows if source == file} for n, portion in enumerate(work.portions)}
+    journal.redo(sorted(set().union(*made.values())), [n for n, outputs in made.items() if outputs])

@@ -17,7 +17,8 @@ from reshard.geometry.block import Box, Id, Stored, contiguous_from, end
 from reshard.geometry.coverage import label
 from reshard.planner.batches import _split as cut_until
 from reshard.planner.batches import runs
-from reshard.planner.plan import Copy, Plan, where
+from reshard.planner.copies import Copy
+from reshard.planner.plan import Plan, where
 from reshard.planner.tiles import Tile, between, groups, sides, spans, split
 
 _LOSS_TILE = 2 << 20  # bytes
@@ -139,7 +140,7 @@ def _fill(copies: list[Copy], windows: Windows, write: Callable[[Stored, int, me
     views = [casts.cast(c, windows.view(c.src, c.move.box, c.move.src_offset, c.move.src_strides), counted) for c in copies]
     if sum(c.move.size for c in copies) < high - low:  # holes between them: each by itself, in runs
         for copy, view in zip(copies, views):
-            _scatter(view, copy.move.dst_offset, copy.move.dst_strides, dst, write)
+            scatter(view, copy.move.dst_offset, copy.move.dst_strides, dst, write)
         return
     buffer = np.frombuffer(space.take((high - low) * width), words_of(width))
     for copy, view in zip(copies, views):
@@ -154,9 +155,7 @@ def _bytes(array: np.ndarray) -> memoryview:
     return array.reshape(-1).view(np.uint8).data
 
 
-def _scatter(
-    view: np.ndarray, offset: int, strides: tuple[int, ...], dst: Stored, write: Callable[[Stored, int, memoryview], None]
-) -> None:
+def scatter(view: np.ndarray, offset: int, strides: tuple[int, ...], dst: Stored, write: Callable[[Stored, int, memoryview], None]) -> None:
     """Write a view whose destination is not contiguous: one run per position of the outer axes."""
     depth = contiguous_from(view.shape, strides)
     inner = np.ascontiguousarray(view)

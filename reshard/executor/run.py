@@ -20,7 +20,8 @@ from reshard.executor.sources import InMemory, Source, Workspace
 from reshard.executor.threads import in_threads
 from reshard.geometry.block import Box, Stored, contiguous_from, volume
 from reshard.geometry.pieces import union_volume
-from reshard.planner.plan import Copy, Plan
+from reshard.planner.copies import Copy
+from reshard.planner.plan import Plan
 from reshard.planner.tiles import BUFFER, Portion, Tile, portions, split, tile_limit
 from reshard.planner.tiles import casts as casts_in
 
@@ -36,6 +37,10 @@ def run_tile(
     tile: Tile, source: Source | InMemory, write: Callable[[Stored, int, memoryview], None], space: Workspace, casts: "Casts | None" = None
 ) -> int:
     """Move one tile. `write(stored, element, bytes)` stores a contiguous run. Returns bytes read from the source."""
+    if tile.computed:
+        from reshard.executor.compute import compute
+
+        return compute(tile, source, write, space, casts)
     runs = _runs_of(tile)
     if runs is not None:
         read = _pass_on(runs, source, write, space)

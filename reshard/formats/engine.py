@@ -134,8 +134,14 @@ def constant_bytes(value: float, dtype: str) -> bytes:
 
 def _format(name: str, oldest: str, newest: str) -> Format:
     recognise = _recognise if name == "vllm" else lambda folder, names: False  # the two look alike; --from tells
-    return Format(name, name, Rules(grid, uneven_stages), recognise, partial(_read, name), partial(_write, name), newest, oldest)
+    return Format(
+        name, name, Rules(grid, uneven_stages), recognise, partial(_read, name), partial(_write, name), newest, oldest, usage=_USAGE[name]
+    )
 
 
+_USAGE = {
+    "vllm": "vllm serve {folder} --load-format sharded_state --tensor-parallel-size {tp}",
+    "sglang": "python -m sglang.launch_server --model-path {folder} --load-format sharded_state --tp {tp}",
+}
 VLLM = _format("vllm", "0.11", "0.32")
 SGLANG = _format("sglang", "0.5", "0.5.23")

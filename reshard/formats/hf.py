@@ -66,8 +66,8 @@ def _indexed(folder: AnyPath, index_name: str) -> list[Piece]:
     out: dict[str, Piece] = {}
     for file, names in sorted(by_file.items()):
         held = _file(folder, file)
-        absent = [name for name in names if name not in held]
-        if absent:
+        if not held.keys() >= set(names):
+            absent = [name for name in names if name not in held]
             raise FormatError(f"{files[file]} lacks {quote(absent[0])}, which {index_name} says it holds ({len(absent)} such)",
                               "the index belongs to other files")  # fmt: skip
         if len(held) > len(names):  # what the index does not know is there all the same, and must be explained
@@ -90,9 +90,12 @@ def _index(path: AnyPath) -> dict[str, list[str]]:
         raise FormatError(f"{path} has no weight_map of names to files", 'it should hold {"weight_map": {"tensor": "file", …}}')
     by_file: dict[str, list[str]] = defaultdict(list)
     for name, file in weight_map.items():
-        if not isinstance(file, str) or len(file.encode()) > 255:
+        if not isinstance(file, str):
             raise FormatError(f"{path} names {quote(repr(file))} as the file of {quote(name)}, expected the name of one")
         by_file[file].append(name)
+    for file, names in by_file.items():
+        if len(file.encode()) > 255:
+            raise FormatError(f"{path} names {quote(repr(file))} as the file of {quote(names[0])}, expected the name of one")
     return by_file
 
 
@@ -107,7 +110,7 @@ def state_dict(path: AnyPath) -> dict[str, TensorInfo]:
     """The tensors of a torch file that holds a plain state dict and nothing else of size."""
     tree = torch_tree(path)
     held = tensors_of(tree, path)
-    inner = next((key for key, value in tree.items() if isinstance(value, (dict, list, tuple))), None)
+    inner = next((key for key, value in tree.items() if isinstance(value, (dict, list, tuple)) and not isinstance(value, TensorInfo)), None)
     if inner is not None:
         some = quote(inner)
         raise FormatError(f"{path} holds a {type(tree[inner]).__name__} under {some}, expected tensors by name",
@@ -158,4 +161,13 @@ def _depth(stored: Stored, target: Target) -> int:
     return -1 if tensor.stage == "first" else target.placement.layout.layers
 
 
-FORMAT = Format("hf", "hf", Rules(grid, even_stages, even=False), _recognise, _read, _write, small=_INDEXES)
+FORMAT = Format(
+    "hf",
+    "hf",
+    Rules(grid, even_stages, even=False),
+    _recognise,
+    _read,
+    _write,
+    small=_INDEXES,
+    usage="from transformers import AutoModelForCausalLM\n\nmodel = AutoModelForCausalLM.from_pretrained({repo})",
+)

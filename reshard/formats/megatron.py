@@ -23,6 +23,7 @@ from reshard.formats.pieces import pieces_of
 from reshard.geometry.block import Stored
 from reshard.layout import Layout, Mesh, Rank, Rules
 from reshard.layout.mesh import MOST_RANKS, even_stages
+from reshard.stores import FileImage
 from reshard.stores.files import AnyPath, safe_join
 
 TRACKER = "latest_checkpointed_iteration.txt"
@@ -220,11 +221,14 @@ def _write(target: Target, stored: list[Stored]) -> Folder:
 
     mesh, files, pieces = target.mesh, [], []
     args = argparse.Namespace(**megatron_args(target, stored))
+    images: dict[tuple, FileImage] = {}  # ranks whose tensors have the same names, dtypes and shapes have the same file but for values
     for rank, own in target.by_rank(stored):
-        model = {s.name: torchzip.TensorSpec(s.name, s.dtype, s.shape) for s in own.values()}
-        blob = {"args": args, "checkpoint_version": 3.0, "iteration": 0, "model": model}
-        files.append(OutFile(f"release/{folder_name(rank, mesh)}/{FILE}", torchzip.compose(blob), rank.number))
-        pieces += pieces_of(files[-1].path, files[-1].image.tensors, rank.number)
+        specs = tuple([(s.name, s.dtype, s.shape) for s in own.values()])
+        if specs not in images:
+            model = {spec[0]: torchzip.TensorSpec(*spec) for spec in specs}
+            images[specs] = torchzip.compose({"args": args, "checkpoint_version": 3.0, "iteration": 0, "model": model})
+        files.append(OutFile(f"release/{folder_name(rank, mesh)}/{FILE}", images[specs], rank.number))
+        pieces += pieces_of(files[-1].path, images[specs].tensors, rank.number)
     return Folder(files, pieces, {TRACKER: b"release"})
 
 
@@ -237,4 +241,5 @@ FORMAT = Format(
     _write,
     disagreements=_disagreements,
     small=(TRACKER,),
+    usage="--load {folder} --ckpt-format torch --use-checkpoint-args --tensor-model-parallel-size {tp} --pipeline-model-parallel-size {pp}",
 )

@@ -82,11 +82,14 @@ def refuse(folder: AnyPath, word: str, contents: Contents) -> FormatError:
     return FormatError(f"{folder} is quantised: {word}; its tensors are {counted}. reshard does not move quantised weights yet", _WAY)
 
 
-def codes_without_scales(folder: AnyPath, settings: Mapping[str, object], stored: Iterable) -> FormatError | None:
-    """The error for a model whose every name is explained, but some of whose tensors hold codes; None where none does."""
-    config = quantization_config(settings)
+def codes_without_scales(
+    folder: AnyPath, settings: Mapping[str, object], stored: Iterable, operands: Iterable[str] = ()
+) -> FormatError | None:
+    """The error for a model whose every name is explained, but some of whose tensors hold codes that are no `operands` of a
+    scheme; None where none does."""
+    config, known = quantization_config(settings), frozenset(operands)
     for s in stored:
-        if s.dtype in INTEGERS or (config is not None and s.dtype not in FLOATS):
+        if (s.dtype in INTEGERS or (config is not None and s.dtype not in FLOATS)) and known.isdisjoint(s.entry.of):
             word = f", quantised as {_described(config)} by config.json" if config is not None else ""
             return FormatError(f"{folder}: {quote(s.name)} ({s.file}) is {s.dtype}: codes{word}, and no tensor holds their scales", _WAY)
     return None

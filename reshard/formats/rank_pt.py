@@ -48,4 +48,12 @@ def _write(target: Target, stored: list[Stored]) -> Folder:
     return Folder(files, pieces, {})
 
 
-FORMAT = Format("rank-pt", "hf", Rules(grid, even_stages, even=False), _recognise, _read, _write)
+FORMAT = Format(
+    "rank-pt",
+    "hf",
+    Rules(grid, even_stages, even=False),
+    _recognise,
+    _read,
+    _write,
+    usage='import torch\n\nstate = torch.load("{folder}/rank_00.pt", weights_only=True, mmap=True)',
+)

@@ -43,17 +43,6 @@ KINDS = (
         _all(r"common\.pt", r".*\.distcp|\.metadata"),
     ),
     Kind(
-        "a torch DCP checkpoint",
-        "make one file of it with `python -m torch.distributed.checkpoint.format_utils dcp_to_torch DIR pytorch_model.bin`; "
-        "where its names are Hugging Face's, reshard reads that beside a config.json",
-        _any(r".*\.distcp|\.metadata"),
-    ),
-    Kind(
-        "a folder of accelerate's FSDP checkpoints",
-        "merge it with `accelerate merge-weights pytorch_model_fsdp_0 OUT`, and name OUT",
-        _any(r"pytorch_model_fsdp_\d+"),
-    ),
-    Kind(
         "a DeepSpeed checkpoint",
         "gather it with the `zero_to_fp32.py` that DeepSpeed left beside it, `python zero_to_fp32.py . OUT`, and name OUT",
         _any(
@@ -104,10 +93,7 @@ _FILES = {
     ".nemo": ("a NeMo archive", "export it with NeMo's own export to Hugging Face, and name what that writes"),
     ".safetensors": ("a single file", "name the folder that holds it"),
     ".json": ("a single file", "name the folder that holds it"),
-    ".distcp": (
-        "one file of a torch DCP checkpoint",
-        "make one file of the folder with `python -m torch.distributed.checkpoint.format_utils dcp_to_torch DIR pytorch_model.bin`",
-    ),
+    ".distcp": ("one file of a torch DCP checkpoint", "name the folder that holds it and its .metadata"),
     ".pth": ("a single file", "as pytorch_model.bin in a folder with a config.json, reshard reads a state dict of Hugging Face names"),
     ".pt": ("a single file", "as pytorch_model.bin in a folder with a config.json, reshard reads a state dict of Hugging Face names"),
     ".bin": ("a single file", "name the folder that holds it"),

@@ -14,7 +14,9 @@ from reshard.stores.torch_names import FLAT
 
 #: classes that may occur and are never needed: recorded as Opaque, by package or by full name
 _INERT_PACKAGES = frozenset(("megatron", "transformer_engine", "transformer_engine_torch", "numpy"))
-_INERT_MODULES = frozenset(("torch.nn.functional", "torch._C._nn"))
+_INERT_MODULES = frozenset((
+    "torch.nn.functional", "torch._C._nn", "torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.filesystem",
+))  # fmt: skip
 _INERT = frozenset(
     (("torch", "device"), ("_io", "BytesIO"), ("io", "BytesIO"), ("signal", "Signals"), ("torch.serialization", "_get_layout"))
 )

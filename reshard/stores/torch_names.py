@@ -55,6 +55,17 @@ class Opaque:
     items: list[object] = field(default_factory=list)
 
 
+@dataclass(eq=False, slots=True)
+class Made:
+    """An instance to be written, of a class that is only named: made of nothing and given `state`, or `called` with `args`."""
+
+    module: str
+    name: str
+    args: tuple[object, ...]
+    state: object = None
+    called: bool = False
+
+
 @dataclass(frozen=True, slots=True)
 class Storage:
     """The bytes that tensors share, by its number in the file; `offset` counts from the start of the file."""
