@@ -84,7 +84,7 @@ def load(
     etp: int = 0,
     rank: int = 0,
     at: tuple[int, ...] | None = None,
-    into: Mapping[str, "object"] | None = None,
+    into: Mapping[str, Any] | None = None,
     device: str | None = None,
     dtype: str | None = None,
     engine_version: str | None = None,
@@ -111,7 +111,7 @@ def load(
         raise PlanError(["device or dtype given together with into, whose tensors have their own"], "leave them out")
     placement = place(ckpt, format, Mesh(tp, pp, ep, etp), engine_version, engine_platform)
     chosen = one_rank(placement.ranks, placement.mesh, rank) if at is None else rank_at(placement, at)
-    limits = {"jobs": jobs, "buffer": buffer, "allow_overflow": allow_overflow}
+    limits: dict[str, Any] = {"jobs": jobs, "buffer": buffer, "allow_overflow": allow_overflow}
     if into is not None:
         return load_into(ckpt, placement, chosen, into, **limits)
     return load_rank(ckpt, placement, chosen, dtype, device_of(device or "cpu"), **limits)
