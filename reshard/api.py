@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from reshard.checkpoint import Checkpoint, open_checkpoint
 from reshard.conversion.job import Job, one_rank, place, prepare, rank_at
@@ -11,10 +12,15 @@ from reshard.hub import is_remote
 from reshard.layout import Mesh
 from reshard.planner.tiles import BUFFER
 
+if TYPE_CHECKING:
+    from reshard.conversion.transaction import Report
+    from reshard.publish.pull import Pulled
+    from reshard.publish.push import Pushed
+
 open = open_checkpoint
 
 
-def _opened(source: Checkpoint | str | Path, options: dict) -> Checkpoint:
+def _opened(source: Checkpoint | str | Path, options: dict[str, Any]) -> Checkpoint:
     chosen = {name: options.pop(name) for name in ("layout", "config", "cache") if name in options}
     if not isinstance(source, Checkpoint):
         return open_checkpoint(source, **chosen)
@@ -24,7 +30,7 @@ def _opened(source: Checkpoint | str | Path, options: dict) -> Checkpoint:
     return source
 
 
-def plan(source: Checkpoint | str | Path, *, format: str, tp: int = 1, pp: int = 1, ep: int = 1, etp: int = 0, **options) -> Job:
+def plan(source: Checkpoint | str | Path, *, format: str, tp: int = 1, pp: int = 1, ep: int = 1, etp: int = 0, **options: Any) -> Job:
     """What a conversion of `source` to `format` would read and write, to the byte. Reads headers, writes nothing.
 
     `options`: `dtype` (bf16, fp16, fp32), `allow_overflow` (values with no room in it become infinite), `engine_version`, `engine_platform` (cuda, rocm, cpu), `max_file` (bytes), `rank` (that one alone), `jobs`, `buffer` (bytes), and `layout`, `config`, `cache` for opening.
@@ -48,8 +54,8 @@ def convert(
     jobs: int | None = None,
     buffer: int = BUFFER,
     progress: Callable[[int], None] = lambda size: None,
-    **options,
-):
+    **options: Any,
+) -> "Report | Pushed":
     """Convert `source` into the folder `destination`; `progress` is told bytes read as they are read. Returns a Report.
 
     Options as for ``plan``. The destination appears whole or not at all, and an interrupted call continues when repeated.
@@ -78,7 +84,7 @@ def load(
     etp: int = 0,
     rank: int = 0,
     at: tuple[int, ...] | None = None,
-    into: Mapping[str, "object"] | None = None,
+    into: Mapping[str, Any] | None = None,
     device: str | None = None,
     dtype: str | None = None,
     engine_version: str | None = None,
@@ -86,7 +92,7 @@ def load(
     allow_overflow: bool = False,
     jobs: int | None = None,
     buffer: int = BUFFER,
-    **options,
+    **options: Any,
 ) -> Mapping[str, "object"]:
     """The tensors of one rank of (`format`, mesh), as {stored name: torch tensor} on `device` (cpu by default, cuda, cuda:N).
 
@@ -105,7 +111,7 @@ def load(
         raise PlanError(["device or dtype given together with into, whose tensors have their own"], "leave them out")
     placement = place(ckpt, format, Mesh(tp, pp, ep, etp), engine_version, engine_platform)
     chosen = one_rank(placement.ranks, placement.mesh, rank) if at is None else rank_at(placement, at)
-    limits = {"jobs": jobs, "buffer": buffer, "allow_overflow": allow_overflow}
+    limits: dict[str, Any] = {"jobs": jobs, "buffer": buffer, "allow_overflow": allow_overflow}
     if into is not None:
         return load_into(ckpt, placement, chosen, into, **limits)
     return load_rank(ckpt, placement, chosen, dtype, device_of(device or "cpu"), **limits)
@@ -141,8 +147,8 @@ def open_pair(
     a: Checkpoint | str | Path,
     b: Checkpoint | str | Path,
     *,
-    layout=None,
-    config=None,
+    layout: str | Path | None = None,
+    config: str | Path | None = None,
     formats: tuple[str | None, str | None] = (None, None),
 ) -> tuple[Checkpoint, Checkpoint]:
     """Two checkpoints to be compared, opened; one without a config.json has `config`, or else the other's."""
@@ -157,14 +163,14 @@ def open_pair(
     return opened(a, b, formats[0]), opened(b, a, formats[1])
 
 
-def pull(source: str, destination: str | Path, **options):
+def pull(source: str, destination: str | Path, **options: Any) -> "Pulled":
     """Fetch hf://ORG/NAME[@REV][/SUBDIR] into a folder, its files as they are; ``convert`` takes such a source too. See ``hub.pull``."""
     from reshard.publish.pull import pull as run
 
     return run(source, destination, **options)
 
 
-def push(folder: str | Path, destination: str, **options):
+def push(folder: str | Path, destination: str, **options: Any) -> "Pushed":
     """Publish the checkpoint in `folder` as hf://ORG/NAME[@BRANCH][/SUBDIR], in one commit. See ``hub.push``."""
     from reshard.publish.push import push as run
 
