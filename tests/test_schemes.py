@@ -9,7 +9,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from reshard import api
-from reshard.errors import FormatError, LayoutError, PlanError
+from reshard.errors import CastError, FormatError, LayoutError, PlanError
 from reshard.layout.schemes import load_scheme
 
 SAMPLES = Path(__file__).parent.parent.parent / "shared/samples"
@@ -145,3 +145,16 @@ def test_a_page_that_is_wrong_names_itself(tmp_path, text, message):
     with pytest.raises(LayoutError, match=message) as caught:
         load_scheme(path)
     assert "mine" in str(caught.value)
+
+
+def test_a_weight_that_its_dtype_has_no_room_for_is_refused(tmp_path):
+    def enlarged(state):
+        state["model.layers.1.mlp.experts.2.up_proj.weight_scale_inv"] *= 1e9
+
+    folder = copied(tmp_path, enlarged)
+    with pytest.raises(CastError, match="up of layer 1, expert 2|up_proj.*do not fit F16"):
+        api.convert(folder, tmp_path / "out", format="hf", dequantise=True, dtype="fp16")
+    report = api.plan(folder, format="hf", dequantise=True, dtype="fp16", allow_overflow=True)
+    assert report.casts is not None
+    api.convert(folder, tmp_path / "wide", format="hf", dequantise=True, dtype="fp32")
+    assert {at[0] for at in raw(tmp_path / "wide").values()} == {"F32"}

@@ -94,11 +94,11 @@ def minus_one(given: Given) -> Array:
 
 
 def minus_exp(given: Given) -> Array:
-    return -np.exp(given.arrays[0].astype(np.float32))
+    return (-np.exp(given.arrays[0].astype(np.float64))).astype(np.float32)
 
 
 def log_minus(given: Given) -> Array:
-    return np.log(-given.arrays[0].astype(np.float32))
+    return np.log(-given.arrays[0].astype(np.float64)).astype(np.float32)
 
 
 def merged(given: Given) -> Array:
@@ -125,6 +125,14 @@ def evaluate(given: Given) -> tuple[Array, str]:
     with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
         out = np.ascontiguousarray(np.broadcast_to(FUNCTIONS[given.value.function](given), given.shape))
     return out, _WORDS[out.dtype.name]
+
+
+def undefined(given: Given, out: Array) -> int:
+    """How many elements have no value, though all that they are computed from are numbers."""
+    lost = np.isnan(out)
+    if not lost.any() or any(np.isnan(array.astype(np.float32)).any() for array in given.arrays if array.dtype.kind not in "iu"):
+        return 0
+    return int(np.count_nonzero(lost))
 
 
 def numbers(words: Array, dtype: str) -> Array:
