@@ -27,7 +27,7 @@ def _opened(source: Checkpoint | str | Path, options: dict) -> Checkpoint:
 def plan(source: Checkpoint | str | Path, *, format: str, tp: int = 1, pp: int = 1, ep: int = 1, etp: int = 0, **options) -> Job:
     """What a conversion of `source` to `format` would read and write, to the byte. Reads headers, writes nothing.
 
-    `options`: `dtype` (bf16, fp16, fp32), `allow_overflow` (values with no room in it become infinite), `engine_version`, `engine_platform` (cuda, rocm, cpu), `max_file` (bytes), `rank` (that one alone), `jobs`, `buffer` (bytes), and `layout`, `config`, `cache` for opening.
+    `options`: `dtype` (bf16, fp16, fp32), `dequantise` (weights of a quantised checkpoint are computed), `allow_overflow` (values with no room in it become infinite), `engine_version`, `engine_platform` (cuda, rocm, cpu), `max_file` (bytes), `rank` (that one alone), `jobs`, `buffer` (bytes), and `layout`, `config`, `cache` for opening.
     Raises ReshardError with all problems at once.
     """
     ckpt = _opened(source, options)
@@ -81,6 +81,7 @@ def load(
     dtype: str | None = None,
     engine_version: str | None = None,
     engine_platform: str | None = None,
+    dequantise: bool = False,
     allow_overflow: bool = False,
     jobs: int | None = None,
     buffer: int = BUFFER,
@@ -88,7 +89,7 @@ def load(
 ) -> Mapping[str, "object"]:
     """The tensors of one rank of (`format`, mesh), as {stored name: torch tensor} on `device` (cpu, cuda, cuda:N).
 
-    Reads this rank's bytes only. Constants that the engine demands are among the tensors. `jobs` threads read, within
+    Reads this rank's bytes only. `dequantise` computes the weights of a quantised checkpoint. Constants that the engine demands are among the tensors. `jobs` threads read, within
     `buffer` bytes of buffers; on the way to a device as many again stage them, page-locked where the system has such memory:
     the host never holds the rank. Raises ReshardError.
     """
@@ -98,7 +99,7 @@ def load(
     ckpt = _opened(source, options)
     if options:
         raise TypeError(f"load() got an unexpected option {next(iter(options))!r}")
-    placement = place(ckpt, format, Mesh(tp, pp, ep, etp), engine_version, engine_platform)
+    placement = place(ckpt, format, Mesh(tp, pp, ep, etp), engine_version, engine_platform, dequantise)
     return load_rank(
         ckpt, placement, one_rank(placement, rank), dtype, device_of(device), jobs=jobs, buffer=buffer, allow_overflow=allow_overflow
     )

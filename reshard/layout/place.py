@@ -323,7 +323,7 @@ class Placement:
         ranges = [over.extent(box) for over in operand.axes] if all(start < stop for start, stop in box) else [(0, 0)] * len(operand.axes)
         if not all(over.whole(box) for over in operand.axes) or (entry.cut == "whole" and self.mesh.tp > 1):
             self._problem(
-                entry, f"{name} cut over {count} ranks is cut inside the blocks of {tensor.name.removeprefix(f'{name}.')}, {operand.grain}"
+                entry, f"{name}, cut over {count} ranks, would be cut inside a block ({operand.grain}) that shares one {operand.label}"
             )
         sizes = {axis: (extent, over.size) for axis, extent, over in zip(tensor.axes, ranges, operand.axes)}
         return Item(tensor.name, tensor.dims, tensor.axes, sizes)

@@ -82,6 +82,10 @@ class Operand:
     axes: tuple[Over, ...]
     grain: str = ""  # how many elements of each dimension share one, for people
 
+    @property
+    def label(self) -> str:
+        return self.name.rpartition(".")[2]
+
     @classmethod
     def alike(cls, name: str, shape: tuple[int, ...]) -> "Operand":
         """One whose elements stand where those of the result do."""
