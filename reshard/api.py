@@ -33,7 +33,7 @@ def _opened(source: Checkpoint | str | Path, options: dict[str, Any]) -> Checkpo
 def plan(source: Checkpoint | str | Path, *, format: str, tp: int = 1, pp: int = 1, ep: int = 1, etp: int = 0, **options: Any) -> Job:
     """What a conversion of `source` to `format` would read and write, to the byte. Reads headers, writes nothing.
 
-    `options`: `dtype` (bf16, fp16, fp32), `allow_overflow` (values with no room in it become infinite), `engine_version`, `engine_platform` (cuda, rocm, cpu), `max_file` (bytes), `rank` (that one alone), `jobs`, `buffer` (bytes), and `layout`, `config`, `cache` for opening.
+    `options`: `dtype` (bf16, fp16, fp32), `dequantise` (weights of a quantised checkpoint are computed), `allow_overflow` (values with no room in it become infinite), `engine_version`, `engine_platform` (cuda, rocm, cpu), `max_file` (bytes), `rank` (that one alone), `jobs`, `buffer` (bytes), and `layout`, `config`, `cache` for opening.
     Raises ReshardError with all problems at once.
     """
     ckpt = _opened(source, options)
@@ -89,6 +89,7 @@ def load(
     dtype: str | None = None,
     engine_version: str | None = None,
     engine_platform: str | None = None,
+    dequantise: bool = False,
     allow_overflow: bool = False,
     jobs: int | None = None,
     buffer: int = BUFFER,
@@ -97,9 +98,10 @@ def load(
     """The tensors of one rank of (`format`, mesh), as {stored name: torch tensor} on `device` (cpu by default, cuda, cuda:N).
 
     The rank is one by number, or stands `at` (tp, pp) or (tp, pp, ep). Reads this rank's bytes only. Constants that the engine demands are
-    among the tensors. `into`: {stored name: tensor} to be filled in place instead, each on its device and in its dtype: all that the rank
-    has must be there, and nothing else (constants may be left out). `jobs` threads read, within `buffer` bytes of buffers; on the way to a
-    device as many again stage them, page-locked where the system has such memory: the host never holds the rank. Raises ReshardError.
+    among the tensors. `dequantise` computes the weights of a quantised checkpoint. `into`: {stored name: tensor} to be filled in place instead,
+    each on its device and in its dtype: all that the rank has must be there, and nothing else (constants may be left out). `jobs` threads read,
+    within `buffer` bytes of buffers; on the way to a device as many again stage them, page-locked where the system has such memory: the host
+    never holds the rank. Raises ReshardError.
     """
     from reshard.executor.devices import device_of
     from reshard.loading import load_into, load_rank
@@ -109,7 +111,7 @@ def load(
         raise TypeError(f"load() got an unexpected option {next(iter(options))!r}")
     if into is not None and (device is not None or dtype is not None):
         raise PlanError(["device or dtype given together with into, whose tensors have their own"], "leave them out")
-    placement = place(ckpt, format, Mesh(tp, pp, ep, etp), engine_version, engine_platform)
+    placement = place(ckpt, format, Mesh(tp, pp, ep, etp), engine_version, engine_platform, dequantise)
     chosen = one_rank(placement.ranks, placement.mesh, rank) if at is None else rank_at(placement, at)
     limits: dict[str, Any] = {"jobs": jobs, "buffer": buffer, "allow_overflow": allow_overflow}
     if into is not None:
