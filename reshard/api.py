@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from reshard.checkpoint import Checkpoint, open_checkpoint
-from reshard.conversion.job import Job, one_rank, place, prepare
+from reshard.conversion.job import Job, one_rank, place, prepare, rank_at
 from reshard.difference import DiffReport
 from reshard.errors import PlanError
 from reshard.hub import is_remote
@@ -77,7 +77,9 @@ def load(
     ep: int = 1,
     etp: int = 0,
     rank: int = 0,
-    device: str = "cpu",
+    at: tuple[int, ...] | None = None,
+    into: Mapping[str, "object"] | None = None,
+    device: str | None = None,
     dtype: str | None = None,
     engine_version: str | None = None,
     engine_platform: str | None = None,
@@ -86,22 +88,27 @@ def load(
     buffer: int = BUFFER,
     **options,
 ) -> Mapping[str, "object"]:
-    """The tensors of one rank of (`format`, mesh), as {stored name: torch tensor} on `device` (cpu, cuda, cuda:N).
+    """The tensors of one rank of (`format`, mesh), as {stored name: torch tensor} on `device` (cpu by default, cuda, cuda:N).
 
-    Reads this rank's bytes only. Constants that the engine demands are among the tensors. `jobs` threads read, within
-    `buffer` bytes of buffers; on the way to a device as many again stage them, page-locked where the system has such memory:
-    the host never holds the rank. Raises ReshardError.
+    The rank is one by number, or stands `at` (tp, pp) or (tp, pp, ep). Reads this rank's bytes only. Constants that the engine demands are
+    among the tensors. `into`: {stored name: tensor} to be filled in place instead, each on its device and in its dtype: all that the rank
+    has must be there, and nothing else (constants may be left out). `jobs` threads read, within `buffer` bytes of buffers; on the way to a
+    device as many again stage them, page-locked where the system has such memory: the host never holds the rank. Raises ReshardError.
     """
     from reshard.executor.devices import device_of
-    from reshard.loading import load_rank
+    from reshard.loading import load_into, load_rank
 
     ckpt = _opened(source, options)
     if options:
         raise TypeError(f"load() got an unexpected option {next(iter(options))!r}")
+    if into is not None and (device is not None or dtype is not None):
+        raise PlanError(["device or dtype given together with into, whose tensors have their own"], "leave them out")
     placement = place(ckpt, format, Mesh(tp, pp, ep, etp), engine_version, engine_platform)
-    return load_rank(
-        ckpt, placement, one_rank(placement, rank), dtype, device_of(device), jobs=jobs, buffer=buffer, allow_overflow=allow_overflow
-    )
+    chosen = one_rank(placement.ranks, placement.mesh, rank) if at is None else rank_at(placement, at)
+    limits = {"jobs": jobs, "buffer": buffer, "allow_overflow": allow_overflow}
+    if into is not None:
+        return load_into(ckpt, placement, chosen, into, **limits)
+    return load_rank(ckpt, placement, chosen, dtype, device_of(device or "cpu"), **limits)
 
 
 def diff(

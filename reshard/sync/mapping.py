@@ -15,7 +15,7 @@ import torch
 
 from reshard.errors import SyncError
 from reshard.geometry.block import row_major
-from reshard.planner.plan import Copy
+from reshard.planner.copies import Copy
 from reshard.sync.device import Devices
 from reshard.sync.tensors import Tensors, lying
 
@@ -124,7 +124,7 @@ class Mapped:
 
     def view(self, copy: Copy) -> torch.Tensor:
         """The elements of `copy` at its source, in the peer's memory."""
-        number, start, own = self._at[copy.src.id]
+        number, start, own = self._at[copy.src.rank, copy.src.name]
         storage, move = self._storages[number], copy.move
         flat = torch.empty(0, dtype=self._dtypes[copy.src.dtype], device=storage.device).set_(storage)
         if own == row_major(copy.src.shape):

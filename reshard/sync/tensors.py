@@ -12,7 +12,7 @@ import torch
 
 from reshard.dtypes import torch_dtypes
 from reshard.errors import PlanError
-from reshard.geometry.block import Stored, end, row_major
+from reshard.geometry.block import Id, Stored, end, row_major
 from reshard.sync.fp8_blocks import scales_name
 from reshard.sync.sharding import Cut, Sharding, flat, tuples
 from reshard.sync.side import Side
@@ -47,13 +47,13 @@ class Bound:
 
 
 #: the tensors of one process on one side, by ``Stored.id``
-Tensors = dict[tuple[int, str], Bound]
+Tensors = dict[Id, Bound]
 
 
-def scales_of(stored: tuple[int, str]) -> tuple[int, str]:
+def scales_of(stored: Id) -> Id:
     """The ``Stored.id`` of the scales beside a tensor in FP8 blocks."""
-    rank, name = stored
-    return rank, scales_name(name)
+    rank, name, file, start = stored
+    return rank, scales_name(name), file, start
 
 
 def lying(stored: Stored, own: tuple[int, ...], shape, offset: int, strides, start: int = 0):
