@@ -25,7 +25,7 @@ def inspect(path, from_, layout, config, tensors, as_json):
 
     ckpt = opened(path, from_, layout, config)
     result = {"ok": True, "path": str(path), "format": ckpt.format, "architecture": ckpt.architecture,
-              "mesh": mesh_json(ckpt.mesh), "bytes": ckpt.bytes} | ({"revision": ckpt.revision} if ckpt.remote else {})  # fmt: skip
+              "mesh": mesh_json(ckpt.mesh), "bytes": ckpt.bytes} | ({"writer": ckpt.writer, "ranks": ckpt.holders} if ckpt.writer else {}) | ({"revision": ckpt.revision} if ckpt.remote else {})  # fmt: skip
     rows = _tensor_rows(ckpt)
     if as_json:
         result["tensors"] = (
@@ -33,9 +33,12 @@ def inspect(path, from_, layout, config, tensors, as_json):
         )
         click.echo(json.dumps(result))
         return
+    where = f"{ckpt.format} of {count(ckpt.holders, 'rank')}, written by {ckpt.writer}" if ckpt.writer else f"{ckpt.format} {ckpt.mesh}"
     click.echo(
-        f"{printable(str(path))}: {ckpt.format} {ckpt.mesh}, {ckpt.architecture} (layout {ckpt.layout.name}), {len(rows)} tensors, {human(ckpt.bytes)}"
+        f"{printable(str(path))}: {where}, {ckpt.architecture} (layout {ckpt.layout.name}), {len(rows)} tensors, {human(ckpt.bytes)}"
     )
+    if told := ckpt.what_is_beside():
+        click.echo(told)
     if tensors:
         text = [(n, "×".join(map(str, s)) or "scalar", d, "-" if x is None else x, "+".join(f) or "-", len(r)) for n, s, d, x, f, r in rows]
         click.echo(table(text, ("name", "shape per rank", "dtype", "split dim", "fused", "ranks")))
