@@ -104,7 +104,7 @@ def load(
     if into is not None and (device is not None or dtype is not None):
         raise PlanError(["device or dtype given together with into, whose tensors have their own"], "leave them out")
     placement = place(ckpt, format, Mesh(tp, pp, ep, etp), engine_version, engine_platform)
-    chosen = one_rank(placement, rank) if at is None else rank_at(placement, at)
+    chosen = one_rank(placement.ranks, placement.mesh, rank) if at is None else rank_at(placement, at)
     limits = {"jobs": jobs, "buffer": buffer, "allow_overflow": allow_overflow}
     if into is not None:
         return load_into(ckpt, placement, chosen, into, **limits)

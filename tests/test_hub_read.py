@@ -348,3 +348,13 @@ def test_dry_run_plan_and_inspect_read_headers_only(hub, large, tmp_path):
         assert result["source"] | {"path": "hf://org/name", "revision": commit} == result["source"]
         assert hub.sent() < 300_000 and one_resolve_per_file(hub)
     assert "hf tp1, LlamaForCausalLM" in command(hub, tmp_path, "inspect", "hf://org/name").stdout
+
+
+def test_a_config_on_the_hub_for_shards_that_are_here(hub, model, tmp_path):
+    """Its companions are on the Hub too: asked for their real paths on this machine, they ended in a traceback."""
+    hub.add_folder("org/name", model)
+    reshard.convert(model, tmp_path / "megatron", format="megatron", tp=3, fsync=False)
+    (tmp_path / "megatron" / "config.json").unlink()
+    report = reshard.convert(tmp_path / "megatron", tmp_path / "out", format="hf", config="hf://org/name", fsync=False)
+    assert (tmp_path / "out" / "config.json").read_bytes() == (model / "config.json").read_bytes()
+    assert report.files and reshard.diff(model, tmp_path / "out")

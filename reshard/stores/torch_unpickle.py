@@ -30,7 +30,7 @@ from reshard.stores.torch_names import (
 )
 from reshard.stores.ziprecords import COPY, Archive
 
-_PICKLE_LIMIT = 256 << 20
+PICKLE_LIMIT = 256 << 20
 _LONGEST_NAME = 500  # of a module and of a class
 #: bounds on what a pickle may unfold to, so that a caller may walk the tree by plain recursion
 _DEPTH_LIMIT, _NODE_LIMIT = 200, 20_000_000
@@ -49,7 +49,7 @@ class Unpickler(pickle._Unpickler):
                                           pickle.EXT4, pickle.NEXT_BUFFER, pickle.READONLY_BUFFER, pickle.BYTEARRAY8)}  # fmt: skip
 
     def __init__(self, archive: Archive):
-        content = archive.content("data.pkl", _PICKLE_LIMIT)
+        content = archive.content("data.pkl", PICKLE_LIMIT)
         super().__init__(io.BytesIO(content))
         self.archive = archive
         self.budget = Budget((1 << 20) + 4 * len(content), "its calls copy bytes and items,")
@@ -107,7 +107,7 @@ class Unpickler(pickle._Unpickler):
                    "save plain tensors: torch.save({name: tensor, …}, path), sharded tensors (DTensor) made whole first")  # fmt: skip
 
     def _call(self, what: object, args: object) -> object:
-        if not isinstance(what, Global) or not isinstance(args, tuple):
+        if not isinstance(what, Global) or type(args) is not tuple:
             self._fail(f"its pickle calls a {type(what).__name__} with a {type(args).__name__}")
         key = (what.module, what.name)
         if key in self.calls:
@@ -187,9 +187,7 @@ class Unpickler(pickle._Unpickler):
     # tensors
 
     def persistent_load(self, pid: object) -> Storage:
-        if not (
-            isinstance(pid, tuple) and len(pid) == 5 and pid[0] == "storage" and isinstance(pid[1], Global) and isinstance(pid[2], str)
-        ):
+        if not (type(pid) is tuple and len(pid) == 5 and pid[0] == "storage" and isinstance(pid[1], Global) and isinstance(pid[2], str)):
             self._fail(f"its pickle refers to a {type(pid).__name__} where a storage is due")
         _, kind, key, _, count = pid
         if key in self.storages:
@@ -220,7 +218,7 @@ class Unpickler(pickle._Unpickler):
             self._fail("a tensor has no storage of a known dtype")
         if metadata:
             self._fail(f"a tensor is a lazily conjugated or negated view ({quote(metadata)})", "save tensor.resolve_conj().resolve_neg()")
-        if not (isinstance(shape, tuple) and isinstance(strides, tuple) and len(shape) == len(strides) <= 64):
+        if not (type(shape) is type(strides) is tuple and len(shape) == len(strides) <= 64):
             self._fail(f"a tensor has shape {quote(shape)} and strides {quote(strides)}")
         for n in (offset, *shape, *strides):
             if type(n) is not int or not 0 <= n < 1 << 63:
