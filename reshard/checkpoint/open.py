@@ -137,7 +137,9 @@ def unknown_architecture(settings: Mapping[str, object], contents: formats.Conte
         text += f"\nclosest is {family}, which leaves {count} of {len(names)} tensors unexplained:\n  {_listed(left)}"
     else:
         text += f"\n{family} explains the names of all {len(names)} tensors"
-    return LayoutError(text, f'`reshard layouts new` drafts a descriptor; it begins with extends = "{family}". Pass it with --layout FILE.toml')
+    return LayoutError(
+        text, f'`reshard layouts new` drafts a descriptor; it begins with extends = "{family}". Pass it with --layout FILE.toml'
+    )
 
 
 def _listed(names: list[str], shown: int = 12) -> str:

@@ -22,7 +22,8 @@ from reshard.layout import Layout, Mesh, Placement, Rank
 from reshard.layout.check import omitted, refuse_unheld
 from reshard.planner.batches import GAP, JOBS, Batch, batches, workers
 from reshard.planner.batches import peak as peak_of_fetching
-from reshard.planner.plan import Copy, Plan
+from reshard.planner.copies import Copy
+from reshard.planner.plan import Plan
 from reshard.planner.plan import plan as make_plan
 from reshard.planner.tiles import BUFFER, Portion, peak_buffer, portions
 from reshard.stores.beside import is_side_file

@@ -17,7 +17,8 @@ from reshard.geometry.block import Box, Id, Stored, contiguous_from, end
 from reshard.geometry.coverage import label
 from reshard.planner.batches import _split as cut_until
 from reshard.planner.batches import runs
-from reshard.planner.plan import Copy, Plan, where
+from reshard.planner.copies import Copy
+from reshard.planner.plan import Plan, where
 from reshard.planner.tiles import Tile, between, groups, sides, spans, split
 
 _LOSS_TILE = 2 << 20  # bytes

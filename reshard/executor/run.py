@@ -20,7 +20,8 @@ from reshard.executor.sources import InMemory, Source, Workspace
 from reshard.executor.threads import in_threads
 from reshard.geometry.block import Box, Stored, contiguous_from, volume
 from reshard.geometry.pieces import union_volume
-from reshard.planner.plan import Copy, Plan
+from reshard.planner.copies import Copy
+from reshard.planner.plan import Plan
 from reshard.planner.tiles import BUFFER, Portion, Tile, portions, split, tile_limit
 from reshard.planner.tiles import casts as casts_in
 

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from reshard.dtypes import DTYPE_SIZE
 from reshard.errors import FormatError
@@ -85,14 +85,14 @@ def read_metadata(path: Path) -> Metadata:
         raise archive.error(f"it is no metadata of {_HERE}'s ({type(error).__name__}: {quote(error)})") from None
 
 
-def _state(value: object, kind: str) -> dict:
+def _state(value: object, kind: str) -> dict[str, Any]:
     """The fields of an instance of DCP's class `kind`. Raises TypeError for anything else."""
     if not isinstance(value, Opaque) or value.name != kind or not value.module.startswith(_HERE) or not isinstance(value.state, dict):
         raise TypeError(f"{value.name if isinstance(value, Opaque) else type(value).__name__} where a {kind} is due")
     return value.state
 
 
-def _places(table: object) -> dict[tuple[str, Shape | None], tuple[str, int, int]]:
+def _places(table: Any) -> dict[tuple[str, Shape | None], tuple[str, int, int]]:
     """(name, offsets) → (file, first byte, bytes)."""
     out = {}
     for index, info in table.items():
@@ -118,7 +118,7 @@ def _tensors(table: Mapping[str, object], places: Mapping[tuple[str, Shape | Non
             continue
         state = _state(value, "TensorStorageMetadata")
         properties, size = state["properties"], _sizes(state["size"])
-        told = properties.state if isinstance(properties, Opaque) else None
+        told: Any = properties.state if isinstance(properties, Opaque) else None
         dtype = told[0] if isinstance(told, tuple) and told else told["dtype"]
         if not isinstance(dtype, DType) or dtype.name not in DTYPE_OF_NAME:
             raise ValueError(f"{name} is of dtype {dtype.name if isinstance(dtype, DType) else dtype}, which reshard does not know")
@@ -148,7 +148,8 @@ def locate(path: Path, items: Iterable[tuple[str, Item]]) -> list[TensorInfo]:
         file.seek(0)
         head = file.read(9)
     inside = None if head[:2] == b"PK" or head[8:9] != b"{" else safetensors.read(path)[0]  # SerializationFormat.SAFETENSORS
-    out = []
+    out: list[TensorInfo] = []
+    found: object
     for name, item in items:
         if inside is not None:
             found = inside.get(name)

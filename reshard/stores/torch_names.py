@@ -61,7 +61,7 @@ class Made:
 
     module: str
     name: str
-    args: tuple
+    args: tuple[object, ...]
     state: object = None
     called: bool = False
 
