@@ -11,7 +11,7 @@ from pathlib import Path
 
 from reshard.errors import FormatError
 from reshard.foreign import quote
-from reshard.formats import Contents, Folder, Format, OutFile, Target, parts, safe_join
+from reshard.formats import Contents, Folder, Format, OutFile, Target, parts
 from reshard.formats.manifest import read_manifest
 from reshard.formats.pieces import Piece, dealt
 from reshard.geometry.block import Stored
@@ -19,6 +19,7 @@ from reshard.geometry.regions import Chunk
 from reshard.layout import Mesh, Rules
 from reshard.layout.mesh import even_stages, grid
 from reshard.stores import dcp
+from reshard.stores.files import safe_join
 from reshard.text import some
 
 _FILE = re.compile(r"__([0-9]{1,6})_([0-9]{1,6})\.distcp")
