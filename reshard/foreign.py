@@ -57,10 +57,12 @@ def _pairs(value: object) -> int:
     return len(value) + sum([len(inner) for inner in value.values() if type(inner) is dict]) if type(value) is dict else -1
 
 
-def _unique(pairs: list[tuple[str, object]]) -> dict:
+def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
     table = dict(pairs)
     if len(table) != len(pairs):
         seen: set[str] = set()
-        twice = next(name for name, _ in pairs if name in seen or seen.add(name))
-        raise ValueError(f"the key {twice[:80]!r} stands twice")
+        for name, _ in pairs:
+            if name in seen:
+                raise ValueError(f"the key {name[:80]!r} stands twice")
+            seen.add(name)
     return table

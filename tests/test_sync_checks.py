@@ -6,7 +6,7 @@ from sync_world import LLAMA, World, blank, loaded, loopback
 
 from reshard import sync
 from reshard.demo import make_model
-from reshard.sync.checks import Sums, sent_and_taken
+from reshard.sync.checks import Sums, sent_and_taken, word_sums
 from reshard.sync.messages import rank_plan, sent_as_it_lies, taken_as_it_lies
 from reshard.sync.tensors import bind
 
@@ -125,3 +125,46 @@ def test_both_ends_sum_alike_and_see_a_bit_in_every_tensor(models, kind):
                 assert any(not torch.equal(own, taken[pair]) for pair, own in sums.run().items()), name
                 flat[-1] ^= 1
     assert sent.keys() == taken.keys() and all(torch.equal(sent[pair], taken[pair]) for pair in sent)
+
+
+def test_a_sum_sees_each_bit_and_each_exchange():
+    """Also of words in one column or one row, in one piece or two, or that differ in their highest bit alone, which a product with
+    an even difference loses."""
+    words = torch.randint(-(2**62), 2**62, (70000,), generator=torch.Generator().manual_seed(0))
+
+    def total(words):
+        return word_sums([words.split(40000)])[0]
+
+    whole = total(words)
+    for place in (0, 5, 2038, 2039, 39999, 40000, 69999):
+        for bit in range(64):
+            other = words.clone()
+            other[place] ^= (1 << bit) - (1 << 64 if bit == 63 else 0)
+            assert total(other) != whole
+    for a, b in ((0, 1), (3, 3 + 2039), (3, 3 + 2 * 2039), (5, 40005), (39000, 39999), (40000, 69999)):
+        other = words.clone()
+        other[[a, b]] = words[[b, a]]
+        assert total(other) != whole
+        other[b] = words[a] ^ -(1 << 63)
+        other[a] = words[a]
+        assert total(other) != total(
+            torch.where(torch.arange(70000) == a, other[b], torch.where(torch.arange(70000) == b, other[a], other))
+        )
+    assert total(words.flip(0)) != whole and total(words.roll(1)) != whole
+    rows = words[:69632].view(136, 512)  # heads
+    for a, b in ((0, 1), (7, 100), (3, 135)):
+        other = rows.clone()
+        other[[a, b]] = rows[[b, a]]
+        assert total(other.view(-1)) != total(rows.reshape(-1))
+    assert word_sums([[words], [rows.reshape(-1)]])[1] == word_sums([[rows.reshape(-1)]])[0]
+
+
+def test_a_sum_of_columns_alone_would_miss_an_exchange():
+    """The control: what each of the two kinds of sums is there for."""
+    words = torch.arange(3 * 2039)
+    down, across = words.clone(), words.clone()
+    down[[7, 7 + 2039]], across[[7, 8]] = words[[7 + 2039, 7]], words[[8, 7]]
+    square = [w.view(3, 2039) for w in (words, down, across)]
+    assert torch.equal(square[0].sum(0), square[1].sum(0)) and torch.equal(square[0].sum(1), square[2].sum(1))
+    sums = word_sums([[w] for w in (words, down, across)])
+    assert len(set(sums.tolist())) == 3

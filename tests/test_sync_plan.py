@@ -407,12 +407,12 @@ def test_what_does_not_fit_is_refused_by_name_all_at_once(models):
     bad["model.extra"] = torch.zeros(2)
     with pytest.raises(reshard.PlanError) as caught:
         bind(bad, side, 0, "destination")
-    assert caught.value.problems == (
+    assert set(caught.value.problems) == {
         "destination: model.embed_tokens.weight is missing, expected shape [96, 48]",
         "destination: model.norm.weight: shape [49], expected [48] on rank 0 of vllm tp2",
         "destination: lm_head.weight: dtype F32, expected BF16",
         "destination: model.extra: vllm tp2 has no such tensor on rank 0",
-    )
+    }
 
 
 def test_tied_weights_go_under_either_name_but_must_be_one(models):
@@ -445,23 +445,3 @@ def test_tensors_are_filled_as_they_lie(models):
         wanted = loaded(models / "llama", dst, r, tp=3)
         assert all(torch.equal(t, wanted[n]) for n, t in targets[r].items())
     assert {n: t.data_ptr() for n, t in targets[2].items()} == places
-
-
-# ------------------------------------------------------------------------------------------------------------------ the sums
-
-
-def test_a_sum_sees_each_bit_and_each_exchange():
-    from reshard.sync.checks import word_sum
-
-    words = torch.randint(-(2**62), 2**62, (70000,), generator=torch.Generator().manual_seed(0))
-    whole = word_sum(words)
-    for place in (0, 5, 32767, 32768, 65536, 69999):
-        for bit in (0, 31, 63):
-            other = words.clone()
-            other[place] ^= 1 << bit if bit < 63 else -(2**63)
-            assert word_sum(other) != whole
-    for a, b in ((0, 1), (3, 32771), (3, 65539), (40000, 69999)):
-        other = words.clone()
-        other[[a, b]] = words[[b, a]]
-        assert word_sum(other) != whole
-    assert word_sum(words.flip(0)) != whole

@@ -138,6 +138,8 @@ def say_what_is_lost(job) -> None:
     """Weights that the result lacks, and values that became infinite because that was allowed."""
     if job.left_out:
         click.echo(job.what_is_left_out())
+    if told := job.source.what_is_beside():
+        click.echo(told)
     for loss in job.casts.lost.values() if job.casts else ():
         click.echo(f"infinite now: {loss.words()}")
 

@@ -5,8 +5,9 @@ from pathlib import Path
 import click
 
 from reshard.errors import ReshardError
+from reshard.registry import FORMATS as KNOWN
 
-FORMATS = ["hf", "tp", "vllm", "sglang", "megatron", "rank-pt"]
+FORMATS = ["hf", *(name for name in KNOWN if name != "hf")]
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 

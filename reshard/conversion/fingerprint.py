@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Mapping
+from typing import Any
 
 from reshard import __version__
 from reshard.conversion.job import Job
@@ -12,7 +13,7 @@ from reshard.planner.plan import digest as digest_of
 from reshard.planner.tiles import MOST_PORTION, PORTION
 
 
-def first_note(job: Job) -> dict[str, object]:
+def first_note(job: Job) -> dict[str, Any]:
     """How the journal of `job` begins: whose work it is, for comparison and for messages."""
     return {
         "fingerprint": fingerprint(job),
@@ -75,7 +76,7 @@ def source_state(job: Job) -> str:
     return digest.hexdigest()
 
 
-def _add(digest, *values: object) -> None:
+def _add(digest: "hashlib._Hash", *values: object) -> None:
     digest.update(json.dumps(values, default=str).encode() + b"\n")
 
 

@@ -4,10 +4,10 @@
 """
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypedDict
 
 from reshard import formats
 from reshard.checkpoint import Checkpoint, read_config
@@ -23,6 +23,7 @@ from reshard.layout.check import omitted, refuse_unheld
 from reshard.layout.transforms import values_of
 from reshard.planner.batches import GAP, JOBS, Batch, batches, workers
 from reshard.planner.batches import peak as peak_of_fetching
+from reshard.planner.copies import Copy
 from reshard.planner.plan import Plan
 from reshard.planner.plan import plan as make_plan
 from reshard.planner.tiles import BUFFER, Portion, peak_buffer, portions
@@ -65,7 +66,7 @@ class Job:
         """The descriptors' table that the format follows."""
         return formats.get(self.format).section
 
-    def portions(self) -> list[Batch] | list[Portion]:
+    def portions(self) -> Sequence[Batch | Portion]:
         """The whole work in pieces that a journal notes by number."""
         return portions(self.plan) if self.batches is None else self.batches
 
@@ -81,7 +82,7 @@ class Job:
         return sum(file.image.size for file in self.folder.files)
 
     @property
-    def copies(self):
+    def copies(self) -> list[Copy]:
         return self.plan.copies
 
     @property
@@ -129,11 +130,13 @@ class Job:
         ]
         computed = sorted(set(self.dropped) - set(self.left_out))
         lines += [self.what_is_computed()] if self.plan.computes else []
-        lines += [self.what_is_left_out()] if self.left_out else []
+        left = self.what_is_left_out()
+        lines += [left] if left else []
         if computed:
             lines.append(
                 f"dropped: {count(len(computed), 'buffer')}, {human(source.dropped_bytes - source.left_out_bytes)}: {some(computed)}"
             )
+        lines += [told] if (told := source.what_is_beside()) else []
         lines += [f"padded: {some(plan.padded)}"] if plan.padded else []
         return "\n".join(lines)
 
@@ -146,7 +149,7 @@ class Job:
             else f"what lies between, up to {human(GAP)} at a time, costs less than another request"
         )
 
-    def to_json(self, path: str | None = None) -> dict:
+    def to_json(self, path: str | None = None) -> dict[str, object]:
         """The keys that `convert` and `plan` share (CLI.md)."""
         source = self.source
         return {
@@ -169,6 +172,7 @@ class Job:
             "dropped_bytes": source.dropped_bytes,
             "left_out": self.left_out,
             "left_out_bytes": left_out(source, self.not_held)["bytes"],
+            "beside": {key: {"tensors": number, "bytes": size} for key, (number, size) in source.beside.items()},
             "computed": self.plan.computes,
             "padded": self.plan.padded,
         }
@@ -209,23 +213,25 @@ def prepare(
     if format == "hf" and (mesh.tp, mesh.pp, mesh.ep) != (1, 1, 1):
         raise PlanError([f"format hf is whole: it has no {mesh}"], "leave --tp, --pp and --ep out, or use --to tp")
     placement = place(source, format, mesh, engine_version, engine_platform, dequantise)
-    ranks = placement.ranks if rank is None else [one_rank(placement, rank)]
-    plan = join_to(source, placement, dtype, ranks, complete=rank is None)
+    every = kind.rules.ranks(mesh) if kind.whole else placement.ranks  # those whose files there are
+    ranks = every if rank is None else [one_rank(every, mesh, rank)]
+    plan = join_to(source, placement, dtype, None if kind.whole else ranks, complete=rank is None)
     without = not_held(source, placement)
     engine_version = engine_version or kind.newest
-    target = Target(placement, ranks, engine_version, max_file)
-    folder = kind.write(target, plan.destinations)
+    target = Target(placement, ranks, engine_version, max_file, mesh if kind.whole else None)
+    folder = kind.write(target, list(plan.destinations))
     here = placed(plan.destinations, folder.pieces, complete=rank is None)
     if all(piece.region is None for piece in folder.pieces):
         plan = plan.located(here.stored)
     else:  # tensors that the format cuts itself: each of its pieces is a destination, counted like any
-        plan = join_to(source, placement, dtype, ranks, rank is None, here.stored)
+        plan = join_to(source, placement, dtype, None, rank is None, here.stored)
     sizes = {file.path: file.image.size for file in folder.files}
     native = native_dtypes(source, plan)
-    alone = rank is not None and len(placement.ranks) > 1
-    folder.small[MANIFEST] = manifest_bytes(format, placement.mesh, source.layout.name, engine_version, sizes, native, source.origin,
-                                            (rank, len(placement.ranks)) if alone else None, left_out(source, without), engine_platform)  # fmt: skip
-    if dtype or dequantise:
+    alone = rank is not None and len(every) > 1
+    folder.small[MANIFEST] = manifest_bytes(format, target.mesh, source.layout.name, engine_version, sizes, native, source.origin,
+                                            (rank, len(every)) if rank is not None and alone else None, left_out(source, without),
+                                            engine_platform)  # fmt: skip
+    if (dtype or dequantise) and source.config_path:
         config = without_quantisation(read_config(source.config_path)) if dequantise else dict(read_config(source.config_path))
         if dtype:
             key = "dtype" if "dtype" in config or "torch_dtype" not in config else "torch_dtype"
@@ -235,11 +241,18 @@ def prepare(
     fetched = batches(plan) if source.remote else None
     peak = peak_buffer(plan, jobs, buffer) if fetched is None else peak_of_fetching(workers(jobs, buffer))
     seen = {str(path): identity(path.stat()) for path in companions.values() if isinstance(path, Path)}
-    return Job(source, format, placement.mesh, placement.layout, plan, folder, companions, engine_version, engine_platform, dtype, peak, fetched, rank if alone else None, max_file, seen,
+    return Job(source, format, target.mesh, placement.layout, plan, folder, companions, engine_version, engine_platform, dtype, peak, fetched, rank if alone else None, max_file, seen,
                counting(allow_overflow), without)  # fmt: skip
 
 
-def left_out(source: Checkpoint, not_held: Iterable[Stored] = ()) -> dict:
+class LeftOut(TypedDict):
+    """Weights that a result lacks: their names, and their bytes."""
+
+    tensors: list[str]
+    bytes: int
+
+
+def left_out(source: Checkpoint, not_held: Iterable[Stored] = ()) -> LeftOut:
     """Weights in the files of `source` that no conversion carries, or (`not_held`) this one: their names, and their bytes."""
     every = [*source.left_out, *not_held]
     return {"tensors": sorted({stored.name for stored in every}), "bytes": sum(stored.size * DTYPE_SIZE[stored.dtype] for stored in every)}
@@ -294,15 +307,32 @@ def place(
         raise PlanError([f"ep={mesh.ep}, but {source.layout.name} is a model without experts"], "leave out --ep")
     version = kind.release(engine_version) if engine_version is not None else None
     kind.check_platform(engine_platform)
-    placement = Placement(layout, section.for_version(version), kind.rules, mesh, engine=version, platform=engine_platform)
+    if kind.whole:
+        if mesh != Mesh(mesh.tp):
+            raise PlanError(
+                [f"format {format} deals each tensor's rows out to ranks, which have no {mesh}"], "say how many with --tp, and nothing else"
+            )
+        mesh = Mesh()
+    placement = Placement(
+        layout, section.for_version(version).spelled(kind.forms), kind.rules, mesh, engine=version, platform=engine_platform
+    )
     refuse_unheld(placement, kind.section)
     return placement
 
 
-def one_rank(placement: Placement, number: int) -> Rank:
-    if not 0 <= number < len(placement.ranks):
-        raise PlanError([f"rank {number} does not exist on {placement.mesh}"], f"ranks are 0 to {len(placement.ranks) - 1}")
-    return placement.ranks[number]
+def one_rank(ranks: list[Rank], mesh: Mesh, number: int) -> Rank:
+    if not 0 <= number < len(ranks):
+        raise PlanError([f"rank {number} does not exist on {mesh}"], f"ranks are 0 to {len(ranks) - 1}")
+    return ranks[number]
+
+
+def rank_at(placement: Placement, at: tuple[int, ...]) -> Rank:
+    """The rank at (tp, pp), or (tp, pp, ep) where several stand there."""
+    found = [rank for rank in placement.ranks if (rank.tp, rank.pp, rank.ep)[: len(at)] == tuple(at)] if len(at) in (2, 3) else []
+    if not found or len({rank.ep for rank in found}) > 1:
+        text = f"no rank stands at {at}" if not found else f"{len(found)} ranks stand at {at}"
+        raise PlanError([f"{text} of {placement.mesh}"], "at is (tp, pp), or (tp, pp, ep), each from 0")
+    return found[0]
 
 
 def join_to(
@@ -337,7 +367,7 @@ def join_to(
 
 def native_dtypes(source: Checkpoint, plan: Plan) -> dict[str, str]:
     """The model's own dtype of each tensor that the destination's engine wants in another: noted, so that it comes back."""
-    wanted = {bare(key[0]): s.entry.dtype for s in plan.destinations if s.entry.dtype for key, _ in s.blocks}
+    wanted = {bare(key[0]): s.entry.dtype for s in plan.destinations if s.entry and s.entry.dtype for key, _ in s.blocks}
     if not wanted:
         return {}
     held = {bare(key[0]): s.dtype for s in source.stored for key, _ in s.blocks if bare(key[0]) in wanted}

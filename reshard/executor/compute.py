@@ -12,7 +12,7 @@ import numpy as np
 from reshard.dtypes import DTYPE_SIZE, words_of
 from reshard.errors import FormatError
 from reshard.executor.casts import Casts
-from reshard.executor.sources import Source, Workspace
+from reshard.executor.sources import InMemory, Source, Workspace
 from reshard.executor.values import Array, Given, evaluate, numbers, undefined
 from reshard.geometry.block import Block, Box, Stored, end, row_major
 from reshard.geometry.coverage import label
@@ -27,9 +27,10 @@ Write = Callable[[Stored, int, memoryview], None]
 Held = dict[tuple[object, ...], tuple[Box, Array]]
 
 
-def compute(tile: Tile, source: Source, write: Write, space: Workspace, casts: Casts | None) -> int:
+def compute(tile: Tile, source: Source | InMemory, write: Write, space: Workspace, casts: Casts | None) -> int:
     """Compute all boxes of a tile, and write them. Returns bytes read from the source."""
-    casts, held, read = casts or Casts(), {}, 0
+    held: Held = {}
+    casts, read = casts or Casts(), 0
     for parts in abreast(tile.computed, ELEMENTS):
         made: dict[tuple[int, str, str, int], list[tuple[Stored, Block, Array]]] = defaultdict(list)
         for part in parts:
@@ -49,7 +50,7 @@ def compute(tile: Tile, source: Source, write: Write, space: Workspace, casts: C
     return read
 
 
-def _operands(part: Computed, source: Source, space: Workspace, held: Held) -> tuple[int, tuple[Array, ...]]:
+def _operands(part: Computed, source: Source | InMemory, space: Workspace, held: Held) -> tuple[int, tuple[Array, ...]]:
     """Bytes read, and the operands of one part; one that is held from the part before is not read again."""
     read, out = 0, []
     for number, box in enumerate(part.operands):
@@ -62,13 +63,13 @@ def _operands(part: Computed, source: Source, space: Workspace, held: Held) -> t
     return read, tuple(out)
 
 
-def _gathered(copies: list[Copy], box: Box, source: Source, space: Workspace) -> tuple[int, Array]:
+def _gathered(copies: list[Copy], box: Box, source: Source | InMemory, space: Workspace) -> tuple[int, Array]:
     """Bytes read, and the numbers of an operand's box."""
     from reshard.executor.run import run_tile
 
     into = copies[0].dst
     words = np.empty(into.shape, words_of(DTYPE_SIZE[into.dtype]))
-    raw = memoryview(words.reshape(-1).view(np.uint8))
+    raw = words.reshape(-1).view(np.uint8).data
 
     def write(stored: Stored, element: int, content: memoryview) -> None:
         at = element * DTYPE_SIZE[stored.dtype]
@@ -101,4 +102,4 @@ def _write(blocks: list[tuple[Stored, Block, Array]], write: Write) -> None:
     for _, block, words in blocks:
         place = np.lib.stride_tricks.as_strided(buffer[block.offset - low :], words.shape, [s * words.itemsize for s in block.strides])
         np.copyto(place, words)
-    write(stored, low, memoryview(buffer.view(np.uint8)))
+    write(stored, low, buffer.view(np.uint8).data)

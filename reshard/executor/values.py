@@ -92,7 +92,8 @@ def fp4_scaled(given: Given) -> Array:
     at = [_index(each, given.box, low, len(given.box)) for each, (low, _) in zip(given.value.operands[0].axes[:-1], given.boxes[0])]
     packed = codes[(*at, inner % over.grain // 2)]
     nibbles = np.where(inner % 2, packed >> 4, packed & 15)
-    return np.ldexp(_FP4[nibbles], given.spread(1).view(np.uint8).astype(np.int32) - 127)
+    made: Array = np.ldexp(_FP4[nibbles], given.spread(1).view(np.uint8).astype(np.int32) - 127)
+    return made
 
 
 def fp8_scale(given: Given) -> Array:

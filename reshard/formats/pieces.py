@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from reshard.dtypes import DTYPE_SIZE
 from reshard.foreign import quote
-from reshard.geometry.block import Stored, restride, singles
+from reshard.geometry.block import Stored, chunk, restride, singles
 from reshard.geometry.regions import FlatRange, Region, boxes_of, outside, parts_in, shared, unsound
 from reshard.stores import TensorInfo
 from reshard.text import some
@@ -72,6 +72,14 @@ _WHOLE = (None, None, None, None)  # region, strides, holder and extent of a ten
 def pieces_of(file: str, held: Mapping[str, TensorInfo], rank: int = 0) -> list[Piece]:
     """The tensors of a file, each of them whole on `rank`."""
     return [Piece(file, at.offset, at.dtype, at.shape, name, rank, None, at.strides) for name, at in held.items()]
+
+
+def dealt(shape: tuple[int, ...], count: int, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
+    """Offsets and size of what `rank` of `count` has of a whole tensor, as FSDP2 deals out rows; None where it has nothing of it."""
+    if not shape:
+        return None if rank else ((), ())
+    low, high = chunk(shape[0], count, rank)
+    return ((low, *(0 for _ in shape[1:])), (high - low, *shape[1:])) if low < high else None
 
 
 @dataclass(frozen=True)

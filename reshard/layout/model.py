@@ -4,7 +4,7 @@ Everything is still symbolic here: sizes come from ``bind`` (``bound.py``), stor
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import NamedTuple
@@ -136,6 +136,13 @@ class Section:
         constants = tuple(c for c in self.constants if (c.place, c.label) not in names) + other.constants
         return replace(self, entries=kept + other.entries, constants=constants)
 
+    def spelled(self, forms: Container[str]) -> "Section":
+        """In those of its variants that are named in `forms`; where any are, what has a second name is stored under both."""
+        out = self
+        for name, _, variant in self.variants:
+            out = out.overlaid(variant) if name in forms else out
+        return replace(out, entries=tuple([replace(entry, alias=False) for entry in out.entries])) if forms else out
+
     def for_version(self, version: tuple[int, ...] | None) -> "Section":
         """As engine release `version` wants it; None is the newest known."""
         fitting = [variant for _, until, variant in self.variants if until and version is not None and not _newer(version, until)]
@@ -172,6 +179,7 @@ class Descriptor:
     replicate: tuple[str, ...]
     formats: Mapping[str, Section]
     path: str = ""  # of the user's own file; empty for those that come with reshard
+    doubts: tuple[tuple[str, str, str, str], ...] = ()  # (tensor, named, beside, says): what `layouts check` asks the author
 
     def section(self, format: str) -> Section:
         if format not in self.formats:

@@ -50,9 +50,20 @@ class Opaque:
 
     module: str
     name: str
-    args: tuple
+    args: tuple[object, ...]
     state: object = None
-    items: list = field(default_factory=list)
+    items: list[object] = field(default_factory=list)
+
+
+@dataclass(eq=False, slots=True)
+class Made:
+    """An instance to be written, of a class that is only named: made of nothing and given `state`, or `called` with `args`."""
+
+    module: str
+    name: str
+    args: tuple[object, ...]
+    state: object = None
+    called: bool = False
 
 
 @dataclass(frozen=True, slots=True)

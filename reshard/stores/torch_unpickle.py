@@ -9,7 +9,7 @@ import pickle
 import types
 from collections import OrderedDict
 from math import prod
-from typing import ClassVar, NoReturn
+from typing import ClassVar, NoReturn, Protocol
 
 from reshard.dtypes import DTYPE_SIZE
 from reshard.errors import FormatError
@@ -28,12 +28,25 @@ from reshard.stores.torch_names import (
     Storage,
     row_major_strides,
 )
-from reshard.stores.ziprecords import COPY, Archive
+from reshard.stores.ziprecords import COPY
 
-_PICKLE_LIMIT = 256 << 20
+PICKLE_LIMIT = 256 << 20
 _LONGEST_NAME = 500  # of a module and of a class
 #: bounds on what a pickle may unfold to, so that a caller may walk the tree by plain recursion
 _DEPTH_LIMIT, _NODE_LIMIT = 200, 20_000_000
+
+
+class Records(Protocol):
+    """What an unpickler asks of the file that its pickle lies in, from byte `start` to `end`."""
+
+    start: int
+    end: int
+
+    def content(self, key: str, limit: int) -> bytes: ...
+
+    def locate(self, key: str) -> tuple[int, int]: ...
+
+    def error(self, message: str, hint: str | None = ...) -> FormatError: ...
 
 
 class Unpickler(pickle._Unpickler):
@@ -48,8 +61,8 @@ class Unpickler(pickle._Unpickler):
                 if bytes((code,)) not in (pickle.INST, pickle.OBJ, pickle.NEWOBJ_EX, pickle.PERSID, pickle.EXT1, pickle.EXT2,
                                           pickle.EXT4, pickle.NEXT_BUFFER, pickle.READONLY_BUFFER, pickle.BYTEARRAY8)}  # fmt: skip
 
-    def __init__(self, archive: Archive):
-        content = archive.content("data.pkl", _PICKLE_LIMIT)
+    def __init__(self, archive: Records):
+        content = archive.content("data.pkl", PICKLE_LIMIT)
         super().__init__(io.BytesIO(content))
         self.archive = archive
         self.budget = Budget((1 << 20) + 4 * len(content), "its calls copy bytes and items,")

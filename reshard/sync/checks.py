@@ -1,12 +1,14 @@
 """Sums that show whether what arrived is what was sent, and whether replicas hold the same weights.
 
-The bytes of a box, in the order of its own axes, are read as 64-bit words; its sum is Σ word · r(place) mod 2^64, with an odd
-number r for every place. Both ends sum the same boxes, wherever these lie. A flipped bit changes the sum, and so do two
-exchanged heads, which an XOR misses. Small boxes are summed together, so that a step takes few passes whatever their number.
+The bytes of a box, in the order of its own axes, are read as 64-bit words and laid in rows of a prime number of columns; each
+column and each row is added up, mod 2^64, and these sums are mixed, each with the number of its place, and added. So a flipped
+bit always changes its column's sum, and two exchanged words (elements, heads) those of two columns or two rows, wherever they
+are. That takes one pass over memory and one over the cache, where a product for every word takes twice as long. Both ends sum the
+same boxes, wherever these lie. Small boxes are copied together, so that a step takes few passes whatever their number.
 """
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache
 
@@ -15,6 +17,7 @@ import torch
 from reshard.dtypes import DTYPE_SIZE
 from reshard.geometry.block import Box, Key, Stored
 from reshard.geometry.coverage import label
+from reshard.geometry.pieces import halved
 from reshard.sync.fp8 import quantise
 from reshard.sync.fp8_blocks import Blocks, scale_place
 from reshard.sync.messages import RankPlan
@@ -22,9 +25,10 @@ from reshard.sync.plan import SyncPlan
 from reshard.sync.staging import Copies
 from reshard.sync.tensors import DTYPES, Tensors, scales_of
 
-_TABLE = 1 << 15  # words that have a number each; beyond them the numbers repeat, times one for each repetition
+_COLUMNS = 2039  # a prime: no dimension of a model is a multiple of it, so that rows of a matrix never lie in step
 _SMALL = 1 << 16  # bytes: boxes of fewer are copied together and summed at once
-_PIECE = 8 << 20  # bytes summed at a time, where they must be copied or cast for it
+_PIECE = 1 << 20  # bytes summed at a time: they, and what is copied or cast for it, stay in a core's cache
+_TOGETHER = 256  # boxes whose sums are mixed at once
 
 
 @dataclass(frozen=True)
@@ -47,26 +51,41 @@ class Item:
         return tuple(stop - start for start, stop in self.box)
 
 
-@lru_cache(maxsize=8)
-def numbers(count: int, seed: int, device: torch.device) -> torch.Tensor:
-    """`count` odd 64-bit numbers (splitmix64)."""
-    x = torch.arange(1, count + 1, dtype=torch.int64, device=device) * -7046029254386353131 + seed
+def mix(x: torch.Tensor) -> torch.Tensor:
+    """A bijection of 64-bit numbers in which each bit of the input changes half of the output's (splitmix64's)."""
     for shift, factor in ((30, -4658895280553007687), (27, -7723592293110705685)):
         x = (x ^ ((x >> shift) & ((1 << (64 - shift)) - 1))) * factor
-    return (x ^ ((x >> 31) & ((1 << 33) - 1))) | 1
+    return x ^ ((x >> 31) & ((1 << 33) - 1))
 
 
-def word_sum(words: torch.Tensor) -> torch.Tensor:
-    """The sum of a 1-d int64 tensor, each word times the number of its place. 0-d."""
-    table, rows = numbers(_TABLE, 1, words.device), len(words) // _TABLE
-    factors = numbers(1 << 12, 2, words.device)  # for the repetitions of the table
-    rest = words[rows * _TABLE :]
-    total = (rest * table[: len(rest)]).sum() * factors[-1]
-    if rows:
-        square = words[: rows * _TABLE].view(rows, _TABLE)
-        by_row = torch.mv(square, table) if words.device.type == "cpu" else (square * table).sum(1)
-        total = total + (by_row * factors[torch.arange(rows, device=words.device) % len(factors)]).sum()
-    return total
+@lru_cache(maxsize=16)
+def numbers(count: int, seed: int, device: torch.device) -> torch.Tensor:
+    """`count` 64-bit numbers, one for each place."""
+    return mix(torch.arange(1, count + 1, dtype=torch.int64, device=device) * -7046029254386353131 + seed)
+
+
+def word_sums(boxes: Iterable[Iterable[torch.Tensor]]) -> torch.Tensor:
+    """The sum of each box, given as pieces: 1-d int64 tensors of its words. 1-d; the boxes lie on one device."""
+    columns, rows, counts = [], [], []
+    for pieces in boxes:
+        total, before = None, len(rows)
+        for words in pieces:
+            square = words[: len(words) // _COLUMNS * _COLUMNS].view(-1, _COLUMNS)
+            rest, own = words[square.numel() :], square.sum(0)
+            rows.append(square.sum(1))
+            if len(rest):
+                own[: len(rest)] += rest
+                rows.append(rest.sum().view(1))
+            total = own if total is None else total.add_(own)
+        columns.append(total)
+        counts.append(sum(map(len, rows[before:])))
+    table, flat = torch.stack(columns), torch.cat(rows)
+    owners = torch.repeat_interleave(torch.tensor(counts)).to(flat.device)
+    starts = torch.tensor([0, *counts[:-1]]).cumsum(0).to(flat.device)
+    places = torch.arange(len(flat), device=flat.device) - starts[owners]
+    most = 1 << max(counts).bit_length()
+    out = mix(table ^ numbers(_COLUMNS, 1, flat.device)).sum(1)
+    return out.index_add_(0, owners, mix(flat ^ numbers(most, 2, flat.device)[places]))
 
 
 class Sums:
@@ -106,23 +125,20 @@ class Sums:
 
     def run(self) -> dict[tuple[int, int], torch.Tensor]:
         """Per pair of processes one int64 for each label, on the CPU."""
-        #: per device: places among all sums, factors, values
-        found: dict[torch.device, tuple[list[int], list[int], list[torch.Tensor]]] = defaultdict(lambda: ([], [], []))
+        out = torch.zeros(self.size, dtype=torch.int64)
+        scratch: dict[torch.device, torch.Tensor] = {}
 
-        def add(place: int, factor: int, view: torch.Tensor, shape: tuple[int, ...], wire: str) -> None:
-            for number, piece in enumerate(_pieces(view.reshape(shape), wire)):
-                for row, value in zip(found[piece.device], (place, _wrapped(factor * _odd(number)), word_sum(_words(piece, wire)))):
-                    row.append(value)
+        def add(boxes: list[tuple[int, int, torch.Tensor, tuple[int, ...], str]]) -> None:
+            values = word_sums(_words(view.reshape(shape), wire, scratch) for _, _, view, shape, wire in boxes).cpu()
+            out.index_add_(0, torch.tensor([b[0] for b in boxes]), values * torch.tensor([_wrapped(b[1]) for b in boxes]))
 
-        for whole in self._whole:
-            add(*whole)
+        for device in {view.device for _, _, view, _, _ in self._whole}:
+            own = [whole for whole in self._whole if whole[2].device == device]
+            for low in range(0, len(own), _TOGETHER):
+                add(own[low : low + _TOGETHER])
         for place, factor, view, shape, blocks in self._to_quantise:
             fp8, scales = quantise(view, blocks)
-            add(place, factor, fp8, shape, "F8_E4M3")
-            add(place, factor * 3, scales, blocks.grid, "F32")
-        out = torch.zeros(self.size, dtype=torch.int64)
-        for places, factors, values in found.values():
-            out.index_add_(0, torch.tensor(places), torch.stack(values).cpu() * torch.tensor(factors))
+            add([(place, factor, fp8, shape, "F8_E4M3"), (place, factor * 3, scales, blocks.grid, "F32")])
         for batch in self._batches:
             out.index_add_(0, torch.tensor(batch.places), batch.sums().cpu() * torch.tensor(batch.factors))
         return {pair: out[where] for pair, where in self._places.items()}
@@ -141,7 +157,7 @@ class _Batch:
 
     def takes(self, place: int, factor: int, values: torch.Tensor, wire: str) -> bool:
         words = -(-values.numel() * DTYPE_SIZE[wire] // 8)
-        if self.values and self.filled + words > _TABLE:
+        if self.values and self.filled + words > _SMALL:  # words
             return False
         self.filled += words
         self.places.append(place)
@@ -160,7 +176,7 @@ class _Batch:
             copies.add(flat[8 * start : 8 * start + size].view(DTYPES[wire]).view(values.shape), values)
             start = stop
         copies.run()
-        upto = (words * numbers(_TABLE, 1, device)[: len(words)]).cumsum(0)[torch.tensor(self.ends, device=device) - 1]
+        upto = mix(words ^ numbers(_SMALL, 3, device)[: len(words)]).cumsum(0)[torch.tensor(self.ends, device=device) - 1]
         return torch.diff(upto, prepend=upto.new_zeros(1))
 
 
@@ -174,25 +190,22 @@ def _scales(item: Item, tensors: Tensors) -> torch.Tensor:
     return tensors[scales_of(item.stored.id)].view(item.blocks.grid, offset, (step, 1))
 
 
-def _pieces(values: torch.Tensor, wire: str) -> Iterable[torch.Tensor]:
-    """A box in pieces of about _PIECE bytes along its first axis: as many at both ends, however it lies."""
-    size = values.numel() * DTYPE_SIZE[wire]
-    axis = next((axis for axis, n in enumerate(values.shape) if n > 1), None)
-    if size <= _PIECE or axis is None:
-        return (values,)
-    return values.split(max(1, _PIECE * values.shape[axis] // size), axis)
-
-
-def _words(values: torch.Tensor, wire: str) -> torch.Tensor:
-    """The bytes of `values` as elements of `wire`, row-major, as int64 words, the last one filled up with zeros."""
-    kind, count = DTYPES[wire], values.numel()
-    size = count * kind.itemsize
-    if values.dtype == kind and size % 8 == 0 and values.is_contiguous() and values.storage_offset() * kind.itemsize % 8 == 0:
-        return values.view(-1).view(torch.int64)
-    words = torch.empty(-(-size // 8), dtype=torch.int64, device=values.device)
-    words[-1:] = 0
-    words.view(torch.uint8)[:size].view(kind).view(values.shape).copy_(values)
-    return words
+def _words(values: torch.Tensor, wire: str, scratch: dict[torch.device, torch.Tensor]) -> Iterator[torch.Tensor]:
+    """The bytes of a box as elements of `wire`, row-major, as int64 words: in pieces, as many at both ends however it lies, the
+    last word of each filled up with zeros. What must be copied or cast for it is good until the next piece."""
+    kind = DTYPES[wire]
+    for box in halved(tuple((0, n) for n in values.shape), _PIECE // kind.itemsize):
+        piece = values[tuple(slice(*ends) for ends in box)]
+        size = piece.numel() * kind.itemsize
+        if piece.dtype == kind and size % 8 == 0 and piece.is_contiguous() and piece.storage_offset() * kind.itemsize % 8 == 0:
+            yield piece.view(-1).view(torch.int64)
+            continue
+        if scratch.get(piece.device) is None:
+            scratch[piece.device] = torch.empty(_PIECE // 8, dtype=torch.int64, device=piece.device)
+        words = scratch[piece.device][: -(-size // 8)]
+        words[-1:] = 0
+        words.view(torch.uint8)[:size].view(kind).view(piece.shape).copy_(piece)
+        yield words
 
 
 def _odd(number: int) -> int:
@@ -223,15 +236,18 @@ def sent_and_taken(part: RankPlan) -> tuple[dict[tuple[int, int], list[Item]], d
     return dict(sent), dict(taken)
 
 
-def replicated(plan: SyncPlan, process: int) -> dict[tuple[int, int], list[Item]]:
-    """What this process holds of the weights and others hold too, per (replica, first holder): replicas compare with the first."""
+def replicated(plan: SyncPlan, part: RankPlan) -> dict[tuple[int, int], list[Item]]:
+    """What this process holds of the weights and others hold too, per (replica, first holder): replicas compare with the first. Of
+    a window of the source, what belongs to it, among processes that hold the same tensors."""
     found: dict[tuple[int, int], list[Item]] = defaultdict(list)
-    for (key, box), (holders, stored, block) in plan.shared(process).items():
-        first = holders[0]
+    here = None if part.gives is None else {s.id for s in part.gives}
+    for (key, box), (holders, stored, block) in plan.shared(part.process).items():
+        if here is not None:
+            holders = tuple(p for p in holders if p in plan.source.at(stored.rank)) if stored.id in here else ()
         item = Item(key, box, stored.dtype, stored, block.offset, block.strides)
         for other in holders[1:]:
-            if process in (first, other):
-                found[other, first].append(item)
+            if part.process in (holders[0], other):
+                found[other, holders[0]].append(item)
     return dict(found)
 
 
