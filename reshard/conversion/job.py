@@ -18,7 +18,7 @@ from reshard.formats.manifest import NAME as MANIFEST
 from reshard.formats.manifest import manifest_bytes
 from reshard.formats.pieces import placed
 from reshard.geometry.block import Stored
-from reshard.layout import Layout, Mesh, Placement, Rank
+from reshard.layout import Entry, Layout, Mesh, Placement, Rank
 from reshard.layout.check import omitted, refuse_unheld
 from reshard.layout.transforms import values_of
 from reshard.planner.batches import GAP, JOBS, Batch, batches, workers
@@ -350,7 +350,7 @@ def join_to(
     if placement.problems:
         raise PlanError(placement.problems, split_hint(placement))
     keep = [t.name for t in source.layout.descriptor.tensors.values() if t.dtype]
-    held = (s.entry for s in source.stored if s.entry.transform)
+    held = (s.entry for s in source.stored if isinstance(s.entry, Entry) and s.entry.transform)
     return make_plan(
         source.stored,
         destinations,
