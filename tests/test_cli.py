@@ -11,8 +11,8 @@ import pytest
 
 import reshard
 from reshard import cli
-from reshard.layout import builtin_descriptors
 from reshard.demo import make_model
+from reshard.layout import builtin_descriptors
 
 
 @pytest.fixture

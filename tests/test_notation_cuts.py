@@ -58,7 +58,7 @@ def test_two_groups_on_four_ranks_are_refused(tmp_path):
 
 def test_a_transform_that_cannot_be_run_is_refused(tmp_path):
     layout = bound(tmp_path, MAMBA, SSM)
-    placement = Placement(layout, layout.section("vllm"), formats.get("vllm").rules, Mesh())
+    placement = Placement(layout, layout.section("vllm"), formats.get("vllm").rules, Mesh(), transforms=frozenset())
     entries = {s.entry.transform for s in placement.stored()}
     assert entries == {None, "minus_exp"} and any("holds minus_exp of a_log" in problem for problem in placement.problems)
 

@@ -20,6 +20,7 @@ from reshard.formats.pieces import placed
 from reshard.geometry.block import Stored
 from reshard.layout import Layout, Mesh, Placement, Rank
 from reshard.layout.check import omitted, refuse_unheld
+from reshard.layout.transforms import transforms
 from reshard.planner.batches import GAP, JOBS, Batch, batches, workers
 from reshard.planner.batches import peak as peak_of_fetching
 from reshard.planner.copies import Copy
@@ -350,16 +351,17 @@ def join_to(
         omitted=omitted(placement),
         complete=complete,
         check=complete,
-        values=source.layout.values,
+        values={**source.layout.values, **transforms(source.layout)},
     )
 
 
 def native_dtypes(source: Checkpoint, plan: Plan) -> dict[str, str]:
     """The model's own dtype of each tensor that the destination's engine wants in another: noted, so that it comes back."""
-    wanted = {key[0]: s.entry.dtype for s in plan.destinations if s.entry and s.entry.dtype for key, _ in s.blocks}
+    name_of = source.layout.tensor_of
+    wanted = {name_of(key[0]).name: s.entry.dtype for s in plan.destinations if s.entry and s.entry.dtype for key, _ in s.blocks}
     if not wanted:
         return {}
-    held = {key[0]: s.dtype for s in source.stored for key, _ in s.blocks if key[0] in wanted}
+    held = {name: s.dtype for s in source.stored for key, _ in s.blocks if (name := name_of(key[0]).name) in wanted}
     return {name: own for name in wanted for own in [source.native.get(name, held[name])] if own != wanted[name]}
 
 

@@ -157,12 +157,16 @@ class Layout:
 
     def shape_of(self, key: tuple) -> tuple[int, ...]:
         """Size per axis of the tensor `key` names: its name, its place's number, its expert's, where it has them."""
-        tensor = self.descriptor.tensors[key[0]]
+        tensor = self.tensor_of(key[0])
         number = key[1] if tensor.index and tensor.index[0] == tensor.place else None
         at = "shape", key[0], number
         if at not in self._cache:
             self._cache[at] = self.shape(tensor, number)
         return self._cache[at]
+
+    def tensor_of(self, name: str) -> Tensor:
+        """The tensor of the model that `name` is, or is a stored function of."""
+        return self.descriptor.tensors.get(name) or self.descriptor.tensors[name.rpartition(".")[0]]
 
     def exists(self, tensor: Tensor, number: int | None = None) -> bool:
         """Whether the model has `tensor` (in layer `number`)."""

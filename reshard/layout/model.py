@@ -90,6 +90,11 @@ class Entry:
         return fused_dim(tensors[self.of[0]].dims, self.dims_of(tensors[self.of[0]]))
 
 
+def transformed(name: str, transform: str | None) -> str:
+    """What the stored value of tensor `name` is called, where a format holds a function of it."""
+    return f"{name}.{transform}" if transform else name
+
+
 class Constant(NamedTuple):
     """A tensor that an engine demands beside the weights, the same in every model: a template of names and one value."""
 

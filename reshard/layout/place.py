@@ -14,10 +14,11 @@ from reshard.foreign import quote
 from reshard.geometry.block import Part, Stored, chunk
 from reshard.geometry.regions import slice_dim
 from reshard.layout.bound import Layout, Scope
+from reshard.layout.entries import TRANSFORMS
 from reshard.layout.expressions import evaluate, holds
 from reshard.layout.fusion import Item, fuse
 from reshard.layout.mesh import Mesh, Rank, Rules, expert_cut
-from reshard.layout.model import Constant, Entry, Section, Tensor
+from reshard.layout.model import Constant, Entry, Section, Tensor, transformed
 from reshard.layout.values import PLATFORMS
 
 #: tensors in order, as (the numbers of the first, how many count up from its last number)
@@ -61,7 +62,7 @@ class Placement:
     engine: tuple[int, ...] | None = None  # the engine's release; None is the newest known
     platform: str | None = None  # what the engine runs on: one of PLATFORMS; None is the first
     problems: list[str] = field(default_factory=list)
-    transforms: frozenset[str] = frozenset()
+    transforms: frozenset[str] = frozenset(TRANSFORMS)
     _patterns: dict = field(default_factory=dict, repr=False)
 
     def __post_init__(self):
@@ -262,6 +263,8 @@ class Placement:
                 pad = sum(block.size for _, block in filled) - sum(block.size for _, block in blocks)
                 if not entry.pad:
                     pad += prod(shape) - sum(block.size for _, block in filled)
+            if entry.transform:
+                blocks = [(transformed(name, entry.transform), block) for name, block in blocks]
             pattern.geometry[at] = shape, blocks, pad
         return pattern.geometry[at]
 

@@ -105,7 +105,9 @@ class Side:
         kind, mesh, processes = formats.get(format), Mesh(tp, pp, ep, etp), list(ranks)
         section = layout.section(kind.section)
         version = parse_version(engine_version) if engine_version else None
-        placement = Placement(layout, spelled(section.for_version(version), section, variants), kind.rules, mesh, engine=version)
+        placement = Placement(
+            layout, spelled(section.for_version(version), section, variants), kind.rules, mesh, engine=version, transforms=frozenset()
+        )
         numbers = _numbers(format, placement, len(processes))
         stored: list[list[Stored]] = [[] for _ in placement.ranks]
         for s in placement.stored():
