@@ -3,7 +3,7 @@
     python scripts/sync_vllm.py [--family llama] [--tp 1] [--updates 3]
 
 After each update the engine's log-probabilities of the prompts must be those that transformers computes from the trainers' weights
-(float32, within 1e-3); before it they must not be. The engine's control calls go over a socket, as its HTTP client's would.
+(float32, within 1e-3); before it they must not be. At last one trainer lacks a tensor: all must hear of it, and the engine be as it was. The engine's control calls go over a socket, as its HTTP client's would.
 """
 
 import argparse
@@ -85,9 +85,20 @@ def trainer(folder: str, rank: int, told: dict) -> None:
         if rank == 0:
             client._call("check", {"step": step, "after": True, "sent": stats.sent, "seconds": stats.seconds})
         dist.barrier()
+    held = dict(model.named_parameters())
+    if rank:
+        held.pop("model.layers.0.mlp.down_proj.weight")
+    engine.source = held
+    try:
+        engine.send_weights()
+        refused = False
+    except Exception as error:  # noqa: BLE001  of Sync here, of the engine's answer on rank 0
+        refused = "down_proj" in f"{error} {error.__context__}"
     if rank == 0:
+        client._call("check", {"step": told["updates"] - 1, "after": True, "refused": refused})
         client._call("bye", {})
     engine.shutdown()
+    sys.exit(0 if refused else 1)
 
 
 def main() -> int:
@@ -108,7 +119,7 @@ def run(args, scratch: str) -> int:
 
     entry_points(Path(scratch) / "site")
     os.environ["PYTHONPATH"] = os.pathsep.join([str(HERE.parent), f"{scratch}/site"])
-    os.environ |= {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", "OMP_NUM_THREADS": "1"}
+    os.environ |= {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", "OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
     folder = f"{scratch}/hf"
     make(families()[args.family]["config"], Path(folder), dtype="float32")
     reference = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
@@ -156,7 +167,7 @@ def run(args, scratch: str) -> int:
                     control.send({"error": repr(error)})
         codes = [process.wait(120) for process in ranks]
     good = [row["max_abs_dlogprob"] < 1e-3 if row["after"] else row["max_abs_dlogprob"] > 1e-2 for row in rows]
-    passed = codes == [0, 0] and len(rows) == 2 * args.updates and all(good)
+    passed = codes == [0, 0] and len(rows) == 2 * args.updates + 1 and all(good) and rows[-1]["refused"]
     print(json.dumps({"passed": passed, "family": args.family, "tp": args.tp, "updates": args.updates}))
     return int(not passed)
 
