@@ -25,7 +25,7 @@ def open_checkpoint(
     *,
     format: str | None = None,
     layout: str | Path | None = None,
-    config: str | Path | None = None,
+    config: str | AnyPath | None = None,
     cache: bool = False,
 ) -> Checkpoint:
     """Read the headers of the checkpoint in folder `path`, and match them with its layout.
@@ -112,7 +112,7 @@ def _matched(
 def unknown_architecture(settings: Mapping[str, object], contents: formats.Contents) -> LayoutError:
     """The error for a model that no descriptor lists: which family comes closest, and what it leaves unexplained."""
     names = {piece.name for piece in contents.pieces}
-    best: tuple[int, str, list[str]] | None = None
+    best: tuple[tuple[int, ...], str, list[str]] | None = None
     for family, descriptor in builtin_descriptors().items():
         try:
             bound = descriptor.bind(model_config(settings))
@@ -120,21 +120,23 @@ def unknown_architecture(settings: Mapping[str, object], contents: formats.Conte
             all_entries = section.entries + tuple(e for _, _, variant in section.variants for e in variant.entries)
             rules = formats.get("hf").rules
             known = {s.name for s in Placement(bound, replace(section, entries=all_entries), rules, Mesh()).stored(aliases=True)}
+            lacking = sum(s.name not in names for s in Placement(bound, section, rules, Mesh()).stored())
         except LayoutError:
             continue
         left = sorted(names - known)
-        if best is None or len(left) < best[0]:
-            best = len(left), family, left
+        score = len(left), lacking, -len(descriptor.formats), len(descriptor.tensors), -len(descriptor.architectures)
+        if best is None or score < best[0]:
+            best = score, family, left
     architecture = quote(", ".join(architectures(settings) or ["(config.json names none)"]))
     text = f"no layout descriptor for architecture {architecture}"
     if contents.layout:
         return LayoutError(f"{text}; its files were written by layout {quote(contents.layout)}", "pass that layout's file with --layout")
-    if best is None or best[0] == len(names):
+    if best is None or len(best[2]) == len(names):
         text += f", and no family explains any of its {len(names)} tensors:\n  {_listed(sorted(names))}"
         return LayoutError(text, "`reshard layouts new` drafts a descriptor (docs/guides/descriptor.md); pass it with --layout FILE.toml")
-    count, family, left = best
-    if count:
-        text += f"\nclosest is {family}, which leaves {count} of {len(names)} tensors unexplained:\n  {_listed(left)}"
+    _, family, left = best
+    if left:
+        text += f"\nclosest is {family}, which leaves {len(left)} of {len(names)} tensors unexplained:\n  {_listed(left)}"
     else:
         text += f"\n{family} explains the names of all {len(names)} tensors"
     return LayoutError(

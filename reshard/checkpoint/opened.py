@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -68,6 +69,12 @@ class Checkpoint:
     @property
     def files(self) -> list[str]:
         return sorted({stored.file for stored in self.stored})
+
+    @property
+    def parameters(self) -> int:
+        """Numbers in the model's tensors, each tensor counted once, however many files hold it."""
+        keys = {key for stored in self.stored for part in stored.parts for key, _ in part.each()}
+        return sum(prod(self.layout.shape_of(key)) for key in keys)
 
     @property
     def bytes(self) -> int:

@@ -175,7 +175,7 @@ def say_pushed(done, result: dict, as_json: bool, quiet: bool) -> None:
 
 
 @click.command()
-@click.argument("src", type=Place())
+@click.argument("src", type=Place(), required=False)
 @target_options
 @source_options
 @rank_option
@@ -185,16 +185,29 @@ def say_pushed(done, result: dict, as_json: bool, quiet: bool) -> None:
 def plan(
     src, to, tp, pp, ep, etp, dtype, dequantise, engine_version, engine_platform, from_, layout, config, rank, bandwidth, report, as_json
 ):
-    """Tell which bytes a conversion of SRC would read and write, per rank. Writes nothing."""
-    job = planned(opened(src, from_, layout, config), to, tp, pp, ep, etp, dtype, dequantise, engine_version, engine_platform, rank=rank)
+    """Tell which bytes a conversion of SRC would read and write, per rank. Writes nothing.
+
+    Without SRC, of the model that --config describes: names and shapes alone, no weights."""
+    if src is None:
+        if config is None or from_:
+            raise click.UsageError("name SRC, or the config.json of a model with --config")
+        from reshard.checkpoint import describe_checkpoint
+
+        source = describe_checkpoint(config, layout)
+    else:
+        source = opened(src, from_, layout, config)
+    job = planned(source, to, tp, pp, ep, etp, dtype, dequantise, engine_version, engine_platform, rank=rank)
     if report:
         from reshard.pages.plan import plan_page
 
         report.write_text(plan_page(job))
     if as_json:
         extra = {"seconds_at_bandwidth": (job.bytes_read + job.bytes_written) / bandwidth} if bandwidth else {}
+        extra |= {"parameters": source.parameters} if src is None else {}
         click.echo(json.dumps({"ok": True, **job.to_json(), "ranks": job.ranks(), **extra}))
         return
     click.echo(job.describe())
+    if src is None:
+        click.echo(f"{source.parameters:,} parameters, by config.json alone; a tower beside the text model is not in it")
     if bandwidth:
         click.echo(f"at {human(bandwidth)}/s: {(job.bytes_read + job.bytes_written) / bandwidth:.3g} s")
