@@ -62,7 +62,13 @@ def _nearest(shapes: Shapes, settings: Mapping[str, object], without: frozenset[
         if name in without:
             continue
         for candidate in _bound(descriptor, settings, shapes):
-            score = candidate.apart(shapes), len(candidate.switches), -len(descriptor.formats), len(descriptor.tensors), -len(descriptor.architectures)
+            score = (
+                candidate.apart(shapes),
+                len(candidate.switches),
+                -len(descriptor.formats),
+                len(descriptor.tensors),
+                -len(descriptor.architectures),
+            )
             if candidate.agreeing(shapes) and (best is None or score < best[0]):
                 best = score, candidate
     if best is None:

@@ -1,14 +1,13 @@
 """The model's config.json: where it is, and the numbers of its language model."""
 
 from collections.abc import Mapping
-from pathlib import Path
 
 from reshard.errors import FormatError
 from reshard.hub import folder_of
 from reshard.stores.files import AnyPath, read_json
 
 
-def find_config(folder: AnyPath, config: str | Path | None) -> AnyPath:
+def find_config(folder: AnyPath, config: str | AnyPath | None) -> AnyPath:
     if config is not None:
         path = folder_of(config)
         path = path / "config.json" if path.is_dir() else path

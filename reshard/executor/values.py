@@ -6,14 +6,14 @@ like any other. Arithmetic is in float32 where the frameworks' own is.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any
 
 import numpy as np
 
 from reshard.dtypes import numbers_of
 from reshard.geometry.block import Box
-from reshard.planner.values import Operand, Over, Value
+from reshard.planner.values import Over, Value
 
 Array = np.ndarray[Any, Any]
 
@@ -36,19 +36,15 @@ class Given:
         return dict(self.value.settings)
 
     def spread(self, number: int) -> Array:
-        """Operand `number` with an element for each of the result's: where several share one, it is repeated. Axes of the operand
-        that lie over none of the result's stay, last."""
+        """Operand `number` with an element for each of the result's: where several share one, it is repeated. Its axes lie over
+        the result's in their order; what it does not depend on has size 1."""
         array, operand = self.arrays[number], self.value.operands[number]
-        rank, own = len(self.box), [axis for axis, over in enumerate(operand.axes) if not over.axes]
-        if len(operand.axes) == rank and operand.axes == Operand.alike(operand.name, tuple(over.size for over in operand.axes)).axes:
-            return array
-        at = [_index(over, self.box, low, rank) for over, (low, _) in zip(operand.axes, self.boxes[number])]
-        tail = len(own)
-        for place, axis in enumerate(own):
-            at[axis] = np.arange(array.shape[axis]).reshape((1,) * rank + (1,) * place + (-1,) + (1,) * (tail - place - 1))
-        if not at:
-            return array
-        return array[tuple(index if axis in own else index.reshape(index.shape + (1,) * tail) for axis, index in enumerate(at))]
+        for axis, over in reversed(list(enumerate(operand.axes))):  # the innermost first: what is repeated of it is still small
+            index = _index(over, self.box, self.boxes[number][axis][0], len(self.box)).ravel()
+            if len(index) != array.shape[axis] or over.grain > 1:
+                array = np.take(array, index, axis=axis)
+        covered = {axis for over in operand.axes for axis in over.axes}
+        return array.reshape([n if axis in covered else 1 for axis, n in enumerate(self.shape)])
 
     def position(self, axis: int) -> Array:
         """The place of each element of the box along `axis` of the result."""
@@ -67,7 +63,20 @@ def _index(over: Over, box: Box, low: int, rank: int) -> Array:
 
 def scaled(given: Given) -> Array:
     """Codes times the scales of their blocks (DeepSeek's `weight_scale_inv`, compressed-tensors' `weight_scale`: both are multiplied)."""
-    return given.spread(0).astype(np.float32) * given.spread(1).astype(np.float32)
+    return _decoded(given.spread(0)) * given.spread(1).astype(np.float32)
+
+
+def _decoded(codes: Array) -> Array:
+    """The values of codes of one byte: looked up, which is three times as fast as converted."""
+    if codes.dtype.itemsize > 1:
+        return codes.astype(np.float32)
+    return np.take(_values_of(codes.dtype), codes.view(np.uint8), mode="clip")  # no byte is past 255: nothing to check
+
+
+@lru_cache
+def _values_of(dtype: np.dtype[Any]) -> Array:
+    with np.errstate(invalid="ignore"):
+        return np.arange(256, dtype=np.uint8).view(dtype).astype(np.float32)
 
 
 #: the values of FP4 (E2M1), by code. Source: OCP Microscaling Formats specification, 5.3.3
@@ -95,11 +104,11 @@ def minus_one(given: Given) -> Array:
 
 
 def minus_exp(given: Given) -> Array:
-    return -np.exp(given.arrays[0].astype(np.float32))
+    return (-np.exp(given.arrays[0].astype(np.float64))).astype(np.float32)
 
 
 def log_minus(given: Given) -> Array:
-    return np.log(-given.arrays[0].astype(np.float32))
+    return np.log(-given.arrays[0].astype(np.float64)).astype(np.float32)
 
 
 def merged(given: Given) -> Array:
@@ -126,6 +135,14 @@ def evaluate(given: Given) -> tuple[Array, str]:
     with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
         out = np.ascontiguousarray(np.broadcast_to(FUNCTIONS[given.value.function](given), given.shape))
     return out, _WORDS[out.dtype.name]
+
+
+def undefined(given: Given, out: Array) -> int:
+    """How many elements have no value, though all that they are computed from are numbers."""
+    lost = np.isnan(out)
+    if not lost.any() or any(np.isnan(array.astype(np.float32)).any() for array in given.arrays if array.dtype.kind not in "iu"):
+        return 0
+    return int(np.count_nonzero(lost))
 
 
 def numbers(words: Array, dtype: str) -> Array:

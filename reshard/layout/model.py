@@ -14,6 +14,9 @@ from reshard.foreign import quote
 from reshard.layout.expressions import names_in
 from reshard.layout.fusion import Group, fused_dim, stored_dims
 
+#: the functions of a tensor that an entry may hold, each with its inverse; ``executor/values.py`` runs them
+TRANSFORMS = {"minus_exp": "log_minus", "minus_one": "plus_one", "plus_one": "minus_one"}
+
 Dims = tuple[tuple[str, ...], ...]
 
 
