@@ -122,11 +122,18 @@ def configs() -> list[dict]:
     return [json.loads(path.read_text())["config"] for path in sorted((Path(__file__).parents[1] / "families_data").glob("*.json"))]
 
 
+def config_of(text: str) -> dict:
+    """The config of the family that the descriptor `text` is for, or of one that it extends."""
+    own = next((config for config in configs() if f'"{config["architectures"][0]}"' in text), None)
+    parent = re.search(r'^extends = "(\w+)"', text, re.M)
+    file = layout_dir() / f"{parent[1]}.toml" if parent else None
+    return own or (config_of(file.read_text()) if file and file.is_file() and file.read_text() != text else CONFIG)
+
+
 def use(path: Path) -> None:
     """All that is done with a descriptor before a file is touched: read, bound to sizes, placed on meshes."""
     descriptor = load_descriptor(path)
-    own = next((config for config in configs() if set(config["architectures"]) & set(descriptor.architectures)), CONFIG)
-    layout = descriptor.bind(model_config(own))
+    layout = descriptor.bind(model_config(config_of(path.read_text())))
     for name, mesh in _PLACES:
         kind = get(name)
         if kind.section not in descriptor.formats:
