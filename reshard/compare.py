@@ -26,8 +26,9 @@ from reshard.geometry.pieces import union_volume
 from reshard.heat import Heat
 from reshard.layout import Layout, Mesh, Placement
 from reshard.planner.batches import JOBS, Batch, batches, of_pair, runs, workers
+from reshard.planner.copies import Copy
 from reshard.planner.join import Join, Pattern, join
-from reshard.planner.plan import Copy, Plan
+from reshard.planner.plan import Plan
 from reshard.planner.tiles import BUFFER, Tile, tiles
 
 Sizes = Callable[[Key], tuple[int, ...]]

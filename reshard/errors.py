@@ -13,7 +13,7 @@ class ReshardError(ValueError):
         super().__init__(printable(str(message)))
         self.hint = None if hint is None else printable(str(hint))
 
-    def __reduce__(self):  # errors cross from one process to another
+    def __reduce__(self) -> tuple[object, ...]:  # errors cross from one process to another
         return type(self), (str(self), self.hint)
 
 
@@ -35,7 +35,7 @@ class PlanError(ReshardError):
         super().__init__(head, hint)
         self._shown = shown
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[object, ...]:
         return type(self), (list(self.problems), self.hint, self._shown)
 
 
@@ -61,8 +61,9 @@ class BadBytes(HubError, FormatError):
     def __init__(self, message: str, hint: str | None = None, file: str = ""):
         super().__init__(message, hint)
         self.file = file
+        self.source_file: str | None = None  # as a checkpoint's tensors name it, where they are in it
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[object, ...]:
         return type(self), (str(self), self.hint, self.file)
 
 

@@ -37,7 +37,10 @@ def parse(raw: bytes) -> object:
     if values > _MOST_VALUES:
         raise ValueError(f"it holds up to {values} values, more than the {_MOST_VALUES} allowed")
     try:
-        value = json.loads(raw.decode("utf-8"), object_pairs_hook=_unique)
+        text = raw.decode("utf-8")
+        value = json.loads(text)
+        if raw.count(b":") != _pairs(value):  # else each colon is that of a key that is there: none stood twice
+            value = json.loads(text, object_pairs_hook=_unique)
         if b"\\u" in raw:
             json.dumps(value, ensure_ascii=False).encode()  # fails on half a surrogate pair, which is no text
     except RecursionError:
@@ -49,10 +52,17 @@ def parse(raw: bytes) -> object:
     return value
 
 
-def _unique(pairs: list[tuple[str, object]]) -> dict:
+def _pairs(value: object) -> int:
+    """The keys of a table and of the tables in it; a header has no deeper ones."""
+    return len(value) + sum([len(inner) for inner in value.values() if type(inner) is dict]) if type(value) is dict else -1
+
+
+def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
     table = dict(pairs)
     if len(table) != len(pairs):
         seen: set[str] = set()
-        twice = next(name for name, _ in pairs if name in seen or seen.add(name))
-        raise ValueError(f"the key {twice[:80]!r} stands twice")
+        for name, _ in pairs:
+            if name in seen:
+                raise ValueError(f"the key {name[:80]!r} stands twice")
+            seen.add(name)
     return table

@@ -4,7 +4,7 @@
 
 Threads read files while the device takes what they read before. Host buffers are few and of fixed size, page-locked where
 that can be had; one is written to again only when the event behind its copies has come. ``fill`` does the work on tensors
-that exist; ``load_rank`` makes them. What is asked of a device is in ``devices.py``.
+that exist; ``load_rank`` makes them, ``load_into`` takes an engine's or a trainer's. What is asked of a device is in ``devices.py``.
 """
 
 import os
@@ -12,7 +12,7 @@ import threading
 from collections import deque
 from collections.abc import Mapping
 from contextlib import closing, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -20,8 +20,8 @@ import torch
 from reshard.checkpoint import Checkpoint
 from reshard.conversion.job import counting, default_jobs, join_to
 from reshard.dtypes import DTYPE_SIZE
-from reshard.errors import ReshardError
-from reshard.executor.devices import Device, free_bytes
+from reshard.errors import PlanError, ReshardError
+from reshard.executor.devices import Device, device_of, free_bytes
 from reshard.executor.run import run
 from reshard.geometry.block import Stored
 from reshard.layout import Placement, Rank
@@ -59,6 +59,67 @@ def load_rank(
         held = f"rank {rank.number} takes {human(plan.bytes_held)} on {at}, which has {human(free)} free"
         raise ReshardError(held, "use more ranks, or another device") from None
     return tensors | constants
+
+
+def load_into(
+    source: Checkpoint,
+    placement: Placement,
+    rank: Rank,
+    into: Mapping[str, torch.Tensor],
+    *,
+    jobs: int | None = None,
+    buffer: int = BUFFER,
+    allow_overflow: bool = False,
+) -> dict[str, torch.Tensor]:
+    """Fill the tensors of one rank of `placement`, given as {stored name: tensor}, and its constants, in place; returns them.
+
+    Values are cast to the dtype of the tensor that takes them, padding becomes zero, strides may be any. All are on one device. Raises
+    ReshardError before the first byte for a tensor that is lacking, or too many, or of another shape. After an error on the way they hold
+    a part of what they should.
+    """
+    from reshard.dtypes import FLOATS, torch_dtypes
+
+    kinds = torch_dtypes()
+    words = {kind: word for word, kind in kinds.items() if word in FLOATS}
+    wanted = {name: words[tensor.dtype] for name, tensor in into.items() if tensor.dtype in words}
+    cut = [s._replace(entry=replace(s.entry, dtype=wanted.get(s.name, s.entry.dtype))) for s in placement.stored([rank])]
+    plan = join_to(source, placement, None, [rank], complete=False, cut=cut)
+    constants = dict(placement.constants(rank))
+    due = {s.name: (s.shape, kinds[s.dtype]) for s in plan.destinations} | {
+        n: (c.shape, into[n].dtype) for n, c in constants.items() if n in into
+    }
+    problems = [f"{name} {list(shape)} is not among the tensors given" for name, (shape, _) in due.items() if name not in into]
+    problems += [
+        f"{name} {list(into[name].shape)}: rank {rank.number} of {placement.mesh} has nothing of this name"
+        for name in into.keys() - due.keys()
+    ]
+    for name in into.keys() & due.keys():
+        shape, dtype = due[name]
+        if tuple(into[name].shape) != tuple(shape):
+            problems.append(f"{name}: shape {list(into[name].shape)}, expected {list(shape)}")
+        elif into[name].dtype != dtype:
+            problems.append(f"{name}: {into[name].dtype}, the source has {dtype}, which is not cast")
+    places = sorted({str(tensor.device) for tensor in into.values()})
+    if len(places) > 1:
+        problems.append(f"the tensors lie on several devices: {', '.join(places)}")
+    if problems:
+        raise PlanError(sorted(problems), f"names and shapes are those of layout {source.layout.name}, as `reshard plan --json` tells them")
+    targets = {s.name: into[s.name].detach() for s in plan.destinations}
+    straight = {
+        name: tensor if tensor.is_contiguous() else torch.empty_like(tensor, memory_format=torch.contiguous_format)
+        for name, tensor in targets.items()
+    }
+    for s in plan.destinations:
+        if s.pad:
+            straight[s.name].zero_()
+    device = device_of(places[0]) if places else None
+    fill(plan, source, straight, device, jobs=jobs, buffer=buffer, allow_overflow=allow_overflow)
+    for name, tensor in targets.items():
+        if straight[name] is not tensor:
+            tensor.copy_(straight[name])
+    for name in constants.keys() & into.keys():
+        into[name].detach().fill_(constants[name].value)
+    return dict(into)
 
 
 def fill(

@@ -1,5 +1,7 @@
 """Numbers and tables for people. Names in them come from files: nothing here lets one command the terminal."""
 
+from collections.abc import Sequence
+
 from reshard.foreign import printable
 
 
@@ -17,7 +19,7 @@ def count(number: int, word: str) -> str:
     return f"{number} {word}{'s' * (number != 1)}"
 
 
-def table(rows: list[tuple], head: tuple[str, ...]) -> str:
+def table(rows: Sequence[tuple[object, ...]], head: tuple[str, ...]) -> str:
     """Rows in columns; numbers to the right."""
     cells = [tuple(printable(str(cell), keep="") for cell in row) for row in [head, *rows]]
     widths = [max(len(row[i]) for row in cells) for i in range(len(head))]

@@ -10,7 +10,6 @@ import shutil
 import subprocess
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 
 from reshard import formats
@@ -36,7 +35,7 @@ def make(folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps(CONFIG))
     layout = builtin_descriptors()["deepseek_v3"].bind(CONFIG)
     placement = Placement(layout, layout.section("hf"), formats.get("hf").rules, Mesh())
-    stored = [replace(tensor, dtype="BF16") for tensor in placement.stored()]
+    stored = [tensor._replace(dtype="BF16") for tensor in placement.stored()]
     written = formats.get("hf").write(Target(placement, placement.ranks), stored)
     for file in written.files:
         with open(folder / file.path, "wb") as out:

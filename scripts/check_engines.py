@@ -3,6 +3,7 @@
     python scripts/check_engines.py --engine vllm --family llama --family qwen3_moe --out DIR
     python scripts/check_engines.py --engine vllm                  every family of families.toml
     python scripts/check_engines.py --engine megatron              in an environment with megatron-core
+    python scripts/check_engines.py --engine files                 no engine: there and back through every format
 
 Run it with the Python of an environment in which the engine is installed; reshard is taken from this checkout. A family is one table in
 families.toml. For each, transformers makes a tiny random model; the engine's own classes are built on the CPU, one process per
@@ -134,13 +135,15 @@ def main() -> int:
             folder = (args.scratch or Path(scratch)) / args.engine / name
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir(parents=True)
-            own = [{**r, "engine": engine.release()} for r in check(name, every[name], engine, folder, args.quick)]
+            own = [
+                {**r, "engine": engine.release()} for r in getattr(engine, "check", check)(name, every[name], engine, folder, args.quick)
+            ]
             print(table(own), flush=True)
             rows += own
+            if args.out:
+                keep(own, args.out / f"{args.engine}.json")
             if not args.scratch:
                 shutil.rmtree(folder)
-    if args.out:
-        keep(rows, args.out / f"{args.engine}.json")
     counts = {status: sum(r["status"] == status for r in rows) for status in dict.fromkeys(r["status"] for r in rows)}
     print(", ".join(f"{count} {status}" for status, count in counts.items()), f"({time.monotonic() - began:.0f} s)")
     return int(any(r["status"] in FAULTS for r in rows))

@@ -98,7 +98,7 @@ def build(args: dict, mesh: dict, rank: int, world: int, work: Path):
     from megatron.core import parallel_state
     from megatron.core.models.gpt import GPTModel, gpt_layer_specs
     from megatron.core.tensor_parallel import random
-    from megatron.core.transformer import multi_latent_attention
+    from megatron.core.transformer import mla_qk_norm_config, multi_latent_attention
     from standins import Column, Norm, Provider, Whole
 
     dist.init_process_group("gloo", init_method=f"file://{work / 'store'}", rank=rank, world_size=world)
@@ -110,6 +110,7 @@ def build(args: dict, mesh: dict, rank: int, world: int, work: Path):
     config = settings(args, mesh)
     gpt_layer_specs.TESpecProvider, gpt_layer_specs.TENorm = Provider, Norm
     multi_latent_attention.TELinear, multi_latent_attention.TEColumnParallelLinear = Whole, Column
+    mla_qk_norm_config.get_backend = lambda implementation: Provider()
     spec = gpt_layer_specs.get_gpt_decoder_block_spec(config, use_transformer_engine=True)
     stage = rank // mesh.get("tp", 1)
     model = GPTModel(

@@ -11,8 +11,8 @@ FORMAT = "vllm"
 
 
 def warm() -> None:
-    os.environ |= {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1",
-                   "VLLM_PLUGINS": ""}  # fmt: skip
+    os.environ |= {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
+    os.environ.setdefault("VLLM_PLUGINS", "")
     import torch
     from vllm.model_executor.models import registry
 
@@ -35,7 +35,7 @@ def release() -> str:
 def options() -> dict:
     import vllm
 
-    return {"engine_version": ".".join(vllm.__version__.split("+")[0].split(".")[:2])}
+    return {"engine_version": ".".join(vllm.__version__.split("+")[0].split(".")[:2]), "engine_platform": "cpu"}
 
 
 def meshes(family: dict, quick: bool) -> list[dict]:
@@ -106,7 +106,7 @@ class building:
         from contextlib import ExitStack
 
         from vllm.config import set_current_vllm_config
-        from vllm.distributed import ensure_model_parallel_initialized, init_distributed_environment
+        from vllm.distributed import ensure_model_parallel_initialized, init_distributed_environment, model_parallel_is_initialized
         from vllm.model_executor.model_loader.utils import initialize_model
         from vllm.utils.torch_utils import set_default_torch_dtype
 
@@ -114,8 +114,9 @@ class building:
         self.stack.enter_context(set_current_vllm_config(self.config))
         self.stack.enter_context(set_default_torch_dtype(self.config.model_config.dtype))
         parallel = self.config.parallel_config
-        init_distributed_environment(self.world, self.rank, f"file://{self.work / 'store'}", self.rank, "gloo")
-        ensure_model_parallel_initialized(parallel.tensor_parallel_size, parallel.pipeline_parallel_size)
+        if not model_parallel_is_initialized():
+            init_distributed_environment(self.world, self.rank, f"file://{self.work / 'store'}", self.rank, "gloo")
+            ensure_model_parallel_initialized(parallel.tensor_parallel_size, parallel.pipeline_parallel_size)
         return initialize_model(vllm_config=self.config), self.config
 
     def __exit__(self, *error):

@@ -34,10 +34,50 @@ MAMBA2 = {
     "mamba_chunk_size": 16,
 }
 
+TRANSPOSED = {"qwen3_vl_moe": r".*experts\.(gate_up|down)_proj"}
+TOWER = {"depth": 2, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "out_hidden_size": 64, "patch_size": 4, "spatial_merge_size": 2,
+         "temporal_patch_size": 2, "num_position_embeddings": 16, "deepstack_visual_indexes": [0]}  # fmt: skip
 #: keys of config.json that published files have and transformers does not write
 KEPT = ("topk_method", "rotary_dim", "conv_dim", "block_dim", "scoring_func", "use_qk_norm", "qk_norm_type")
+#: where the published files have other names than transformers 5.23 writes
+PUBLISHED = {"kimi_linear": (r"block_sparse_moe\.((?:gate|up|down)_proj)", r"mlp.\1")}
+WINDOWS = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 16}
+GPT2 = {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 64, "vocab_size": 100, "bos_token_id": 1, "eos_token_id": 2}
+FALCON = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 100, "bos_token_id": 1, "eos_token_id": 2}
+
 #: name: (class of transformers, its config)
 FAMILIES = {
+    "llama": ("LlamaForCausalLM", COMMON),
+    "llama_biases": ("LlamaForCausalLM", {**COMMON, "attention_bias": True, "mlp_bias": True, "head_dim": 8, "tie_word_embeddings": True}),
+    "mistral": ("MistralForCausalLM", {**COMMON, "head_dim": 24, "sliding_window": None}),
+    "ministral": ("MinistralForCausalLM", {**COMMON, **WINDOWS, "head_dim": 16}),
+    "ministral3": ("Ministral3ForCausalLM", {**COMMON, "head_dim": 16, "tie_word_embeddings": True}),
+    "qwen2": ("Qwen2ForCausalLM", {**COMMON, "tie_word_embeddings": True}),
+    "qwen3": ("Qwen3ForCausalLM", {**COMMON, "head_dim": 24}),
+    "phi3": ("Phi3ForCausalLM", COMMON),
+    "gemma2": ("Gemma2ForCausalLM", {**COMMON, **WINDOWS, "head_dim": 16, "tie_word_embeddings": True}),
+    "gemma3_text": ("Gemma3ForCausalLM", {**COMMON, **WINDOWS, "head_dim": 24, "tie_word_embeddings": True}),
+    "olmo": ("OlmoForCausalLM", COMMON),
+    "olmo2": ("Olmo2ForCausalLM", COMMON),
+    "olmo3": ("Olmo3ForCausalLM", {**COMMON, **WINDOWS}),
+    "cohere": ("CohereForCausalLM", {**COMMON, "tie_word_embeddings": True, "use_qk_norm": True}),
+    "cohere2": ("Cohere2ForCausalLM", {**COMMON, **WINDOWS, "head_dim": 16, "tie_word_embeddings": True}),
+    "glm": ("GlmForCausalLM", {**COMMON, "head_dim": 16}),
+    "glm4": ("Glm4ForCausalLM", {**COMMON, "head_dim": 16}),
+    "granite": ("GraniteForCausalLM", {**COMMON, "attention_bias": True, "mlp_bias": True}),
+    "smollm3": ("SmolLM3ForCausalLM", {**COMMON, "tie_word_embeddings": True}),
+    "starcoder2": ("Starcoder2ForCausalLM", {**COMMON, "tie_word_embeddings": True, "sliding_window": None}),
+    "nemotron": ("NemotronForCausalLM", {**COMMON, "head_dim": 16}),
+    "seed_oss": ("SeedOssForCausalLM", {**COMMON, "head_dim": 16}),
+    "gpt2": ("GPT2LMHeadModel", GPT2),
+    "gpt_neox": ("GPTNeoXForCausalLM", {**{k: v for k, v in COMMON.items() if k != "num_key_value_heads"}}),
+    "falcon_7b": ("FalconForCausalLM", {**FALCON, "multi_query": True, "parallel_attn": True}),
+    "falcon_40b": ("FalconForCausalLM", {**FALCON, "new_decoder_architecture": True, "num_kv_heads": 2}),
+    "falcon_11b": ("FalconForCausalLM", {**FALCON, "new_decoder_architecture": True, "num_kv_heads": 2, "num_ln_in_parallel_attn": 1, "ffn_hidden_size": 128}),
+    "falcon_rw": ("FalconForCausalLM", {**FALCON, "multi_query": False, "parallel_attn": False, "alibi": True, "bias": True}),
+    "bloom": ("BloomForCausalLM", {"hidden_size": 64, "n_layer": 2, "n_head": 4, "vocab_size": 100}),
+    "opt": ("OPTForCausalLM", {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "ffn_dim": 96, "vocab_size": 100, "max_position_embeddings": 64, "word_embed_proj_dim": 64}),
+    "opt_350m": ("OPTForCausalLM", {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "ffn_dim": 96, "vocab_size": 100, "max_position_embeddings": 64, "word_embed_proj_dim": 32, "do_layer_norm_before": False}),
     "mixtral": ("MixtralForCausalLM", {**COMMON, "num_local_experts": 4, "head_dim": 16}),
     "qwen2_moe": ("Qwen2MoeForCausalLM", {**COMMON, **MOE, "num_experts": 4, "shared_expert_intermediate_size": 48, "mlp_only_layers": [0]}),
     "qwen3_moe": ("Qwen3MoeForCausalLM", {**COMMON, **MOE, "num_experts": 4, "head_dim": 16}),
@@ -50,6 +90,12 @@ FAMILIES = {
     "glm_moe_dsa": ("GlmMoeDsaForCausalLM", {**MLA, "index_n_heads": 2, "index_head_dim": 16, "index_topk": 8, "num_nextn_predict_layers": 1}),
     "glm4_moe": ("Glm4MoeForCausalLM", {**COMMON, **MOE, "head_dim": 16, "n_routed_experts": 4, "n_shared_experts": 1, "first_k_dense_replace": 1,
                                         "use_qk_norm": True, "attention_bias": True, "n_group": 1, "topk_group": 1, "num_nextn_predict_layers": 1}),
+    "glm4_moe_lite": ("Glm4MoeLiteForCausalLM", {**MLA, "num_nextn_predict_layers": 1}),
+    "qwen3_vl": ("Qwen3VLForConditionalGeneration", {"text_config": {**COMMON, "head_dim": 16}, "vision_config": TOWER}),
+    "qwen3_vl_moe": ("Qwen3VLMoeForConditionalGeneration", {"text_config": {**COMMON, **MOE, "head_dim": 16, "num_experts": 4}, "vision_config": TOWER}),
+    "qwen3_5_vl": ("Qwen3_5ForConditionalGeneration", {"text_config": QWEN35, "vision_config": TOWER}),
+    "qwen3_5_moe_vl": ("Qwen3_5MoeForConditionalGeneration", {"text_config": {**QWEN35, **MOE, "num_experts": 4, "shared_expert_intermediate_size": 32},
+                                                              "vision_config": TOWER}),
     "minimax_m2": ("MiniMaxM2ForCausalLM", {**COMMON, "num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 16, "intermediate_size": 32, "rotary_dim": 8, "use_qk_norm": True}),
     "gpt_oss": ("GptOssForCausalLM", {**COMMON, "num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 16, "intermediate_size": 32}),
     "llama4": ("Llama4ForCausalLM", {**COMMON, "num_local_experts": 4, "num_experts_per_tok": 1, "head_dim": 16, "intermediate_size": 32,
@@ -89,6 +135,10 @@ FAMILIES = {
 
 def mtp(name: str, config: dict, tensors: dict) -> dict:
     """The multi-token prediction layer that published files of family `name` have: DeepSeek's as one more layer, Qwen's under ``mtp``."""
+    if not (config.get("num_nextn_predict_layers") or config.get("mtp_num_hidden_layers")):
+        return {}
+    if "text_config" in config:
+        return {}
     hidden, last = config["hidden_size"], config["num_hidden_layers"] - 1
     of_last = {n.split(f"model.layers.{last}.", 1)[1]: v for n, v in tensors.items() if n.startswith(f"model.layers.{last}.")}
     if config.get("num_nextn_predict_layers"):
@@ -122,7 +172,10 @@ def shapes(name: str) -> dict:
         written = json.loads((Path(folder) / "config.json").read_text())
         with safe_open(Path(folder) / "model.safetensors", "pt") as file:
             tensors = {key: [file.get_slice(key).get_dtype(), file.get_slice(key).get_shape()] for key in sorted(file.keys())}
+    tensors = {re.sub(*PUBLISHED.get(name, ("^", "")), key): value for key, value in tensors.items()}
     for key, value in tensors.items():
+        if re.fullmatch(TRANSPOSED.get(name, "-"), key):
+            value[1][-2:] = reversed(value[1][-2:])
         if key.endswith("e_score_correction_bias"):  # as the published files have it
             value[0] = "F32"
     written.pop("transformers_version", None)

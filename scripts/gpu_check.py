@@ -4,6 +4,11 @@
     python scripts/gpu_check.py --only load,pack         # these parts alone
     python scripts/gpu_check.py --device cpu             # a small model on the CPU: shows that the script itself runs
 
+In two halves, where a command may not take so long (the second keeps the first's rows, and finds its model in --work):
+
+    python scripts/gpu_check.py --out results --work w --only env,foreach,model,fp8,load,pack,ipc
+    python scripts/gpu_check.py --out results --work w --only sync,verify,tests,nccl
+
 Each part is a process of its own, ended when its time is up, so that one that hangs costs no other. The table is written
 anew after every part. Exit code 1: a goal was not met, a part did not end well, or nothing could be run.
 """
@@ -17,24 +22,23 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-#: parts in the order in which they run, and the most seconds each may take
-PARTS = {
-    "env": 60,
-    "foreach": 45,
-    "fp8": 45,
-    "model": 90,
-    "load": 100,
-    "pack": 60,
-    "ipc": 100,
-    "sync": 240,
-    "verify": 240,
-    "tests": 90,
-    "nccl": 110,
-}
+#: parts in the order in which they run, and the most seconds each may take; those of one row run side by side, since none is timed
+ROWS = (
+    {"env": 60},
+    {"foreach": 45, "model": 90},
+    {"fp8": 45},
+    {"load": 100},
+    {"pack": 60},
+    {"ipc": 100},
+    {"sync": 240},
+    {"verify": 240, "tests": 90, "nccl": 110},
+)
+PARTS = {part: seconds for row in ROWS for part, seconds in row.items()}
 
 
 @dataclass
@@ -118,29 +122,61 @@ def main() -> int:
     if unknown := [part for part in chosen + list(filter(None, args.skip.split(","))) if part not in PARTS]:
         parser.error(f"no part {', '.join(unknown)}; parts: {', '.join(PARTS)}")
     chosen = [part for part in PARTS if part in chosen and part not in args.skip.split(",")]
-    until = time.monotonic() + 60 * args.minutes
     out = args.out or Path(tempfile.mkdtemp(prefix="gpu-check-"))
     out.mkdir(parents=True, exist_ok=True)
     scratch = None
     if not args.work:
         args.work = scratch = tempfile.mkdtemp(prefix="gpu-check-work-")
     Path(args.work).mkdir(parents=True, exist_ok=True)
-    log, done = out / "gpu_check.log", []
-    log.write_bytes(b"")
-    with tempfile.TemporaryDirectory() as folder:
-        rows = Path(folder) / "rows"
-        for part in chosen:
-            left = until - time.monotonic()
-            done.append(run(part, min(PARTS[part], left), args, rows, log) if left > 10 else Done(part, 0, "not run: no time was left"))
-            found = read(rows)
-            text = table(found, done)
-            (out / "gpu_check.md").write_text(text)
-            (out / "gpu_check.json").write_text(json.dumps({"rows": found, "parts": [vars(one) for one in done]}, indent=1))
-            print(f"{part}: {done[-1].trouble or 'done'}, {done[-1].seconds:.0f} s", flush=True)
-    if scratch:
-        shutil.rmtree(scratch, ignore_errors=True)
-    print(f"\n{text}\nin {out}")
+    try:
+        found, done = check(chosen, out, args)
+    finally:
+        if scratch:
+            shutil.rmtree(scratch, ignore_errors=True)
+    print(f"\n{(out / 'gpu_check.md').read_text()}\nin {out}")
     return int(any(r["ok"] is False for r in found) or any(one.trouble for one in done) or not any(r["ok"] for r in found))
+
+
+def check(chosen: list[str], out: Path, args: argparse.Namespace) -> tuple[list[dict], list[Done]]:
+    """Run the parts `chosen`; the table in `out` also keeps what an earlier run found of the others."""
+    until, log = time.monotonic() + 60 * args.minutes, out / "gpu_check.log"
+    before, found, done = earlier(out, chosen), [], []
+    log.write_bytes(log.read_bytes() if before["parts"] and log.exists() else b"")
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(len(PARTS)) as pool:
+        for row in ROWS:
+            at = {part: Path(folder) / part for part in row if part in chosen}
+            for part in at:
+                at[part].mkdir()
+            left = until - time.monotonic()
+            runs = [
+                pool.submit(run, part, min(PARTS[part], left), args, at[part] / "rows", at[part] / "log")
+                if left > 10
+                else pool.submit(Done, part, 0, "not run: no time was left")
+                for part in at
+            ]
+            for part, one in zip(at, runs):
+                done.append(one.result())
+                found += read(at[part] / "rows")
+                with open(log, "ab") as whole:
+                    whole.write((at[part] / "log").read_bytes() if (at[part] / "log").exists() else b"")
+                rows, parts = ordered([*before["rows"], *found]), ordered([*before["parts"], *map(vars, done)])
+                (out / "gpu_check.md").write_text(table(rows, [Done(**known) for known in parts]))
+                (out / "gpu_check.json").write_text(json.dumps({"rows": rows, "parts": parts}, indent=1))
+                print(f"{part}: {done[-1].trouble or 'done'}, {done[-1].seconds:.0f} s", flush=True)
+    return found, done
+
+
+def earlier(out: Path, chosen: list[str]) -> dict[str, list[dict]]:
+    """Rows and parts of an earlier run in `out` that this one does not make anew."""
+    try:
+        known = json.loads((out / "gpu_check.json").read_text())
+        return {kind: [one for one in known[kind] if one["part"] in PARTS and one["part"] not in chosen] for kind in ("rows", "parts")}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {"rows": [], "parts": []}
+
+
+def ordered(known: list[dict]) -> list[dict]:
+    return sorted(known, key=lambda one: list(PARTS).index(one["part"]))
 
 
 if __name__ == "__main__":

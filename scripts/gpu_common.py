@@ -45,6 +45,10 @@ class Bench:
         self.cuda = args.device == "cuda"
         self.work, self.rows, self.part = Path(args.work), Path(args.rows), args.part
         self.config = dict(LLAMA if self.cuda else TINY)
+        #: bytes of the device, by which a model is chosen that fits: eight layers take 3.4 GB in bf16, and 12 GB of a proof in fp32
+        self.memory = torch.cuda.get_device_properties(self.device).total_memory if self.cuda and torch.cuda.is_available() else 0
+        if self.cuda:
+            self.config["num_hidden_layers"] = 8 if self.memory > 36e9 else 2 if self.memory > 14e9 else 1
         if args.layers:
             self.config["num_hidden_layers"] = args.layers
 
@@ -73,9 +77,13 @@ class Bench:
 
     def copy_rate(self) -> float:
         """Bytes per second of a large copy within the device, counted once."""
-        x = torch.empty(4 << 30 if self.cuda else 8 << 20, dtype=torch.uint8, device=self.device)
+        x = torch.empty(min(4 << 30, self.memory // 8) if self.cuda else 8 << 20, dtype=torch.uint8, device=self.device)
         y = torch.empty_like(x)
         return x.numel() / self.seconds(lambda: y.copy_(x))
+
+    def at_once(self, most: int, each: float) -> int:
+        """How many cases that take `each` bytes of the device may run side by side, `most` at most."""
+        return max(1, min(most, int(0.8 * self.memory / each))) if self.cuda else 1
 
     def model(self) -> Path:
         """A Llama of random bf16 numbers as the Hub has such models, made once in the folder for scratch."""

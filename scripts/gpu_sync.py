@@ -38,16 +38,18 @@ def cases(b: Bench) -> list[Case]:
 def sync(b: Bench) -> None:
     """Steps that are raced against, by every transport; then a large model, timed; memory at its peak and after."""
     b.model()
-    with ThreadPoolExecutor(2 if b.cuda else 1) as pool:
+    with ThreadPoolExecutor(b.at_once(3, 14e9)) as pool:
         list(pool.map(lambda case: run(b, case), cases(b)))
 
 
 def ipc(b: Bench) -> None:
-    """How fast one process copies out of another's memory on the same GPU, in a step of 11 GB, against a copy within the device."""
+    """How fast one process copies out of another's memory on the same GPU, in a step of 11 GB (less on a small one), against a copy
+    within the device."""
     rate = b.copy_rate()
+    layers = min(32, max(1, int((0.35 * b.memory - 1e9) / 0.36e9))) if b.cuda else 2
     if b.cuda:
         torch.cuda.empty_cache()
-    for found in run(b, Case("mapped", steps=0, large=9, timeout=90), layers=32 if b.cuda else 2):
+    for found in run(b, Case("mapped", steps=0, large=9, timeout=90), layers=layers):
         if found["rank"] == 1 and "rate" in found:
             share = found["rate"] / rate
             b.row(

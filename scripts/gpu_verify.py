@@ -24,7 +24,7 @@ def verify(b: Bench) -> None:
     ways = [(name, ["--dtype", kind], {}) for kind in ("fp32", "bf16") for name in cuts(b)]
     ways += [("vllm-tp4", ["--low-memory"], {}), ("vllm-tp4", ["--method", "permute"], {})]
     ways += [("vllm-tp4", [], {"NVIDIA_TF32_OVERRIDE": "1"})] if b.cuda else []
-    with ThreadPoolExecutor(3 if b.cuda else 1) as pool:
+    with ThreadPoolExecutor(b.at_once(3, 14e9)) as pool:
         list(pool.map(lambda way: _verify(b, folder, *way), ways))
 
 

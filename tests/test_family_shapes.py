@@ -76,4 +76,4 @@ def test_there_and_back_through_every_format(family, tmp_path):
         lost = {name for name in whole.keys() - back.keys() if whole[name] not in back.values()}  # a copy goes with its prediction layer
         assert lost == set(job.left_out) and (not lost or target["format"] in ("vllm", "sglang")), target
         seen["legal"] += 1
-    assert seen["legal"] >= 4, seen
+    assert seen["legal"] >= 3, seen

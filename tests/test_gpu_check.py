@@ -122,3 +122,58 @@ def test_an_unknown_part_is_refused(tmp_path):
         [sys.executable, str(SCRIPT), "--only", "lod", "--out", str(tmp_path / "x")], capture_output=True, text=True, check=False
     )
     assert done.returncode == 2 and "no part lod; parts: env" in done.stderr and not (tmp_path / "x").exists()
+
+
+PART = """import json, sys
+part, rows = sys.argv[1], sys.argv[sys.argv.index("--rows") + 1]
+with open(rows, "a") as out:
+    out.write(json.dumps({"part": part, "case": "c", "value": "v", "goal": "g", "ok": True}) + chr(10))
+sys.exit("broken on purpose" if part in ("foreach", "sync") else 0)
+"""
+
+
+def test_parts_that_fail_cost_no_other_and_halves_make_one_table(gpu_check, tmp_path, monkeypatch, capsys):
+    """Side by side or one after another: each has its row, and a second run keeps what the first one found."""
+    (tmp_path / "gpu_parts.py").write_text(PART)
+    monkeypatch.setattr(gpu_check, "HERE", tmp_path)
+    out = tmp_path / "out"
+    halves = ["env,foreach,model,fp8,load,pack,ipc", "verify,sync,tests,nccl"]
+    for half in halves:
+        monkeypatch.setattr(sys, "argv", ["gpu_check.py", "--device", "cpu", "--out", str(out), "--only", half])
+        assert gpu_check.main() == 1
+    found = json.loads((out / "gpu_check.json").read_text())
+    assert [row["part"] for row in found["rows"]] == [one["part"] for one in found["parts"]] == list(gpu_check.PARTS)
+    assert {one["part"] for one in found["parts"] if one["trouble"]} == {"foreach", "sync"}
+    text = (out / "gpu_check.md").read_text()
+    assert "11 goals met, 0 not; 2 parts did not end well" in text and text in capsys.readouterr().out
+    log = (out / "gpu_check.log").read_text()
+    assert all(f"===== {part}" in log for part in gpu_check.PARTS) and log.count("broken on purpose") == 2
+
+
+def test_all_parts_together_have_less_than_their_limits_and_the_script_ends_in_time(gpu_check, tmp_path, monkeypatch):
+    """Ten minutes is what a borrowed machine gives: what does not come to its turn says so."""
+    (tmp_path / "gpu_parts.py").write_text(PART)
+    monkeypatch.setattr(gpu_check, "HERE", tmp_path)
+    monkeypatch.setattr(sys, "argv", ["gpu_check.py", "--device", "cpu", "--out", str(tmp_path), "--minutes", "0.1"])
+    assert gpu_check.main() == 1
+    parts = json.loads((tmp_path / "gpu_check.json").read_text())["parts"]
+    assert [one["trouble"] for one in parts] == ["not run: no time was left"] * len(gpu_check.PARTS)
+
+
+def test_models_and_cases_side_by_side_fit_the_device(monkeypatch):
+    """From a card of 12 GB to one of 141: nobody should have to know which options make the script fit"""
+    import torch
+
+    monkeypatch.syspath_prepend(str(SCRIPT.parent))
+    import gpu_common
+
+    sizes = {}
+    for memory in (12e9, 16e9, 24e9, 48e9, 141e9):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device, memory=memory: argparse.Namespace(total_memory=memory))
+        b = gpu_common.Bench(argparse.Namespace(device="cuda", work="w", rows="r", part="p", layers=None))
+        per_layer, ends = 2 * 4096**2 + 2 * 4096 * 1024 + 3 * 4096 * 11008, 2 * 31872 * 4096
+        fp32 = 4 * (b.config["num_hidden_layers"] * per_layer + ends)
+        assert fp32 * 1.4 + 4 * (768 << 20) < memory * 0.95  # what verify asks for of one GPU: the shards, and each process
+        sizes[memory] = b.config["num_hidden_layers"], b.at_once(3, 14e9)
+    assert sizes == {12e9: (1, 1), 16e9: (2, 1), 24e9: (2, 1), 48e9: (8, 2), 141e9: (8, 3)}

@@ -270,7 +270,7 @@ def test_a_childs_place_overlays_its_parents_key_by_key(tmp_path):
 
 def test_false_takes_away(tmp_path):
     own = child(tmp_path, 'megatron = false\n[place.layer]\nparts = ["gqa", "gated_mlp"]\n[tensors]\no_bias = false\n')
-    assert set(own.formats) == {"hf", "vllm", "sglang"} and "o_bias" not in own.tensors
+    assert "megatron" not in own.formats and {"hf", "vllm", "sglang"} <= set(own.formats) and "o_bias" not in own.tensors
 
 
 def test_parts_that_differ_ask_for_a_decision(tmp_path):
@@ -293,3 +293,12 @@ def test_a_table_of_several_formats_and_a_pad_of_all_entries(tmp_path):
     ):
         with pytest.raises(LayoutError, match=says):
             child(tmp_path, text)
+
+
+def test_releases_before_a_formats_first_are_refused(tmp_path):
+    section = child(tmp_path, '[vllm]\nsince = "0.32"\n').section("vllm")
+    for version in ((0, 31, 9), (0, 31), (0, 24, 0)):
+        with pytest.raises(LayoutError, match="only since 0.32"):
+            section.for_version(version)
+    assert section.for_version((0, 32, 0)).entries == section.for_version(None).entries == section.for_version((0, 33)).entries
+    assert child(tmp_path, '[vllm]\nsince = "0.32"\n').section("sglang").since is None

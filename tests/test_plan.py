@@ -109,12 +109,12 @@ def test_equal_plans_and_only_they_have_equal_fingerprints(plan):
     held = plan.join.destinations
     part = held[0].parts[0]
     changed = [
-        replace(held[0], name="other"),
-        replace(held[0], dtype="F32"),
-        replace(held[0], start=held[0].start + 1),
-        replace(held[0], file="other"),
-        replace(held[0], parts=(replace(part, block=part.block.moved(1)), *held[0].parts[1:])),
-        replace(held[0], parts=held[0].parts[:-1]),
+        held[0]._replace(name="other"),
+        held[0]._replace(dtype="F32"),
+        held[0]._replace(start=held[0].start + 1),
+        held[0]._replace(file="other"),
+        held[0]._replace(parts=(part._replace(block=part.block.moved(1)), *held[0].parts[1:])),
+        held[0]._replace(parts=held[0].parts[:-1]),
     ]
     prints = {plan.fingerprint, replace(plan, compare=False).fingerprint}
     for stored in changed:

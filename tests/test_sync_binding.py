@@ -117,9 +117,9 @@ def test_plans_that_differ_in_a_later_block_have_other_fingerprints():
                     v = [i for i, (key, _) in enumerate(blocks) if key[0] == "v"]
                     for a, b in list(zip(k, v))[which : which + 1]:
                         (key_a, block_a), (key_b, block_b) = blocks[a], blocks[b]
-                        blocks[a] = key_a, replace(block_a, offset=block_b.offset)
-                        blocks[b] = key_b, replace(block_b, offset=block_a.offset)
-                    s = replace(s, parts=singles(blocks))
+                        blocks[a] = key_a, block_a._replace(offset=block_b.offset)
+                        blocks[b] = key_b, block_b._replace(offset=block_a.offset)
+                    s = s._replace(parts=singles(blocks))
                 own.append(s)
             members.append(tuple(own))
         return replace(side, members=tuple(members))

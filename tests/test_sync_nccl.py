@@ -3,11 +3,14 @@
 import pytest
 import torch
 import torch.distributed as dist
-from test_sync_devices import HOST, Recorder, group
+from sync_world import LLAMA, blank, loaded
+from test_sync_devices import HOST, Recorder, group, on, one_rank
 
 from reshard import sync
-from reshard.sync import mapping
-from reshard.sync.staging import FLIGHTS, Parcel, Round
+from reshard.demo import make_model
+from reshard.sync import mapping, session
+from reshard.sync.messages import rank_plan
+from reshard.sync.staging import FLIGHTS, Parcel, Peers, Round, Staging
 from reshard.sync.transport import Wire
 
 
@@ -57,8 +60,9 @@ class Streams(Recorder):
         return Noted()
 
 
-def test_a_round_is_packed_on_a_side_stream_while_the_one_before_it_travels(monkeypatch):
-    """Issue 18: packing overlapped with sending, beside the trainer's stream"""
+@pytest.mark.parametrize("crossing", [False, True])
+def test_a_round_is_packed_on_a_side_stream_while_the_one_before_it_travels(crossing, monkeypatch):
+    """Issue 18: packing overlapped with sending, beside the trainer's stream; what crosses to the host is there before it is sent"""
     devices = Streams()
     with group("fake", size=2, rank=0):
         wire = Wire(None, 5, devices)
@@ -73,13 +77,14 @@ def test_a_round_is_packed_on_a_side_stream_while_the_one_before_it_travels(monk
                 for n in range(3)
             ]  # fmt: skip
             devices = {HOST}
-            crosses = False
+            crosses = crossing
 
         wire.run(Staging())
     steps = [what for what in devices.asked if what.split()[0] in ("packed", "sent", "landed", "unpacked", "side")]
     assert steps[0] == "side streams" and steps[-1] == "side streams left" and steps.count("side streams") == 1
     place = {what: at for at, what in enumerate(steps)}
     assert FLIGHTS == 2
+    assert [devices.asked[devices.asked.index(f"sent {n}") - 1] == "settle" for n in range(3)] == [crossing] * 3
     for n in range(2):
         assert place[f"sent {n}"] < place[f"packed {n + 1}"] < place[f"landed {n}"], "packed while the one before is under way"
         assert place[f"landed {n}"] < place[f"unpacked {n}"]
@@ -142,3 +147,29 @@ def test_a_handle_that_cannot_be_opened_is_given_back(monkeypatch):
     with pytest.raises(sync.SyncError, match="is not visible"):
         mapping.Mapped([[["cuda", "GPU-z", 0, b"h".hex(), 512, 0, b"c".hex(), 7, b"e".hex(), True]], []], {}, One())
     assert given == [(b"c", 7)]
+
+
+def test_a_tensor_of_another_device_is_never_sent_as_it_lies():
+    """defects.md E2: also in a plan that was laid out without a thought of devices"""
+    layout = sync.layout({**LLAMA, "vocab_size": 6144, "hidden_size": 192})
+    plan = sync.plan(*(sync.Side.placed(layout, "tp", tp=2, ranks=ranks) for ranks in (range(2), range(2, 4))), bucket_bytes=1 << 18)
+    for rank, side, role in ((0, plan.source, "sends"), (2, plan.destinations[0], "takes")):
+        for lying, straight in (("cpu", True), ("meta", False)):
+            bound = on(lying, side, rank)
+            args = (bound, {}) if role == "sends" else ({}, bound)
+            made = Staging(rank_plan(plan, rank), *args, HOST, Peers(), Recorder(torch.device("meta")))
+            parcels = [parcel for here in made.rounds for parcel in getattr(here, role)]
+            assert any(p.straight for p in parcels) == straight and {p.bytes.device.type for p in parcels} == {"cpu"}
+
+
+def test_a_session_cuts_messages_of_ranks_whose_tensors_the_group_cannot_reach(tmp_path, monkeypatch):
+    """defects.md E2: gloo, and weights on an accelerator"""
+    make_model(tmp_path / "llama", LLAMA)
+    src, dst = one_rank()
+    found, real = [], session.rank_plan
+    monkeypatch.setattr(session, "rank_plan", lambda plan, me, staged=frozenset(): found.append(staged) or real(plan, me, staged=staged))
+    for devices in (Recorder(), Recorder(torch.device("meta"))):
+        with group("gloo"):
+            into = blank(dst, 0)
+            sync.Sync(sync.plan(src, dst), devices=devices).exchange(loaded(tmp_path / "llama", src, 0), into, 1)
+    assert found == [frozenset({0}), frozenset()]

@@ -110,11 +110,11 @@ def test_another_models_config(tmp_path):
         reshard.open(tmp_path / "tp")
 
 
-@pytest.mark.parametrize("number", range(3))
+@pytest.mark.parametrize("number", range(4))
 def test_descriptors_of_the_guide_load(tmp_path, number):
     guide = Path(__file__).parents[1] / "docs/guides/descriptor.md"
     texts = re.findall(r"```toml\n(.*?)```", guide.read_text(), flags=re.S)
-    assert len(texts) == 3
+    assert len(texts) == 4
     (tmp_path / "guide.toml").write_text(texts[number])
     descriptor = load_descriptor(tmp_path / "guide.toml")
     assert "hf" in descriptor.formats and descriptor.architectures

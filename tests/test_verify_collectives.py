@@ -173,3 +173,44 @@ def test_all_ranks_make_their_group_with_one_backend(names, backend, monkeypatch
 def test_a_rank_without_a_gpu_stops_all_before_any_group_is_made(monkeypatch):
     found = begun(["a", "", "c"], monkeypatch)
     assert all(isinstance(error, FormatError) and "rank 1 on h" in str(error) and error.hint for error in found)
+
+
+def test_a_rank_that_fails_tells_the_others_before_it_aborts_anything(monkeypatch):
+    """defects.md E10: an abort may itself wait for a communicator, and then nobody would ever hear"""
+    from reshard.verify.watch import Watch
+
+    done: list[str] = []
+    begun(["a"], monkeypatch)
+    monkeypatch.setattr(dist, "init_process_group", lambda backend, **options: done.append(backend))
+    monkeypatch.setattr(run, "verify_rank", lambda *_: exec("raise RuntimeError('CUDA out of memory')"))
+    monkeypatch.setattr(Watch, "tell", lambda self, error: done.append(f"told: {error}"))
+    monkeypatch.setattr(launch, "_abort", lambda: done.append("aborted"))
+    with pytest.raises(RuntimeError, match="out of memory"):
+        launch._in_group(Request(Path("x"), Path("y"), device="cuda"), 0, 1, 0, 1, "env://")
+    assert done == ["nccl", "told: CUDA out of memory", "aborted"]
+
+
+@pytest.mark.parametrize("method", ["tp", "permute"])
+def test_memory_is_added_up_before_the_original_is_run(method, monkeypatch):
+    """Issue 18: beforehand, and refused; not when half of it is loaded"""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    from reshard.verify import permute
+
+    where, done = (run if method == "tp" else permute), []
+    monkeypatch.setattr(where, "check_budget", lambda *_: done.append("added up"))
+    monkeypatch.setattr(where, "run_reference", lambda *_: done.append("run") or exec("raise Begun", {"Begun": Begun}))
+    request = Request(SAMPLES / "vllm/llama-tp2", SAMPLES / "vllm/hf/llama")
+    if method == "permute":
+        with pytest.raises(Begun):
+            permute.verify_permuted(request)
+    else:
+        monkeypatch.setattr(run, "control_group", lambda: None)
+        monkeypatch.setattr(run, "agree", lambda problems, control: exec("raise Begun", {"Begun": Begun}) if problems else None)
+        dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+        try:
+            with pytest.raises(Begun):
+                run.verify_rank(request, 0, 2, 0, 1)
+        finally:
+            dist.destroy_process_group()
+    assert done == ["added up", "run"]

@@ -135,20 +135,21 @@ def written_names(engine: str, config: dict) -> set[str]:
     }
 
 
-def small_model_names(model_type: str) -> set[str]:
-    """The names that transformers itself gives a small model's tensors, in memory and on the Hub."""
-    torch = pytest.importorskip("torch")
-    transformers = pytest.importorskip("transformers")
-    from verify_families import config_of
+def small_model_names(model_type: str, folder: Path) -> set[str]:
+    """The names that transformers itself gives a small model's tensors, in memory and in files, as on the Hub."""
+    pytest.importorskip("torch")
+    pytest.importorskip("transformers")
+    from safetensors import safe_open
+    from verify_families import make
 
-    with torch.device("meta"):
-        model = transformers.AutoModelForCausalLM.from_config(config_of(model_type))
-    return set(model.state_dict())
+    model = make(model_type, folder)
+    with safe_open(folder / "model.safetensors", "np") as file:
+        return {*model.state_dict(), *file.keys()}
 
 
 @pytest.mark.models
 @pytest.mark.samples
-def test_every_stored_name_has_one_row_and_every_row_a_name():
+def test_every_stored_name_has_one_row_and_every_row_a_name(tmp_path):
     """Rows that nothing uses are guesses; names without a row are refused. Descriptors, engines' own files and transformers must agree."""
     used, rows = set(), {}
     for model_type in families():
@@ -162,7 +163,7 @@ def test_every_stored_name_has_one_row_and_every_row_a_name():
                     written_names(engine, config | {"q_lora_rank": None}) if "q_lora_rank" in config else set()
                 )
             elif engine == "hf":
-                names = small_model_names(model_type)
+                names = small_model_names(model_type, tmp_path / model_type)
             found = {name: table(model_type, engine).find(name) for name in names}
             assert [name for name, match in found.items() if match is None] == [], (model_type, engine)
             used |= {key(match[0]) for match in found.values()}
@@ -183,16 +184,16 @@ def test_names_that_vllm_wrote(folder):
     model_type = folder.rpartition("-tp2")[0].removesuffix("-tp2").replace("-", "_")
     model_type = model_type if model_type in families() else "llama"
     engine = engine_of()["vllm"]
-    for stored in formats.get("vllm").read(SAMPLES / "vllm" / folder).tensors:
-        assert [name for name in stored if not engine.kind_beside(name) and table(model_type, "vllm").find(name) is None] == []
+    stored = {piece.name for piece in formats.get("vllm").read(SAMPLES / "vllm" / folder).pieces}
+    assert stored and [name for name in stored if not engine.kind_beside(name) and table(model_type, "vllm").find(name) is None] == []
 
 
 @pytest.mark.samples
 @pytest.mark.parametrize("model_type", ["llama", "qwen2", "qwen3_moe", "deepseek_v3"])
 def test_names_that_megatron_reads(model_type):
     engine = engine_of()["megatron"]
-    for stored in formats.get("megatron").read(SAMPLES / "megatron" / model_type / "legacy_tp2").tensors:
-        assert [name for name in stored if not engine.kind_beside(name) and table(model_type, "megatron").find(name) is None] == []
+    stored = {piece.name for piece in formats.get("megatron").read(SAMPLES / "megatron" / model_type / "legacy_tp2").pieces}
+    assert stored and [name for name in stored if not engine.kind_beside(name) and table(model_type, "megatron").find(name) is None] == []
 
 
 def test_no_architecture_and_no_engine_is_named_in_python():

@@ -1,16 +1,17 @@
 """Every tensor in a checkpoint's files matched with its layout: what is missing, does not fit or is not explained, all together."""
 
-from collections.abc import Callable, Iterator, Set
+from collections.abc import Callable, Set
 from dataclasses import replace
 from fnmatch import fnmatchcase
 
 from reshard import formats
+from reshard.checkpoint.names import spelled
 from reshard.checkpoint.opened import Checkpoint
 from reshard.errors import PlanError
 from reshard.formats.constants import check_constants
-from reshard.formats.pieces import Piece, placed
+from reshard.formats.pieces import Filed, Piece, placed
 from reshard.geometry.block import Block, Stored, row_major, singles
-from reshard.geometry.coverage import faults_of
+from reshard.geometry.coverage import faults_of, unlike
 from reshard.geometry.regions import Chunk
 from reshard.layout import Entry, Layout, Placement, Section
 from reshard.layout.carry import carrying, with_entries
@@ -30,31 +31,26 @@ def match(checkpoint: Checkpoint, kind: formats.Format, contents: formats.Conten
     rules = kind.rules if contents.stages is None else replace(kind.rules, stages=lambda layers, stages: contents.stages)
     if contents.stages is not None and sum(map(len, contents.stages)) != layout.layers:
         raise PlanError([f"{checkpoint.path} holds {sum(map(len, contents.stages))} layers, config.json says {layout.layers}"])
-    held: Held = {}
-    for piece in contents.pieces:
-        held.setdefault(piece.rank, {}).setdefault(piece.name, piece)
+    name, pieces = kind.section, contents.pieces
+    if contents.nested:
+        name, pieces, checkpoint.beside = spelled(layout, kind, mesh, pieces)
+    filed = Filed.of(pieces)
+    held = filed.first
     names = frozenset().union(*held.values())
 
     def on_mesh(layout: Layout, section: Section) -> Placement:
         return Placement(layout, section, rules, mesh, platform=contents.engine_platform)
 
-    section = _as_written(layout, _prefixed(layout, layout.section(kind.section), on_mesh, names), on_mesh, held)
-    carried = found_carried(section, ((piece.name, _reach(piece), piece.dtype) for piece in contents.pieces))
+    section = _as_written(layout, _prefixed(layout, layout.section(name), on_mesh, names), on_mesh, held)
+    carried = found_carried(section, ((piece.name, _reach(piece), piece.dtype) for piece in pieces))
     section, checkpoint.layout = with_entries(section, carried), carrying(layout, carried)
     layout = checkpoint.layout = _as_found(checkpoint, section, on_mesh, names)
     placement = on_mesh(layout, section)
-    refuse_unheld(placement, kind.section)
+    refuse_unheld(placement, name)
     placement.pads = _pads(placement, held)
-    faults: list[str] = []
-
-    def sound() -> Iterator[Stored]:
-        for s in placement.stored(aliases=True):
-            for fault in faults_of(s):
-                if piece := held.get(s.rank, {}).get(s.name):
-                    faults.append(f"{piece}: {fault}")
-            yield s
-
-    found = placed(sound(), contents.pieces, f" by layout {layout.name}")
+    stored = list(placement.stored(aliases=True))
+    faults = [f"{piece}: {fault}" for s in unlike(stored) for fault in faults_of(s) if (piece := held.get(s.rank, {}).get(s.name))]
+    found = placed(stored, filed, f" by layout {layout.name}")
     missing = [
         f"{s.name} is missing (rank {s.rank}), expected shape {list(s.shape)}"
         for s in found.missing

@@ -6,15 +6,17 @@ from dataclasses import replace
 from pathlib import Path
 
 from reshard import formats
-from reshard.checkpoint.config import find_config, folder_of, model_config, read_config
+from reshard.checkpoint.config import find_config, model_config, read_config
 from reshard.checkpoint.match import match
 from reshard.checkpoint.opened import Checkpoint
 from reshard.errors import FormatError, LayoutError, PlanError
 from reshard.foreign import quote
 from reshard.formats.manifest import read_manifest
 from reshard.formats.quantised import codes_without_scales, refuse, scheme
+from reshard.hub import folder_of
 from reshard.layout import Descriptor, Mesh, Placement, architectures, builtin_descriptors, find_descriptor, load_descriptor
-from reshard.stores.files import reading
+from reshard.layout.schemes import quantised
+from reshard.stores.files import AnyPath, reading
 from reshard.stores.identity import identity, noting
 
 
@@ -23,7 +25,7 @@ def open_checkpoint(
     *,
     format: str | None = None,
     layout: str | Path | None = None,
-    config: str | Path | None = None,
+    config: str | AnyPath | None = None,
     cache: bool = False,
 ) -> Checkpoint:
     """Read the headers of the checkpoint in folder `path`, and match them with its layout.
@@ -34,7 +36,8 @@ def open_checkpoint(
     PlanError or HubError.
     """
     folder = folder_of(path, cache)
-    kind = formats.get(format) if format else formats.recognise(folder)
+    manifest = read_manifest(folder)
+    kind = formats.get(format) if format else formats.recognise(folder, manifest)
     config_path = find_config(folder, config)
     with noting() as identities:
         if isinstance(config_path, Path):
@@ -43,13 +46,15 @@ def open_checkpoint(
         with reading(folder), _naming(folder):
             contents = kind.read(folder)
     with _naming(config_path):
-        checkpoint = _matched(folder, kind, contents, config_path, settings, load_descriptor(Path(layout)) if layout else None)
+        checkpoint = _matched(
+            folder, kind, contents, manifest or {}, config_path, settings, load_descriptor(Path(layout)) if layout else None
+        )
     checkpoint.identities = identities
     return checkpoint
 
 
 @contextmanager
-def _naming(path: Path) -> Iterator[None]:
+def _naming(path: AnyPath) -> Iterator[None]:
     """Errors of layouts and meshes, which know of no file, with the name of the one that they are about."""
     try:
         yield
@@ -60,10 +65,11 @@ def _naming(path: Path) -> Iterator[None]:
 
 
 def _matched(
-    folder: Path,
+    folder: AnyPath,
     kind: formats.Format,
     contents: formats.Contents,
-    config_path: Path,
+    manifest: Mapping[str, object],
+    config_path: AnyPath,
     settings: Mapping[str, object],
     own: Descriptor | None,
 ) -> Checkpoint:
@@ -82,8 +88,11 @@ def _matched(
     if disagreements:
         raise PlanError([f"{folder}: {text}" for text in disagreements],
                         f"{config_path} is of another model: name the config.json of the one that was trained, with --config")  # fmt: skip
-    checkpoint = Checkpoint(folder, kind.name, contents.mesh, bound, [], engine_version=contents.engine_version, config_path=config_path)
-    manifest = read_manifest(folder) or {}
+    names = {piece.name for piece in contents.pieces}
+    bound = quantised(bound, kind.section, names) if quantised_as else bound
+    checkpoint = Checkpoint(
+        folder, kind.name, contents.mesh, bound, [], engine_version=contents.engine_version, config_path=config_path, writer=contents.writer
+    )
     checkpoint.native = manifest.get("dtypes", {})
     checkpoint.origin = (
         {"repo": folder.repository.location.repo, "revision": folder.revision} if checkpoint.remote else manifest.get("source")
@@ -91,10 +100,10 @@ def _matched(
     try:
         match(checkpoint, kind, contents)
     except PlanError:
-        if quantised_as:  # one sentence instead of a line for each scale
+        if quantised_as and checkpoint.layout.scheme == "none":  # one sentence instead of a line for each scale
             raise refuse(folder, quantised_as, contents) from None
         raise
-    without = None if own else codes_without_scales(folder, settings, checkpoint.stored)
+    without = None if own else codes_without_scales(folder, settings, checkpoint.stored, checkpoint.layout.operands)
     if without:
         raise without
     return checkpoint
@@ -103,7 +112,7 @@ def _matched(
 def unknown_architecture(settings: Mapping[str, object], contents: formats.Contents) -> LayoutError:
     """The error for a model that no descriptor lists: which family comes closest, and what it leaves unexplained."""
     names = {piece.name for piece in contents.pieces}
-    best: tuple[int, str, list[str]] | None = None
+    best: tuple[tuple[int, ...], str, list[str]] | None = None
     for family, descriptor in builtin_descriptors().items():
         try:
             bound = descriptor.bind(model_config(settings))
@@ -111,24 +120,28 @@ def unknown_architecture(settings: Mapping[str, object], contents: formats.Conte
             all_entries = section.entries + tuple(e for _, _, variant in section.variants for e in variant.entries)
             rules = formats.get("hf").rules
             known = {s.name for s in Placement(bound, replace(section, entries=all_entries), rules, Mesh()).stored(aliases=True)}
+            lacking = sum(s.name not in names for s in Placement(bound, section, rules, Mesh()).stored())
         except LayoutError:
             continue
         left = sorted(names - known)
-        if best is None or len(left) < best[0]:
-            best = len(left), family, left
+        score = len(left), lacking, -len(descriptor.formats), len(descriptor.tensors), -len(descriptor.architectures)
+        if best is None or score < best[0]:
+            best = score, family, left
     architecture = quote(", ".join(architectures(settings) or ["(config.json names none)"]))
     text = f"no layout descriptor for architecture {architecture}"
     if contents.layout:
         return LayoutError(f"{text}; its files were written by layout {quote(contents.layout)}", "pass that layout's file with --layout")
-    if best is None or best[0] == len(names):
+    if best is None or len(best[2]) == len(names):
         text += f", and no family explains any of its {len(names)} tensors:\n  {_listed(sorted(names))}"
-        return LayoutError(text, "write a descriptor (docs/guides/descriptor.md) and pass it with --layout FILE.toml")
-    count, family, left = best
-    if count:
-        text += f"\nclosest is {family}, which leaves {count} of {len(names)} tensors unexplained:\n  {_listed(left)}"
+        return LayoutError(text, "`reshard layouts new` drafts a descriptor (docs/guides/descriptor.md); pass it with --layout FILE.toml")
+    _, family, left = best
+    if left:
+        text += f"\nclosest is {family}, which leaves {len(left)} of {len(names)} tensors unexplained:\n  {_listed(left)}"
     else:
         text += f"\n{family} explains the names of all {len(names)} tensors"
-    return LayoutError(text, f'write a descriptor that begins with extends = "{family}" and pass it with --layout FILE.toml')
+    return LayoutError(
+        text, f'`reshard layouts new` drafts a descriptor; it begins with extends = "{family}". Pass it with --layout FILE.toml'
+    )
 
 
 def _listed(names: list[str], shown: int = 12) -> str:

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,6 +13,7 @@ from reshard.geometry.block import Stored
 from reshard.layout import Layout, Mesh
 from reshard.stores.files import AnyPath
 from reshard.stores.identity import Identity
+from reshard.text import count, human
 
 if TYPE_CHECKING:
     from reshard.executor.sources import Source
@@ -24,7 +26,8 @@ class Checkpoint:
 
     `left_out` are weights in its files that the layout declares but does not describe (`omit`: multi-token prediction), each
     under a key of its own name. `dropped` are the names of all that no conversion carries: those, constants that engines
-    want, and buffers that can be computed again; `dropped_bytes` is their size in the files.
+    want, and buffers that can be computed again; `dropped_bytes` is their size in the files. `beside` is what a trainer saved
+    with the model, key → (tensors, bytes): its optimizer's state.
     """
 
     path: AnyPath
@@ -35,11 +38,25 @@ class Checkpoint:
     dropped: list[str] = field(default_factory=list)
     dropped_bytes: int = 0
     left_out: list[Stored] = field(default_factory=list)
+    writer: str | None = None  # the program that wrote it, where its files show that
+    beside: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     engine_version: str | None = None
     config_path: AnyPath | None = None
     origin: Mapping[str, str] | None = None  # repo and revision on the Hub that it comes from, where that is known
     native: Mapping[str, str] = field(default_factory=dict)  # the model's dtype of tensors that this format's engine widened
     identities: Mapping[str, Identity] = field(default_factory=dict)  # of local files, by path, when their headers were read
+
+    @property
+    def holders(self) -> int:
+        """How many ranks' files it consists of."""
+        return len({stored.rank for stored in self.stored})
+
+    def what_is_beside(self) -> str | None:
+        """What stands beside the model in its files, in words; None where nothing does."""
+        if not self.beside:
+            return None
+        each = [f"{quote(key)} ({count(number, 'tensor')}, {human(size)})" for key, (number, size) in sorted(self.beside.items())]
+        return f"beside the model, and not read: {', '.join(each)}"
 
     @property
     def architecture(self) -> str:
@@ -52,6 +69,12 @@ class Checkpoint:
     @property
     def files(self) -> list[str]:
         return sorted({stored.file for stored in self.stored})
+
+    @property
+    def parameters(self) -> int:
+        """Numbers in the model's tensors, each tensor counted once, however many files hold it."""
+        keys = {key for stored in self.stored for part in stored.parts for key, _ in part.each()}
+        return sum(prod(self.layout.shape_of(key)) for key in keys)
 
     @property
     def bytes(self) -> int:
@@ -70,6 +93,11 @@ class Checkpoint:
     def revision(self) -> str | None:
         """The commit, of a checkpoint on the Hub."""
         return self.path.revision if self.remote else None
+
+    @property
+    def received(self) -> int:
+        """Bytes of content that came over the network so far."""
+        return self.path.repository.received if self.remote else 0
 
     @property
     def left_out_bytes(self) -> int:

@@ -12,7 +12,8 @@ from reshard import __version__
 from reshard.cli.convert import convert, plan
 from reshard.cli.doctor import doctor
 from reshard.cli.hub import pull, push
-from reshard.cli.look import demo, diff, inspect, layouts
+from reshard.cli.layouts import layouts
+from reshard.cli.look import demo, diff, inspect
 from reshard.cli.verify import verify
 from reshard.errors import ReshardError
 from reshard.executor.threads import one_interrupt

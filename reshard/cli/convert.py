@@ -26,7 +26,7 @@ def opened(path: str, from_=None, layout=None, config=None, cache=False):
     return open_checkpoint(path, format=from_, layout=layout, config=config, cache=cache)
 
 
-def planned(source, to, tp, pp, ep, etp, dtype, engine_version, engine_platform, **options):
+def planned(source, to, tp, pp, ep, etp, dtype, dequantise, engine_version, engine_platform, **options):
     from reshard.api import plan
 
     return plan(
@@ -37,6 +37,7 @@ def planned(source, to, tp, pp, ep, etp, dtype, engine_version, engine_platform,
         ep=ep,
         etp=etp,
         dtype=dtype,
+        dequantise=dequantise,
         engine_version=engine_version,
         engine_platform=engine_platform,
         **options,
@@ -73,6 +74,7 @@ def run_conversion(
     ep,
     etp,
     dtype,
+    dequantise,
     engine_version,
     engine_platform,
     rank,
@@ -92,7 +94,7 @@ def run_conversion(
     from reshard.conversion.transaction import resumed
 
     options = {"rank": rank, "jobs": jobs, "buffer": buffer, "allow_overflow": allow_overflow, "max_file": max_shard_size}
-    job = planned(source, to, tp, pp, ep, etp, dtype, engine_version, engine_platform, **options)
+    job = planned(source, to, tp, pp, ep, etp, dtype, dequantise, engine_version, engine_platform, **options)
     if push is not None and not dry_run:
         from reshard.publish.push import convert_and_push
 
@@ -136,6 +138,8 @@ def say_what_is_lost(job) -> None:
     """Weights that the result lacks, and values that became infinite because that was allowed."""
     if job.left_out:
         click.echo(job.what_is_left_out())
+    if told := job.source.what_is_beside():
+        click.echo(told)
     for loss in job.casts.lost.values() if job.casts else ():
         click.echo(f"infinite now: {loss.words()}")
 
@@ -171,24 +175,39 @@ def say_pushed(done, result: dict, as_json: bool, quiet: bool) -> None:
 
 
 @click.command()
-@click.argument("src", type=Place())
+@click.argument("src", type=Place(), required=False)
 @target_options
 @source_options
 @rank_option
 @click.option("--bandwidth", type=Size(), help="Bytes per second, such as 25GB/s: adds the time it takes.")
 @report_option
 @json_option
-def plan(src, to, tp, pp, ep, etp, dtype, engine_version, engine_platform, from_, layout, config, rank, bandwidth, report, as_json):
-    """Tell which bytes a conversion of SRC would read and write, per rank. Writes nothing."""
-    job = planned(opened(src, from_, layout, config), to, tp, pp, ep, etp, dtype, engine_version, engine_platform, rank=rank)
+def plan(
+    src, to, tp, pp, ep, etp, dtype, dequantise, engine_version, engine_platform, from_, layout, config, rank, bandwidth, report, as_json
+):
+    """Tell which bytes a conversion of SRC would read and write, per rank. Writes nothing.
+
+    Without SRC, of the model that --config describes: names and shapes alone, no weights."""
+    if src is None:
+        if config is None or from_:
+            raise click.UsageError("name SRC, or the config.json of a model with --config")
+        from reshard.checkpoint import describe_checkpoint
+
+        source = describe_checkpoint(config, layout)
+    else:
+        source = opened(src, from_, layout, config)
+    job = planned(source, to, tp, pp, ep, etp, dtype, dequantise, engine_version, engine_platform, rank=rank)
     if report:
         from reshard.pages.plan import plan_page
 
         report.write_text(plan_page(job))
     if as_json:
         extra = {"seconds_at_bandwidth": (job.bytes_read + job.bytes_written) / bandwidth} if bandwidth else {}
+        extra |= {"parameters": source.parameters} if src is None else {}
         click.echo(json.dumps({"ok": True, **job.to_json(), "ranks": job.ranks(), **extra}))
         return
     click.echo(job.describe())
+    if src is None:
+        click.echo(f"{source.parameters:,} parameters, by config.json alone; a tower beside the text model is not in it")
     if bandwidth:
         click.echo(f"at {human(bandwidth)}/s: {(job.bytes_read + job.bytes_written) / bandwidth:.3g} s")

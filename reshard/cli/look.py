@@ -1,10 +1,7 @@
-"""``inspect``, ``diff``, ``layouts`` and ``demo``: what is there, and whether it is the same."""
+"""``inspect``, ``diff`` and ``demo``: what is there, and whether it is the same."""
 
 import json
-import shutil
 import sys
-import textwrap
-from pathlib import Path
 
 import click
 
@@ -28,7 +25,7 @@ def inspect(path, from_, layout, config, tensors, as_json):
 
     ckpt = opened(path, from_, layout, config)
     result = {"ok": True, "path": str(path), "format": ckpt.format, "architecture": ckpt.architecture,
-              "mesh": mesh_json(ckpt.mesh), "bytes": ckpt.bytes} | ({"revision": ckpt.revision} if ckpt.remote else {})  # fmt: skip
+              "mesh": mesh_json(ckpt.mesh), "bytes": ckpt.bytes} | ({"writer": ckpt.writer, "ranks": ckpt.holders} if ckpt.writer else {}) | ({"revision": ckpt.revision} if ckpt.remote else {})  # fmt: skip
     rows = _tensor_rows(ckpt)
     if as_json:
         result["tensors"] = (
@@ -36,9 +33,12 @@ def inspect(path, from_, layout, config, tensors, as_json):
         )
         click.echo(json.dumps(result))
         return
+    where = f"{ckpt.format} of {count(ckpt.holders, 'rank')}, written by {ckpt.writer}" if ckpt.writer else f"{ckpt.format} {ckpt.mesh}"
     click.echo(
-        f"{printable(str(path))}: {ckpt.format} {ckpt.mesh}, {ckpt.architecture} (layout {ckpt.layout.name}), {len(rows)} tensors, {human(ckpt.bytes)}"
+        f"{printable(str(path))}: {where}, {ckpt.architecture} (layout {ckpt.layout.name}), {len(rows)} tensors, {human(ckpt.bytes)}"
     )
+    if told := ckpt.what_is_beside():
+        click.echo(told)
     if tensors:
         text = [(n, "×".join(map(str, s)) or "scalar", d, "-" if x is None else x, "+".join(f) or "-", len(r)) for n, s, d, x, f, r in rows]
         click.echo(table(text, ("name", "shape per rank", "dtype", "split dim", "fused", "ranks")))
@@ -120,85 +120,6 @@ def diff(a, b, config, layout, from_a, from_b, dtype, atol, report, as_json, qui
         )
     if not found.equal:
         sys.exit(3)
-
-
-@click.group(invoke_without_command=True)
-@json_option
-@click.pass_context
-def layouts(ctx, as_json):
-    """List the architectures that reshard knows; `layouts show NAME` explains one."""
-    if ctx.invoked_subcommand:
-        return
-    from reshard.layout import builtin_descriptors
-
-    known = builtin_descriptors()
-    if as_json:
-        rows = [
-            {"name": n, "architectures": list(d.architectures), "formats": sorted(d.formats), "description": d.description}
-            for n, d in known.items()
-        ]
-        click.echo(json.dumps({"ok": True, "layouts": rows}))
-        return
-    rows = [(n, ", ".join(d.architectures), ", ".join(sorted(d.formats)), d.description) for n, d in known.items()]
-    text = table(rows, ("layout", "architectures", "formats", "what"))
-    width = shutil.get_terminal_size((1000, 24)).columns  # as wide as need be where it is no terminal
-    if max(map(len, text.splitlines())) <= width:
-        click.echo(text)
-        return
-    for name, *lines in rows:  # too narrow for columns
-        click.echo("\n".join([name, *(textwrap.fill(line, width, initial_indent="  ", subsequent_indent="    ") for line in lines)]))
-
-
-@layouts.command("show")
-@click.argument("name")
-@click.option("--tp", type=click.IntRange(1), default=1, show_default=True)
-@click.option("--format", "format_", type=click.Choice(FORMATS), default="hf", show_default=True)
-@click.option("--config", type=click.Path(exists=True), help="config.json to take sizes from; without it sizes are shown by name.")
-def show(name, tp, format_, config):
-    """Tell for each tensor of layout NAME its dims, what it is fused with, and which dim tensor parallelism splits."""
-    from reshard import formats
-    from reshard.layout import builtin_descriptors, load_descriptor
-
-    known = builtin_descriptors()
-    if not name.endswith(".toml") and name not in known:
-        raise ReshardError(f"no layout {name!r}", f"known: {', '.join(known)}; or the path of a file, FILE.toml")
-    descriptor = load_descriptor(Path(name)) if name.endswith(".toml") else known[name]
-    kind = formats.get(format_)
-    if config is None:
-        rows = [_entry_row(descriptor, entry, tp) for entry in descriptor.section(kind.section).entries if not entry.omit]
-        click.echo(table(rows, ("name", "holds", "interleaved within", "split dim", f"dims per rank of tp{tp}", "when")))
-        return
-    from reshard.checkpoint import find_config, model_config, read_config
-    from reshard.layout import Mesh, Placement
-
-    layout = descriptor.bind(model_config(read_config(find_config(Path(config), config))))
-    placement = Placement(layout, layout.section(kind.section), kind.rules, Mesh(tp))
-    rows = [(s.name, "×".join(map(str, s.shape)), "-" if (d := split_dim(descriptor, s.entry, tp)) is None else d, "+".join(s.entry.of))
-            for s in placement.stored(placement.ranks[:1])]  # fmt: skip
-    click.echo(table(rows, ("name", "shape on rank 0", "split dim", "holds")))
-
-
-def _entry_row(descriptor, entry, tp: int) -> tuple:
-    """One line of `layouts show` without a config: sizes by the names of their axes."""
-    tensor = descriptor.tensors[entry.of[0]]
-    split = tensor.split if entry.split is None else entry.split
-
-    def size(axis: str) -> str:
-        return f"{axis}/{tp}" if tp > 1 and split[:1] == (axis,) else axis
-
-    lead = [f"[{name}]" for name in tensor.index if name not in entry.numbered]
-    dims = [" ".join(map(size, axes)) for axes in entry.dims_of(tensor)]
-    text = " ".join(lead + [f"({d})" if " " in d else d for d in dims])
-    cut = split_dim(descriptor, entry, max(tp, 2))
-    when = tensor.when if entry.when == "true" else entry.when
-    return (
-        entry.name,
-        " + ".join(entry.of),
-        " ".join(g.axis for g in entry.fusion.groups() if g.axis) or "-",
-        "-" if cut is None else cut,
-        text,
-        "" if when == "true" else when,
-    )
 
 
 @click.command()

@@ -24,10 +24,11 @@ from pathlib import Path
 from reshard import formats
 from reshard.conversion.job import Job
 from reshard.conversion.journal import NAME as JOURNAL
-from reshard.conversion.journal import Journal, notes_in
+from reshard.conversion.journal import Journal, Note, notes_in
 from reshard.conversion.lock import locked
 from reshard.errors import DestinationError, ReshardError
 from reshard.formats.manifest import NAME as MANIFEST
+from reshard.stores.files import AnyPath
 from reshard.text import some
 
 
@@ -83,9 +84,10 @@ class Place:
 
     def check_source(self, job: Job) -> None:
         """The source must neither be, hold or lie in what is written or replaced, nor have files there."""
-        if job.source.remote:
+        folder = job.source.path
+        if not isinstance(folder, Path):
             return
-        source = Path(os.path.realpath(job.source.path))
+        source = Path(os.path.realpath(folder))
         for target in (self.path, self.partial, self.old):
             if source == target or target in source.parents or source in target.parents:
                 word = self.given if target == self.path else target
@@ -94,12 +96,13 @@ class Place:
                     "choose another destination, or rename the source",
                 )
         used = f".{self.path.name}.reshard"
-        if any(folder.parent == self.path.parent and folder.name.startswith(used) for folder in (source, *source.parents)):
+        if any(at.parent == self.path.parent and at.name.startswith(used) for at in (source, *source.parents)):
             raise DestinationError(
                 f"the source {job.source.path} has a name that reshard uses while it writes {self.given}",
                 "choose another destination, or rename the source",
             )
-        for path in [*(job.source.path / file for file in job.source.files), *job.companions.values()]:
+        companions = [path for path in job.companions.values() if isinstance(path, Path)]  # beside a config.json on the Hub others are
+        for path in [*(folder / file for file in job.source.files), *companions]:
             real = Path(os.path.realpath(path))
             if any(target in real.parents for target in (self.path, self.partial, self.old)):
                 raise DestinationError(f"{path}, of the source, is a link to {real}, which would be replaced", "choose another destination")
@@ -119,7 +122,7 @@ class Place:
             raise DestinationError(f"{self.given} is no checkpoint; --overwrite would delete what it holds: {some(names)}",
                                    f"if that is meant, delete it yourself (rm -r {self.path}); or choose another destination")  # fmt: skip
 
-    def heal(self, notes: list[str]) -> dict | None:
+    def heal(self, notes: list[str]) -> Note | None:
         """Finish what a run that died while its folder got its name left. Returns the beginning of that run's journal, if it was published."""
         first = self._published()
         restorable = not os.path.lexists(self.path) and self.old.is_dir() and not self.old.is_symlink()
@@ -140,7 +143,7 @@ class Place:
             self.tidy()
         return first
 
-    def _published(self) -> dict | None:
+    def _published(self) -> Note | None:
         """The first note of the journal in the destination, where that says that this very folder was being published."""
         notes = notes_in(self.path)
         last = next((note for note in reversed(notes) if "publish" in note), None)
@@ -236,7 +239,7 @@ def _is_checkpoint(folder: Path) -> bool:
     if (folder / MANIFEST).is_file():
         return True
     try:
-        formats.recognise(folder)
+        formats.recognise(folder, None)
     except ReshardError:
         return False
     return True
@@ -284,7 +287,7 @@ def sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
-def modes(paths: Iterable[Path]) -> tuple[int, int]:
+def modes(paths: Iterable[AnyPath]) -> tuple[int, int]:
     """Permissions for files and folders made from these, before the umask: nobody may read what he could not read at the source."""
     file, folder = 0o666, 0o777
     for path in paths:

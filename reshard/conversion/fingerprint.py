@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Mapping
+from typing import Any
 
 from reshard import __version__
 from reshard.conversion.job import Job
@@ -12,7 +13,7 @@ from reshard.planner.plan import digest as digest_of
 from reshard.planner.tiles import MOST_PORTION, PORTION
 
 
-def first_note(job: Job) -> dict[str, object]:
+def first_note(job: Job) -> dict[str, Any]:
     """How the journal of `job` begins: whose work it is, for comparison and for messages."""
     return {
         "fingerprint": fingerprint(job),
@@ -50,8 +51,8 @@ def conversion(job: Job) -> str:
         __version__,
         options(job) | {"rank": None},
         source_state(job),
-        plain(job.source.layout.section(job.section)),
-        dict(job.source.layout.sizes),
+        plain(job.layout.section(job.section)),
+        dict(job.layout.sizes),
     )
     _add(digest, digest_of(job.source.stored))
     return digest.hexdigest()
@@ -61,6 +62,7 @@ def options(job: Job) -> dict[str, object]:
     """What the user asked for, for messages too."""
     mesh = job.mesh
     return {"format": job.format, "tp": mesh.tp, "pp": mesh.pp, "ep": mesh.ep, "etp": mesh.etp, "dtype": job.dtype,
+            "dequantise": job.dequantises or None,
             "engine_version": job.engine_version, "engine_platform": job.engine_platform, "max_file": job.max_file, "rank": job.rank}  # fmt: skip
 
 
@@ -74,7 +76,7 @@ def source_state(job: Job) -> str:
     return digest.hexdigest()
 
 
-def _add(digest, *values: object) -> None:
+def _add(digest: "hashlib._Hash", *values: object) -> None:
     digest.update(json.dumps(values, default=str).encode() + b"\n")
 
 

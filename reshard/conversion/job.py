@@ -4,10 +4,10 @@
 """
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypedDict
 
 from reshard import formats
 from reshard.checkpoint import Checkpoint, read_config
@@ -18,13 +18,16 @@ from reshard.formats.manifest import NAME as MANIFEST
 from reshard.formats.manifest import manifest_bytes
 from reshard.formats.pieces import placed
 from reshard.geometry.block import Stored
-from reshard.layout import Mesh, Placement, Rank
+from reshard.layout import Entry, Layout, Mesh, Placement, Rank
 from reshard.layout.check import omitted, refuse_unheld
+from reshard.layout.transforms import values_of
 from reshard.planner.batches import GAP, JOBS, Batch, batches, workers
 from reshard.planner.batches import peak as peak_of_fetching
+from reshard.planner.copies import Copy
 from reshard.planner.plan import Plan
 from reshard.planner.plan import plan as make_plan
 from reshard.planner.tiles import BUFFER, Portion, peak_buffer, portions
+from reshard.planner.values import bare
 from reshard.stores.beside import is_side_file
 from reshard.stores.files import AnyPath
 from reshard.stores.identity import Identity, identity
@@ -41,6 +44,7 @@ class Job:
     source: Checkpoint
     format: str
     mesh: Mesh
+    layout: Layout  # that the destination follows: the source's, or what that was before it was quantised
     plan: Plan
     folder: Folder
     companions: dict[str, AnyPath]
@@ -54,11 +58,15 @@ class Job:
     identities: dict[str, Identity] = field(default_factory=dict)  # of the companions, by path
 
     @property
+    def dequantises(self) -> bool:
+        return self.layout is self.source.layout.plain
+
+    @property
     def section(self) -> str:
         """The descriptors' table that the format follows."""
         return formats.get(self.format).section
 
-    def portions(self) -> list[Batch] | list[Portion]:
+    def portions(self) -> Sequence[Batch | Portion]:
         """The whole work in pieces that a journal notes by number."""
         return portions(self.plan) if self.batches is None else self.batches
 
@@ -74,7 +82,7 @@ class Job:
         return sum(file.image.size for file in self.folder.files)
 
     @property
-    def copies(self):
+    def copies(self) -> list[Copy]:
         return self.plan.copies
 
     @property
@@ -85,6 +93,12 @@ class Job:
     def left_out(self) -> list[str]:
         """Names of weights in the source that no conversion carries."""
         return left_out(self.source, self.not_held)["tensors"]
+
+    def what_is_computed(self) -> str:
+        """The tensors that are not copied but computed, and by which functions."""
+        names = self.plan.computes
+        number = sum(run.count for run in self.plan.join.runs if self.plan.join.patterns[run.pattern].value)
+        return f"computed: {count(number, 'tensor')} ({', '.join(sorted(set(names.values())))}): {some(sorted(names))}"
 
     def what_is_left_out(self) -> str | None:
         """The weights that the result will lack, in words; None where it lacks none."""
@@ -115,11 +129,14 @@ class Job:
             f"writes {human(self.bytes_written)}, {_above(self.bytes_written, plan.bytes_held, 'headers')}",
         ]
         computed = sorted(set(self.dropped) - set(self.left_out))
-        lines += [self.what_is_left_out()] if self.left_out else []
+        lines += [self.what_is_computed()] if self.plan.computes else []
+        left = self.what_is_left_out()
+        lines += [left] if left else []
         if computed:
             lines.append(
                 f"dropped: {count(len(computed), 'buffer')}, {human(source.dropped_bytes - source.left_out_bytes)}: {some(computed)}"
             )
+        lines += [told] if (told := source.what_is_beside()) else []
         lines += [f"padded: {some(plan.padded)}"] if plan.padded else []
         return "\n".join(lines)
 
@@ -132,7 +149,7 @@ class Job:
             else f"what lies between, up to {human(GAP)} at a time, costs less than another request"
         )
 
-    def to_json(self, path: str | None = None) -> dict:
+    def to_json(self, path: str | None = None) -> dict[str, object]:
         """The keys that `convert` and `plan` share (CLI.md)."""
         source = self.source
         return {
@@ -155,6 +172,8 @@ class Job:
             "dropped_bytes": source.dropped_bytes,
             "left_out": self.left_out,
             "left_out_bytes": left_out(source, self.not_held)["bytes"],
+            "beside": {key: {"tensors": number, "bytes": size} for key, (number, size) in source.beside.items()},
+            "computed": self.plan.computes,
             "padded": self.plan.padded,
         }
 
@@ -181,47 +200,61 @@ def prepare(
     jobs: int | None = None,
     buffer: int = BUFFER,
     allow_overflow: bool = False,
+    dequantise: bool = False,
 ) -> Job:
     """Plan the conversion of `source`, for all ranks or for `rank` alone (replicas in the source are then not compared).
 
+    `dequantise`: the weights of a quantised checkpoint are computed from their codes and scales.
     `allow_overflow`: a value that has no room in its new dtype becomes infinite, and is counted, instead of ending the run.
     Raises PlanError with every problem found; nothing is written.
     """
     kind = formats.get(format)
     jobs = jobs or default_jobs(source)
+    if kind.write is None:
+        raise PlanError([f"format {format} is read, not written"], "dcp, transformers and hf are written for the same readers")
     if format == "hf" and (mesh.tp, mesh.pp, mesh.ep) != (1, 1, 1):
         raise PlanError([f"format hf is whole: it has no {mesh}"], "leave --tp, --pp and --ep out, or use --to tp")
-    placement = place(source, format, mesh, engine_version, engine_platform)
-    ranks = placement.ranks if rank is None else [one_rank(placement, rank)]
-    plan = join_to(source, placement, dtype, ranks, complete=rank is None)
+    placement = place(source, format, mesh, engine_version, engine_platform, dequantise)
+    every = kind.rules.ranks(mesh) if kind.whole else placement.ranks  # those whose files there are
+    ranks = every if rank is None else [one_rank(every, mesh, rank)]
+    plan = join_to(source, placement, dtype, None if kind.whole else ranks, complete=rank is None)
     without = not_held(source, placement)
     engine_version = engine_version or kind.newest
-    target = Target(placement, ranks, engine_version, max_file)
-    folder = kind.write(target, plan.destinations)
+    target = Target(placement, ranks, engine_version, max_file, mesh if kind.whole else None)
+    folder = kind.write(target, list(plan.destinations))
     here = placed(plan.destinations, folder.pieces, complete=rank is None)
     if all(piece.region is None for piece in folder.pieces):
         plan = plan.located(here.stored)
     else:  # tensors that the format cuts itself: each of its pieces is a destination, counted like any
-        plan = join_to(source, placement, dtype, ranks, rank is None, here.stored)
+        plan = join_to(source, placement, dtype, None, rank is None, here.stored)
     sizes = {file.path: file.image.size for file in folder.files}
     native = native_dtypes(source, plan)
-    alone = rank is not None and len(placement.ranks) > 1
-    folder.small[MANIFEST] = manifest_bytes(format, placement.mesh, source.layout.name, engine_version, sizes, native, source.origin,
-                                            (rank, len(placement.ranks)) if alone else None, left_out(source, without), engine_platform)  # fmt: skip
-    if dtype:
-        config = dict(read_config(source.config_path))
-        key = "dtype" if "dtype" in config or "torch_dtype" not in config else "torch_dtype"
-        config[key] = TABLE[USER_WORDS[dtype]].torch
+    alone = rank is not None and len(every) > 1
+    folder.small[MANIFEST] = manifest_bytes(format, target.mesh, source.layout.name, engine_version, sizes, native, source.origin,
+                                            (rank, len(every)) if rank is not None and alone else None, left_out(source, without),
+                                            engine_platform)  # fmt: skip
+    if (dtype or dequantise) and source.config_path:
+        config = without_quantisation(read_config(source.config_path)) if dequantise else dict(read_config(source.config_path))
+        if dtype:
+            key = "dtype" if "dtype" in config or "torch_dtype" not in config else "torch_dtype"
+            config[key] = TABLE[USER_WORDS[dtype]].torch
         folder.small["config.json"] = (json.dumps(config, indent=2) + "\n").encode()
     companions = {name: path for name, path in companion_files(source).items() if name not in folder.small}
     fetched = batches(plan) if source.remote else None
     peak = peak_buffer(plan, jobs, buffer) if fetched is None else peak_of_fetching(workers(jobs, buffer))
     seen = {str(path): identity(path.stat()) for path in companions.values() if isinstance(path, Path)}
-    return Job(source, format, placement.mesh, plan, folder, companions, engine_version, engine_platform, dtype, peak, fetched, rank if alone else None, max_file, seen,
+    return Job(source, format, target.mesh, placement.layout, plan, folder, companions, engine_version, engine_platform, dtype, peak, fetched, rank if alone else None, max_file, seen,
                counting(allow_overflow), without)  # fmt: skip
 
 
-def left_out(source: Checkpoint, not_held: Iterable[Stored] = ()) -> dict:
+class LeftOut(TypedDict):
+    """Weights that a result lacks: their names, and their bytes."""
+
+    tensors: list[str]
+    bytes: int
+
+
+def left_out(source: Checkpoint, not_held: Iterable[Stored] = ()) -> LeftOut:
     """Weights in the files of `source` that no conversion carries, or (`not_held`) this one: their names, and their bytes."""
     every = [*source.left_out, *not_held]
     return {"tensors": sorted({stored.name for stored in every}), "bytes": sum(stored.size * DTYPE_SIZE[stored.dtype] for stored in every)}
@@ -233,6 +266,13 @@ def not_held(source: Checkpoint, placement: Placement) -> tuple[Stored, ...]:
     if not gone.places and not gone.tensors:
         return ()
     return tuple(s for s in source.stored if s.parts and all(key in gone for key, _ in s.blocks))
+
+
+def without_quantisation(config: Mapping[str, object]) -> dict[str, object]:
+    """`config` of a model whose weights are numbers again."""
+    kept = {key: value for key, value in config.items() if key not in ("quantization_config", "compression_config")}
+    nested = kept.get("text_config")
+    return kept | {"text_config": without_quantisation(nested)} if isinstance(nested, dict) else kept
 
 
 def counting(allow_overflow: bool) -> "Casts | None":
@@ -248,23 +288,53 @@ def default_jobs(source: Checkpoint) -> int:
     return JOBS if source.remote else 2
 
 
-def place(source: Checkpoint, format: str, mesh: Mesh, engine_version: str | None = None, engine_platform: str | None = None) -> Placement:
-    """Where `format` puts the tensors of `source`'s model on `mesh`."""
-    kind = formats.get(format)
-    section = source.layout.section(kind.section)
+def place(
+    source: Checkpoint,
+    format: str,
+    mesh: Mesh,
+    engine_version: str | None = None,
+    engine_platform: str | None = None,
+    dequantise: bool = False,
+) -> Placement:
+    """Where `format` puts the tensors of `source`'s model on `mesh`; of a quantised one its codes and scales, or (`dequantise`) its weights."""
+    kind, layout = formats.get(format), source.layout
+    if dequantise:
+        if layout.plain is None:
+            raise PlanError([f"{source.path} is not quantised: there is nothing to dequantise"], "leave out --dequantise")
+        layout = layout.plain
+    elif layout.plain is not None and kind.section not in layout.descriptor.formats:
+        raise PlanError([f"format {format} cannot hold weights quantised as {layout.scheme}"], "use --dequantise")
+    section = layout.section(kind.section)
     if mesh.ep > 1 and not source.layout.sizes.get("expert"):
         raise PlanError([f"ep={mesh.ep}, but {source.layout.name} is a model without experts"], "leave out --ep")
     version = kind.release(engine_version) if engine_version is not None else None
     kind.check_platform(engine_platform)
-    placement = Placement(source.layout, section.for_version(version), kind.rules, mesh, engine=version, platform=engine_platform)
+    if kind.whole:
+        if mesh != Mesh(mesh.tp):
+            raise PlanError(
+                [f"format {format} deals each tensor's rows out to ranks, which have no {mesh}"], "say how many with --tp, and nothing else"
+            )
+        mesh = Mesh()
+    placement = Placement(
+        layout, section.for_version(version).spelled(kind.forms), kind.rules, mesh, engine=version, platform=engine_platform
+    )
     refuse_unheld(placement, kind.section)
     return placement
 
 
-def one_rank(placement: Placement, number: int) -> Rank:
-    if not 0 <= number < len(placement.ranks):
-        raise PlanError([f"rank {number} does not exist on {placement.mesh}"], f"ranks are 0 to {len(placement.ranks) - 1}")
-    return placement.ranks[number]
+def one_rank(ranks: list[Rank], mesh: Mesh, number: int) -> Rank:
+    if not 0 <= number < len(ranks):
+        raise PlanError([f"rank {number} does not exist on {mesh}"], f"ranks are 0 to {len(ranks) - 1}")
+    return ranks[number]
+
+
+def rank_at(placement: Placement, at: tuple[int, ...]) -> Rank:
+    """The rank at (tp, pp), or (tp, pp, ep) where several stand there."""
+    found = [rank for rank in placement.ranks if (rank.tp, rank.pp, rank.ep)[: len(at)] == tuple(at)] if len(at) in (2, 3) else []
+    if not found or len({rank.ep for rank in found}) > 1:
+        text = f"no rank stands at {at}" if not found else f"{len(found)} ranks stand at {at}"
+        raise PlanError([f"{text} of {placement.mesh}"], "at is (tp, pp), or (tp, pp, ep), each from 0")
+    return found[0]
 
 
 def join_to(
@@ -282,6 +352,7 @@ def join_to(
     if placement.problems:
         raise PlanError(placement.problems, split_hint(placement))
     keep = [t.name for t in source.layout.descriptor.tensors.values() if t.dtype]
+    held = (s.entry for s in source.stored if isinstance(s.entry, Entry) and s.entry.transform)
     return make_plan(
         source.stored,
         destinations,
@@ -292,14 +363,17 @@ def join_to(
         omitted=omitted(placement),
         complete=complete,
         check=complete,
+        values={**source.layout.values, **values_of(placement.layout, dict.fromkeys((*held, *placement.section.entries)))},
     )
 
 
 def native_dtypes(source: Checkpoint, plan: Plan) -> dict[str, str]:
     """The model's own dtype of each tensor that the destination's engine wants in another: noted, so that it comes back."""
-    wanted = {key[0]: s.entry.dtype for s in plan.destinations if s.entry.dtype for key, _ in s.blocks}
-    held = {key[0]: s.dtype for s in source.stored for key, _ in s.blocks if key[0] in wanted}
-    return {name: own for name in wanted for own in [source.native.get(name, held[name])] if own != wanted[name]}
+    wanted = {bare(key[0]): s.entry.dtype for s in plan.destinations if s.entry and s.entry.dtype for key, _ in s.blocks}
+    if not wanted:
+        return {}
+    held = {bare(key[0]): s.dtype for s in source.stored for key, _ in s.blocks if bare(key[0]) in wanted}
+    return {name: own for name in held for own in [source.native.get(name, held[name])] if own != wanted[name]}
 
 
 def split_hint(placement: Placement) -> str:

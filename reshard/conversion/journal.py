@@ -23,11 +23,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, TypeGuard
 
 from reshard.conversion.lock import Lock, locked
 from reshard.foreign import LIMIT, parse
 
 NAME = "journal.jsonl"
+Note = dict[str, Any]  # one line
 
 
 @dataclass
@@ -41,17 +43,17 @@ class Done:
 class Journal:
     """An open journal, locked for this run alone."""
 
-    def __init__(self, handle: int, lock: Lock, notes: list[dict], size: int, first: int):
+    def __init__(self, handle: int, lock: Lock, notes: list[Note], size: int, first: int):
         """`size` bytes are `notes`, `first` of them the first."""
         self._handle, self.lock, self.notes, self._size, self._first = handle, lock, notes, size, first
         self._turn = threading.Lock()
         self._marks = max((note.get("mark", 0) for note in notes), default=0)
 
     @property
-    def first(self) -> dict:
+    def first(self) -> Note:
         return self.notes[0] if self.notes else {}
 
-    def begin(self, first: dict, afresh: bool) -> Done:
+    def begin(self, first: Note, afresh: bool) -> Done:
         """What is done, by the notes; `afresh` starts a new journal that begins with `first`."""
         if afresh:
             self._cut(0)
@@ -96,7 +98,7 @@ class Journal:
     def publish(self, inode: int, name: str) -> None:
         self._write([{"publish": inode, "from": name}])
 
-    def _write(self, notes: list[dict], sync: bool = True) -> None:
+    def _write(self, notes: list[Note], sync: bool = True) -> None:
         data = b"".join(json.dumps(note).encode() + b"\n" for note in notes)
         with self._turn:
             try:
@@ -118,9 +120,11 @@ class Journal:
         self._size = size
 
 
-def replay(notes: list[dict], now: str | None) -> Done:
+def replay(notes: list[Note], now: str | None) -> Done:
     """What `notes` say is done, on a machine whose boot is `now`."""
-    done, durable, marks, last = Done(), set(), {}, None
+    done, last = Done(), None
+    durable: set[int] = set()
+    marks: dict[int, set[int]] = {}
     for note in [*notes, {"boot": now}]:
         if "boot" in note:
             if note["boot"] is None or note["boot"] != last:
@@ -158,7 +162,7 @@ _KINDS = {
 }
 
 
-def _sound(note: object, is_first: bool) -> bool:
+def _sound(note: object, is_first: bool) -> TypeGuard[Note]:
     """Whether a line is one that a run writes."""
     if not isinstance(note, dict) or not note:
         return False
@@ -170,16 +174,17 @@ def _sound(note: object, is_first: bool) -> bool:
         )
     if "redo" in note:
         redo = note["redo"]
-        lists = isinstance(redo, dict) and [redo.get("files"), redo.get("batches")]
-        return bool(lists) and all(
-            isinstance(items, list) and all(type(item) is kind for item in items) for items, kind in zip(lists, (str, int))
+        return isinstance(redo, dict) and all(
+            isinstance(redo.get(key), list) and all(type(item) is kind for item in redo[key])
+            for key, kind in (("files", str), ("batches", int))
         )
     return any(key in note and type(note[key]) in kinds for key, kinds in _KINDS.items()) and isinstance(note.get("from", ""), str)
 
 
-def read_notes(raw: bytes) -> tuple[list[dict], int]:
+def read_notes(raw: bytes) -> tuple[list[Note], int]:
     """The notes of a journal, and the bytes that they take: a line that is torn, or is not a journal's, ends it."""
-    notes, good = [], 0
+    notes: list[Note] = []
+    good = 0
     for line in raw.splitlines(keepends=True):
         try:
             note = parse(line)
@@ -192,7 +197,7 @@ def read_notes(raw: bytes) -> tuple[list[dict], int]:
     return notes, good
 
 
-def notes_in(folder: Path) -> list[dict]:
+def notes_in(folder: Path) -> list[Note]:
     """The notes of the journal in `folder`; none where there is none, or a file of that name that is another's."""
     path = folder / NAME
     try:

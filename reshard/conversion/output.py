@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
+from typing import TypeVar
 
 from reshard.dtypes import DTYPE_SIZE
 from reshard.errors import DestinationError
@@ -17,6 +18,7 @@ from reshard.geometry.block import Stored, end
 #: bytes written at a time, ending at a multiple of it in the file: the page cache then takes whole large pages of memory.
 #: Larger ones still are often not at hand, and looking for them takes several times as long as the copying.
 _WRITE = 128 << 10
+Argument = TypeVar("Argument")
 _FLUSH = 32 << 20  # bytes written to a file before the kernel is asked to begin writing them back
 
 
@@ -56,7 +58,7 @@ class Output:
         self._synced: set[str] = set()
         self._lock = threading.Lock()
         self._disk = ThreadPoolExecutor(4) if durable else None
-        self._waits: list[Future] = []
+        self._waits: list[Future[None]] = []
 
     def write(self, stored: Stored, element: int, data: memoryview) -> None:
         """Store `data` from `element` on of a destination tensor."""
@@ -83,7 +85,7 @@ class Output:
         if self._disk:
             with self._lock:
                 paths = sorted(self._begun - self._synced)
-            self._wait(work, paths)
+            self._wait(self._disk, work, paths)
 
     def close(self) -> None:
         if self._disk:
@@ -159,12 +161,12 @@ class Output:
             if full:
                 self._dirty[path] = 0
         if complete:
-            self._wait(self._complete, path) if self._disk else self._complete(path)
+            self._wait(self._disk, self._complete, path) if self._disk else self._complete(path)
         elif full and self._disk:
-            self._wait(self._write_back, path)
+            self._wait(self._disk, self._write_back, path)
 
-    def _wait(self, task: Callable, argument: object) -> None:
-        future = self._disk.submit(task, argument)
+    def _wait(self, disk: ThreadPoolExecutor, task: Callable[[Argument], None], argument: Argument) -> None:
+        future = disk.submit(task, argument)
         with self._lock:
             self._waits.append(future)
 

@@ -2,15 +2,16 @@
 
 import os
 import shutil
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from reshard.conversion.destination import Place
 from reshard.conversion.job import Job
 from reshard.conversion.journal import NAME as JOURNAL
-from reshard.conversion.journal import Done, Journal
+from reshard.conversion.journal import Done, Journal, Note
 from reshard.dtypes import DTYPE_SIZE
-from reshard.errors import DestinationError, HubError, ReshardError
+from reshard.errors import BadBytes, DestinationError, HubError, ReshardError
 from reshard.planner.batches import Batch
 from reshard.planner.tiles import Portion
 
@@ -19,13 +20,13 @@ from reshard.planner.tiles import Portion
 class Work:
     """What is to be done of a job. `done` was done by an earlier run, which moved `resumed` bytes of the source; `left` are the other portions, numbered."""
 
-    portions: list[Batch] | list[Portion]
+    portions: Sequence[Batch | Portion]
     done: Done
     left: list[tuple[int, Batch | Portion]]
     resumed: int
 
 
-def check_leftover(notes: list[dict], first: dict, job: Job, place: Place, overwrite: bool) -> list[str]:
+def check_leftover(notes: list[Note], first: Note, job: Job, place: Place, overwrite: bool) -> list[str]:
     """What to tell the user of an unfinished run's leftover, whose journal is `notes`. Raises DestinationError where it is other work."""
     earlier = notes[0] if notes else {}
     if not earlier or earlier["fingerprint"] == first["fingerprint"]:
@@ -37,7 +38,7 @@ def check_leftover(notes: list[dict], first: dict, job: Job, place: Place, overw
     name, mine = str(earlier.get("source")), first["source"]
     throw_away = f"to throw it away, use --overwrite or delete {place.partial}"
     if job.source.remote and name != mine and name.partition("@")[0] == mine.partition("@")[0]:
-        raise DestinationError(f"{place.partial} holds an unfinished conversion of {name}; {job.source.path} is at {job.source.revision[:12]} now",
+        raise DestinationError(f"{place.partial} holds an unfinished conversion of {name}; {job.source.path} is at {str(job.source.revision)[:12]} now",
                                f"convert {name} to finish it; {throw_away}")  # fmt: skip
     if name == mine and earlier.get("options") == first["options"]:
         raise DestinationError(f"{place.partial} holds an unfinished conversion of {name}, whose files have changed since", throw_away)
@@ -48,19 +49,19 @@ def check_leftover(notes: list[dict], first: dict, job: Job, place: Place, overw
     )
 
 
-def _options_text(chosen: dict) -> str:
+def _options_text(chosen: Mapping[str, object]) -> str:
     """Options as the command line spells them."""
     words = {"format": "to"}
     usual = (None, 0, 1)
     given = [
-        f"--{words.get(key, key).replace('_', '-')} {value}"
+        f"--{words.get(key, key).replace('_', '-')}{'' if value is True else f' {value}'}"
         for key, value in chosen.items()
-        if value not in usual or (key == "rank" and value is not None)
+        if value is True or value not in usual or (key == "rank" and value is not None)
     ]
     return " ".join(given)[:200] or "other options"
 
 
-def resume(journal: Journal, job: Job, partial: Path, first: dict) -> Work:
+def resume(journal: Journal, job: Job, partial: Path, first: Note) -> Work:
     """What is left to do after an interrupted run of the very same job. Removes what is not of it; starts the journal where there is none."""
     same = journal.first.get("fingerprint") == first["fingerprint"]
     if not same:
@@ -95,25 +96,26 @@ def _clean(partial: Path, keep: set[str]) -> None:
             os.rmdir(folder)
 
 
-def written_by(job: Job, portions: list[Batch] | list[Portion], batches: set[int]) -> dict[str, int]:
+def written_by(job: Job, portions: Sequence[Batch | Portion], batches: set[int]) -> dict[str, int]:
     """How many bytes of each output file those portions write."""
     size = {file.path: 0 for file in job.folder.files}
     for number in batches:
         for tile in portions[number].tiles:
             for copy in tile.copies:
                 size[copy.dst.file] += copy.move.size * DTYPE_SIZE[copy.dst.dtype]
+            for each in tile.computed:
+                for stored, block in each.takers:
+                    size[stored.file] += block.size * DTYPE_SIZE[stored.dtype]
     return size
 
 
 def give_up(job: Job, work: Work, journal: Journal, place: Place, error: ReshardError) -> None:
     """Keep of a run whose source turned out to be wrong what is good: all that is not made of the one bad file of the Hub's; else nothing."""
-    file = getattr(error, "source_file", None)
+    file = error.source_file if isinstance(error, BadBytes) else None
     if file is None and isinstance(error, HubError):  # a small file of the Hub's came wrong: nothing was made of it
         return
     if not job.source.remote or file is None:
         shutil.rmtree(place.partial)
         return
-    outputs = sorted({copy.dst.file for copy in job.plan.copies if copy.src.file == file})
-    journal.redo(
-        outputs, [n for n, portion in enumerate(work.portions) if any(c.src.file == file for tile in portion.tiles for c in tile.copies)]
-    )
+    made = {n: {into for tile in portion.tiles for source, into in tile.flows if source == file} for n, portion in enumerate(work.portions)}
+    journal.redo(sorted(set().union(*made.values())), [n for n, outputs in made.items() if outputs])

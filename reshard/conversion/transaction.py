@@ -12,12 +12,12 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-from reshard.checkpoint import Checkpoint
 from reshard.conversion.destination import Place, modes, sync_folder
 from reshard.conversion.fingerprint import conversion, first_note
 from reshard.conversion.job import Job, default_jobs
-from reshard.conversion.journal import Journal, notes_in, opened
+from reshard.conversion.journal import Journal, Note, notes_in, opened
 from reshard.conversion.lock import told
 from reshard.conversion.output import Output
 from reshard.conversion.resume import Work, check_leftover, give_up, resume, written_by
@@ -27,7 +27,8 @@ from reshard.executor.sources import Source
 from reshard.executor.threads import one_interrupt
 from reshard.formats.manifest import NAME as MANIFEST
 from reshard.formats.manifest import merged, of_conversion, read_incomplete
-from reshard.planner.tiles import BUFFER, tile_limit
+from reshard.planner.batches import Batch
+from reshard.planner.tiles import BUFFER, Portion, tile_limit
 from reshard.stores.files import AnyPath, failed
 from reshard.stores.identity import changed
 from reshard.text import human
@@ -94,14 +95,14 @@ def convert(
     with opened(place.partial, str(place.given), lambda: place.make_partial(folders_mode)) as journal:
         notes += told(journal.lock) + check_leftover(journal.notes, first, job, place, overwrite)
         work = resume(journal, job, place.partial, first)
-        source = job.source.source(job.batches if not work.resumed else (), jobs)
+        source = job.source.source(job.batches or () if not work.resumed else (), jobs)
         left = [file for file in job.folder.files if file.path not in work.done.files]
-        there = written_by(job, work.portions, work.done.batches) if work.done.batches else {}
+        written = written_by(job, work.portions, work.done.batches) if work.done.batches else {}
         output = Output(
             place.partial,
             left,
             journal.file if fsync else None,
-            there,
+            written,
             job.plan.padding,
             files_mode,
             folders_mode,
@@ -136,7 +137,7 @@ def convert(
         if there is None:
             place.tidy()
     return Report(place.given, names, source.bytes_read, output.bytes_written, time.monotonic() - began, len(work.done.files), source.checked,
-                  received(job.source), work.resumed, notes)  # fmt: skip
+                  job.source.received, work.resumed, notes)  # fmt: skip
 
 
 def _move(
@@ -154,19 +155,16 @@ def _move(
 
     with casts_judged(job.plan, source):
         if source.remote:
-            run_batches(work.left, source, output.write, jobs=jobs, buffer=buffer, progress=progress, moved=moved)
+            batches = [(number, batch) for number, batch in work.left if isinstance(batch, Batch)]
+            run_batches(batches, source, output.write, jobs=jobs, buffer=buffer, progress=progress, moved=moved)
         else:
+            portions = [(number, portion) for number, portion in work.left if isinstance(portion, Portion)]
             run_portions(
-                work.left, source, output.write, limit=tile_limit(job.plan, jobs, buffer), jobs=jobs, progress=progress, moved=moved
+                portions, source, output.write, limit=tile_limit(job.plan, jobs, buffer), jobs=jobs, progress=progress, moved=moved
             )
 
 
-def received(source: Checkpoint) -> int:
-    """Bytes of content that came over the network for `source` so far."""
-    return source.path.repository.received if source.remote else 0
-
-
-def _finished(job: Job, place: Place, fingerprint: str, healed: dict | None) -> bool:
+def _finished(job: Job, place: Place, fingerprint: str, healed: Note | None) -> bool:
     """Whether an earlier run of this very job did all: it was killed when its folder had its name, or its rank is in the folder."""
     if healed and healed["fingerprint"] == fingerprint:
         return _whole(job, place.path)
@@ -191,7 +189,7 @@ def _whole(job: Job, folder: Path) -> bool:
     return all((folder / file.path).is_file() and (folder / file.path).stat().st_size == file.image.size for file in job.folder.files)
 
 
-def _ranks_there(job: Job, place: Place) -> dict | None:
+def _ranks_there(job: Job, place: Place) -> dict[str, Any] | None:
     """The manifest of the destination, where that holds other ranks of the conversion that `job` is one rank of."""
     there = read_incomplete(place.path) if job.rank is not None else None
     return there if there and there["ranks"].get("conversion") == conversion(job) else None

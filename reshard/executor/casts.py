@@ -11,8 +11,12 @@ import numpy as np
 
 from reshard.dtypes import DTYPE_SIZE, TABLE, numbers_of, words_of
 from reshard.errors import CastError
-from reshard.geometry.block import Key, Stored
-from reshard.planner.plan import Copy, where
+from reshard.geometry.block import Box, Id, Key, Stored
+from reshard.planner.copies import Copy
+from reshard.planner.plan import where
+
+#: a box of a tensor in a source, that casts were counted of
+Counted = tuple[Id, Key, Box]
 
 
 def cast(view: np.ndarray, src: str, dst: str) -> np.ndarray:
@@ -51,7 +55,7 @@ class Casts:
     def values(self) -> int:
         return sum(loss.values for loss in self.lost.values())
 
-    def cast(self, copy: Copy, view: np.ndarray, counted: set[tuple]) -> np.ndarray:
+    def cast(self, copy: Copy, view: np.ndarray, counted: set[Counted]) -> np.ndarray:
         """``cast`` of the words of `copy`. `counted` are the source boxes that were counted already, for other destinations."""
         src, dst = copy.src.dtype, copy.dst.dtype
         out = cast(view, src, dst)

@@ -24,7 +24,7 @@ class Device:
         """Queue a copy of `value`, in a host buffer, to `into`, on the device."""
         into.copy_(value)
 
-    def mark(self):
+    def mark(self) -> "torch.cuda.Event | None":
         """An event that comes when all copies queued so far are done: it has ``query()`` and ``synchronize()``; None if they are."""
 
     def finish(self) -> None:
@@ -67,7 +67,7 @@ class Cuda(Device):
         with torch.cuda.stream(self._stream):
             into.copy_(value, non_blocking=True)
 
-    def mark(self):
+    def mark(self) -> "torch.cuda.Event | None":
         event = torch.cuda.Event(blocking=True)  # a thread that waits for it leaves the core to those that read
         event.record(self._stream)
         return event

@@ -11,13 +11,14 @@ import numpy as np
 
 from reshard.dtypes import DTYPE_SIZE, words_of
 from reshard.errors import FormatError
-from reshard.executor.casts import Casts, Loss
-from reshard.executor.sources import Source, Workspace
+from reshard.executor.casts import Casts, Counted, Loss
+from reshard.executor.sources import InMemory, Source, Workspace
 from reshard.geometry.block import Box, Id, Stored, contiguous_from, end
 from reshard.geometry.coverage import label
 from reshard.planner.batches import _split as cut_until
 from reshard.planner.batches import runs
-from reshard.planner.plan import Copy, Plan, where
+from reshard.planner.copies import Copy
+from reshard.planner.plan import Plan, where
 from reshard.planner.tiles import Tile, between, groups, sides, spans, split
 
 _LOSS_TILE = 2 << 20  # bytes
@@ -25,13 +26,13 @@ GAP = 16 << 10  # bytes between runs of a file that are rather read than left ou
 
 
 def rearrange(
-    tile: Tile, source: Source, write: Callable[[Stored, int, memoryview], None], space: Workspace, casts: Casts | None = None
+    tile: Tile, source: Source | InMemory, write: Callable[[Stored, int, memoryview], None], space: Workspace, casts: Casts | None = None
 ) -> int:
     """Read all that the tile needs, put each destination together in a buffer, and write that.
 
     `casts`: how casts are judged. One rank's columns lie far apart: a tile that spans much more than it needs is cut, so that its span fits in its own bytes.
     """
-    if not source.in_memory and between(tile) > (most := max(tile.source_bytes, 1 << 20)):
+    if not isinstance(source, InMemory) and between(tile) > (most := max(tile.source_bytes, 1 << 20)):
         parts = list(cut_until(tile, most, between))
         if len(parts) > 1:
             mark, read = space.mark(), 0
@@ -53,7 +54,8 @@ def rearrange(
     for copy in tile.copies:
         by_target[copy.dst.id].append(copy)
     mark = space.mark()
-    casts, counted = casts or Casts(), set()
+    casts = casts or Casts()
+    counted: set[Counted] = set()
     for copies in by_target.values():
         _fill(copies, windows, write, space, casts, counted)
         space.reset(mark)
@@ -77,48 +79,48 @@ def strided(words: np.ndarray, box: Box, strides: tuple[int, ...]) -> np.ndarray
     return np.lib.stride_tricks.as_strided(words, shape, [s * words.itemsize for s in strides], writeable=False)
 
 
-def mapped(source: Source, stored: Stored, low: int, high: int, runs: Iterable[tuple[int, int]] | None = None) -> np.ndarray:
+def mapped(source: Source | InMemory, stored: Stored, low: int, high: int, runs: Iterable[tuple[int, int]] | None = None) -> np.ndarray:
     """Elements [low, high) of a stored tensor as words; if `runs` are given, only the elements in these are read.
 
     Never a mapping of the file: one that becomes shorter kills whoever touches it.
     """
     width = DTYPE_SIZE[stored.dtype]
-    if source.in_memory:
+    if isinstance(source, InMemory):
         raw = np.frombuffer(source.map(stored, low, high), np.uint8)
         if (stored.start + low * width) % width:
             raw = raw.copy()  # torch's files align tensors, third parties' need not
     else:
         raw = np.empty((high - low) * width, np.uint8)  # pages that nothing is read into take no memory
-        _read_runs(source, stored, low, runs or [(low, high)], memoryview(raw))
+        _read_runs(source, stored, low, runs or [(low, high)], raw.data)
     return raw.view(words_of(width))
 
 
-def _read_runs(source: Source, stored: Stored, low: int, runs: Iterable[tuple[int, int]], into: memoryview) -> None:
+def _read_runs(source: Source | InMemory, stored: Stored, low: int, runs: Iterable[tuple[int, int]], into: memoryview) -> None:
     """Read runs of elements into `into`, which begins at element `low`; those that overlap or touch, once."""
     width = DTYPE_SIZE[stored.dtype]
-    start = stop = None
-    for a, b in [*sorted(runs), (None, None)]:
-        if a is not None and stop is not None and a <= stop:
-            stop = max(stop, b)
-            continue
-        if stop is not None:
-            source.read(stored, start, into[(start - low) * width : (stop - low) * width])
-        start, stop = a, b
+    merged: list[list[int]] = []
+    for start, stop in sorted(runs):
+        if merged and start <= merged[-1][1]:
+            merged[-1][1] = max(merged[-1][1], stop)
+        else:
+            merged.append([start, stop])
+    for start, stop in merged:
+        source.read(stored, start, into[(start - low) * width : (stop - low) * width])
 
 
-def _windows(tile: Tile, source: Source, space: Workspace) -> tuple[Windows, int]:
+def _windows(tile: Tile, source: Source | InMemory, space: Workspace) -> tuple[Windows, int]:
     """Read what a tile needs, each source once. And count it."""
-    needed: dict[Id, set] = defaultdict(set)
+    needed: dict[Id, set[tuple[int, int]]] = defaultdict(set)
     windows, total = Windows(), 0
     found = spans(tile)
     for stored, copy, offset, strides in sides(tile):
         _, low, high, used = found[stored.id]
-        if used != high - low and not source.in_memory:
+        if used != high - low and not isinstance(source, InMemory):
             needed[stored.id].update(runs(offset, copy.move.shape, strides, GAP // DTYPE_SIZE[stored.dtype]))
     for at, (stored, low, high, used) in found.items():
         width = DTYPE_SIZE[stored.dtype]
         total += used * width
-        if source.in_memory:
+        if isinstance(source, InMemory):
             words = mapped(source, stored, low, high)
         else:
             buffer = space.take((high - low) * width)
@@ -129,7 +131,7 @@ def _windows(tile: Tile, source: Source, space: Workspace) -> tuple[Windows, int
 
 
 def _fill(copies: list[Copy], windows: Windows, write: Callable[[Stored, int, memoryview], None], space: Workspace,
-          casts: Casts, counted: set[tuple]) -> None:  # fmt: skip
+          casts: Casts, counted: set[Counted]) -> None:  # fmt: skip
     """Write the copies of one tile into one stored tensor."""
     dst = copies[0].dst
     width = DTYPE_SIZE[dst.dtype]
@@ -138,7 +140,7 @@ def _fill(copies: list[Copy], windows: Windows, write: Callable[[Stored, int, me
     views = [casts.cast(c, windows.view(c.src, c.move.box, c.move.src_offset, c.move.src_strides), counted) for c in copies]
     if sum(c.move.size for c in copies) < high - low:  # holes between them: each by itself, in runs
         for copy, view in zip(copies, views):
-            _scatter(view, copy.move.dst_offset, copy.move.dst_strides, dst, write)
+            scatter(view, copy.move.dst_offset, copy.move.dst_strides, dst, write)
         return
     buffer = np.frombuffer(space.take((high - low) * width), words_of(width))
     for copy, view in zip(copies, views):
@@ -150,10 +152,10 @@ def _fill(copies: list[Copy], windows: Windows, write: Callable[[Stored, int, me
 
 
 def _bytes(array: np.ndarray) -> memoryview:
-    return memoryview(array.reshape(-1).view(np.uint8))
+    return array.reshape(-1).view(np.uint8).data
 
 
-def _scatter(view: np.ndarray, offset: int, strides: tuple[int, ...], dst: Stored, write) -> None:
+def scatter(view: np.ndarray, offset: int, strides: tuple[int, ...], dst: Stored, write: Callable[[Stored, int, memoryview], None]) -> None:
     """Write a view whose destination is not contiguous: one run per position of the outer axes."""
     depth = contiguous_from(view.shape, strides)
     inner = np.ascontiguousarray(view)
@@ -164,7 +166,8 @@ def _scatter(view: np.ndarray, offset: int, strides: tuple[int, ...], dst: Store
 
 def whole_loss(plan: Plan, source: Source, found: Casts) -> list[Loss]:
     """What all of the tensors in `found.lost` lose, of which a tile was enough to refuse them."""
-    whole, counted = Casts(allow=True), set()
+    whole = Casts(allow=True)
+    counted: set[Counted] = set()
     lossy = [group for group in groups(plan) if any(plan.join.runs[number].key(i) in found.lost for number, i in group.members)]
     for tile in (tile for group in lossy for tile in split(group.tile(plan), _LOSS_TILE)):
         for copy in tile.copies:
@@ -172,4 +175,5 @@ def whole_loss(plan: Plan, source: Source, found: Casts) -> list[Loss]:
                 move = copy.move
                 words = mapped(source, copy.src, move.src_offset, end(move.src_offset, move.shape, move.src_strides))
                 whole.cast(copy, strided(words, move.box, move.src_strides), counted)
-    return list(whole.lost.values())
+    computed = [loss for key, loss in found.lost.items() if key not in whole.lost]  # as far as it was computed
+    return [*whole.lost.values(), *computed]

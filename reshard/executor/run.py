@@ -16,11 +16,12 @@ from typing import TYPE_CHECKING
 
 from reshard.dtypes import DTYPE_SIZE
 from reshard.errors import CastError
-from reshard.executor.sources import Source, Workspace
+from reshard.executor.sources import InMemory, Source, Workspace
 from reshard.executor.threads import in_threads
 from reshard.geometry.block import Box, Stored, contiguous_from, volume
 from reshard.geometry.pieces import union_volume
-from reshard.planner.plan import Copy, Plan
+from reshard.planner.copies import Copy
+from reshard.planner.plan import Plan
 from reshard.planner.tiles import BUFFER, Portion, Tile, portions, split, tile_limit
 from reshard.planner.tiles import casts as casts_in
 
@@ -33,9 +34,13 @@ _PIECE = 1 << 20  # bytes: of a run, at a time; they stay in a core's own cache
 
 
 def run_tile(
-    tile: Tile, source: Source, write: Callable[[Stored, int, memoryview], None], space: Workspace, casts: "Casts | None" = None
+    tile: Tile, source: Source | InMemory, write: Callable[[Stored, int, memoryview], None], space: Workspace, casts: "Casts | None" = None
 ) -> int:
     """Move one tile. `write(stored, element, bytes)` stores a contiguous run. Returns bytes read from the source."""
+    if tile.computed:
+        from reshard.executor.compute import compute
+
+        return compute(tile, source, write, space, casts)
     runs = _runs_of(tile)
     if runs is not None:
         read = _pass_on(runs, source, write, space)
@@ -62,8 +67,8 @@ def _runs_of(tile: Tile) -> list[Runs] | None:
     """The tile as long runs, where it needs no arithmetic and no element would be read twice; else None."""
     if tile.checks:
         return None
-    sharing: dict[tuple, list[Copy]] = defaultdict(list)
-    boxes: dict[tuple, set[Box]] = defaultdict(set)
+    sharing: dict[tuple[object, ...], list[Copy]] = defaultdict(list)
+    boxes: dict[tuple[object, ...], set[Box]] = defaultdict(set)
     for copy in tile.copies:
         if copy.src.dtype != copy.dst.dtype:
             return None
@@ -81,7 +86,7 @@ def _runs_of(tile: Tile) -> list[Runs] | None:
             return None
         outer = list(product(*map(range, move.shape[:depth])))
 
-        def starts(offset: int, strides: tuple[int, ...], outer=outer) -> list[int]:
+        def starts(offset: int, strides: tuple[int, ...], outer: list[tuple[int, ...]] = outer) -> list[int]:
             return [offset + sum(i * s for i, s in zip(index, strides)) for index in outer]
 
         targets = [(copy.dst, starts(copy.move.dst_offset, copy.move.dst_strides)) for copy in copies]
@@ -89,7 +94,7 @@ def _runs_of(tile: Tile) -> list[Runs] | None:
     return out
 
 
-def _pass_on(runs: list[Runs], source: Source, write: Callable[[Stored, int, memoryview], None], space: Workspace) -> int:
+def _pass_on(runs: list[Runs], source: Source | InMemory, write: Callable[[Stored, int, memoryview], None], space: Workspace) -> int:
     """Read each run, piece by piece, and write it wherever it belongs."""
     total = 0
     for run_ in runs:
@@ -169,6 +174,7 @@ def casts_judged(plan: Plan, source: Source) -> Iterator[None]:
         from reshard.executor.casts import refused
         from reshard.executor.rearrange import whole_loss
 
+        assert source.casts is not None
         raise refused(whole_loss(plan, source, source.casts)) from None
 
 

@@ -3,7 +3,9 @@
 import mmap
 import os
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from reshard.dtypes import DTYPE_SIZE
@@ -15,8 +17,24 @@ from reshard.stores.identity import Identity, changed, difference, identity
 
 if TYPE_CHECKING:
     from reshard.executor.casts import Casts
+    from reshard.planner.batches import Range
 
 _AGAIN = "see that nothing writes to the source, then run the same command again"
+
+
+class InMemory(ABC):
+    """Bytes of a source that were fetched already. Tiles read from them as they read from a Source."""
+
+    @abstractmethod
+    def read(self, stored: Stored, start: int, into: memoryview) -> None:
+        """As ``Source.read``."""
+
+    @abstractmethod
+    def map(self, stored: Stored, start: int, stop: int) -> memoryview:
+        """The bytes of elements [start, stop) of a stored tensor."""
+
+    def count(self, size: int) -> None:
+        """Counted when it was fetched."""
 
 
 class Source:
@@ -24,7 +42,6 @@ class Source:
 
     remote = False  # True where bytes must be fetched, batch by batch, before tiles can have them
     checked = 0  # files whose checksum was compared with one that is known
-    in_memory = False  # True where all bytes are in memory already
     casts: "Casts | None" = None  # how casts of this run are judged; None: a value that does not fit is refused
 
     def __init__(self, folder: AnyPath, identities: Mapping[str, Identity] = {}):
@@ -56,7 +73,7 @@ class Source:
         with self._lock:
             self.bytes_read += size
 
-    def hold(self, ranges: list, room: "Workspace", tell: Callable[[int], None]) -> "Source":
+    def hold(self, ranges: list["Range"], room: "Workspace", tell: Callable[[int], None]) -> "Source | InMemory":
         """What a batch's tiles read from; `ranges` of a remote source are fetched into `room` first."""
         return self
 
@@ -86,18 +103,19 @@ class Source:
             raise _changed(place, how)
         return handle
 
-    def _place(self, file: str) -> AnyPath:
+    def _place(self, file: str) -> Path:
+        assert isinstance(self.folder, Path)
         return self.folder / file
 
 
-def _changed(path: str | AnyPath, how: str) -> FormatError:
+def _changed(path: str | Path, how: str) -> FormatError:
     return FormatError(f"{path} was changed after its header was read: {how}", _AGAIN)
 
 
 class Workspace:
     """One worker's buffers, allocated once: fresh memory for every tile would cost a page fault for each 4 KiB."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._memory = mmap.mmap(-1, mmap.PAGESIZE)
         self._used = 0
 

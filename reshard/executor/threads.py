@@ -5,8 +5,11 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
+from typing import TypeVar
 
 from reshard.executor.sources import Workspace
+
+Item = TypeVar("Item")
 
 
 @contextmanager
@@ -17,7 +20,7 @@ def one_interrupt() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
         yield
         return
-    heard = []
+    heard: list[bool] = []
 
     def once(number: int, frame: object) -> None:
         if not heard:
@@ -35,8 +38,8 @@ def one_interrupt() -> Iterator[None]:
 @one_interrupt()
 def in_threads(
     jobs: int,
-    take: Callable[[int], object],
-    work: Callable[[object, Workspace, threading.Event], None],
+    take: Callable[[int], Item],
+    work: Callable[[Item, Workspace, threading.Event], None],
     stopped: Callable[[], None] = lambda: None,
 ) -> None:
     """`work` on whatever `take(worker)` gives, on `jobs` threads, until it raises IndexError; the first failure ends all, after `stopped()`."""

@@ -6,14 +6,16 @@ A format reads a folder into ``Contents`` (which tensors lie where, on which mes
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
+from importlib import import_module
 
 from reshard.errors import FormatError, LayoutError, PlanError
 from reshard.foreign import quote
 from reshard.formats.pieces import Piece
 from reshard.geometry.block import Stored
 from reshard.layout import PLATFORMS, Layout, Mesh, Placement, Rank, Rules, parse_version
+from reshard.registry import FORMATS
 from reshard.stores import FileImage
+from reshard.stores.files import AnyPath
 
 
 @dataclass
@@ -21,7 +23,8 @@ class Contents:
     """What a folder holds, as its headers say: every tensor in its files as a piece of what a rank of `mesh` stores.
 
     `stages` is the layers of each pipeline stage where the files show them. `settings` is what each file says of the model's
-    sizes.
+    sizes. `nested`: names may stand below keys of a larger state, beside what is no model's.
+    `writer`: the program that wrote the files, where they show it.
     """
 
     mesh: Mesh
@@ -31,6 +34,8 @@ class Contents:
     engine_platform: str | None = None
     stages: list[list[int]] | None = None
     settings: Mapping[str, Mapping[str, object]] = field(default_factory=dict)
+    nested: bool = False
+    writer: str | None = None
 
 
 @dataclass(frozen=True)
@@ -59,12 +64,16 @@ class Format:
     name: str
     section: str
     rules: Rules
-    recognise: Callable[[Path, set[str]], bool]
-    read: Callable[[Path], Contents]
-    write: Callable[["Target", list[Stored]], Folder]
+    recognise: Callable[[AnyPath, set[str]], bool]
+    read: Callable[[AnyPath], Contents]
+    write: Callable[["Target", list[Stored]], Folder] | None  # None: read only
     newest: str | None = None  # release of the engine whose files it writes, the newest known
     oldest: str | None = None  # the oldest whose names are known
     disagreements: Callable[[Layout, Contents], list[str]] | None = None  # of a folder's own settings with config.json
+    others: tuple[str, ...] = ()  # tables whose names its files may bear as well
+    whole: bool = False  # cuts whole tensors itself, over as many ranks as the mesh's tp, where others have each rank placed
+    forms: tuple[str, ...] = ()  # of the descriptors' alternatives, those that it writes: the names of a model in memory
+    usage: str = ""  # a command or Python that loads a folder of it: {folder}, {repo}, {id}, {tp}, {pp}
     small: tuple[str, ...] = ()  # names of files beside the weights without which a folder of this format is not whole
 
     def release(self, version: str) -> tuple[int, ...]:
@@ -96,6 +105,7 @@ class Target:
     ranks: list[Rank]
     engine_version: str | None = None
     max_file: int | None = None  # bytes; None: what is usual for the format
+    over: Mesh | None = None  # whose ranks the files are, of a format that cuts whole tensors itself
 
     def by_rank(self, stored: list[Stored]) -> list[tuple[Rank, dict[str, Stored]]]:
         """Each rank that is written, with its tensors by name."""
@@ -112,27 +122,18 @@ class Target:
 
     @property
     def mesh(self) -> Mesh:
-        return self.placement.mesh
-
-
-def formats() -> dict[str, Format]:
-    """All formats, in the order in which a folder is asked whether it is one."""
-    from reshard.formats import engine, hf, megatron, rank_pt, tp
-
-    known = (tp.FORMAT, engine.VLLM, engine.SGLANG, megatron.FORMAT, rank_pt.FORMAT, hf.FORMAT)
-    return {format.name: format for format in known}
+        return self.over or self.placement.mesh
 
 
 def get(name: str) -> Format:
-    known = formats()
-    if name not in known:
-        raise FormatError(f"unknown format {name!r}", f"formats: {', '.join(known)}")
-    return known[name]
+    if name not in FORMATS:
+        raise FormatError(f"unknown format {name!r}", f"formats: {', '.join(FORMATS)}")
+    module, attribute = FORMATS[name].split(".")
+    return getattr(import_module(f"reshard.formats.{module}"), attribute)
 
 
-def recognise(folder: Path) -> Format:
-    """The format of `folder`, by its manifest or the names of its files. Raises FormatError."""
-    from reshard.formats.manifest import read_manifest
+def recognise(folder: AnyPath, manifest: Mapping[str, object] | None) -> Format:
+    """The format of `folder`, by its manifest, if it has one, or the names of its files. Raises FormatError."""
     from reshard.formats.unsupported import refuse_file, refuse_folder
 
     if not folder.is_dir():
@@ -140,24 +141,16 @@ def recognise(folder: Path) -> Format:
         if not folder.exists() and not folder.is_absolute() and len(folder.parts) == 2:
             hint = f"did you mean hf://{folder}?"
         raise refuse_file(folder) if folder.exists() else FormatError(f"{folder} does not exist", hint)
-    manifest = read_manifest(folder)
     if manifest:
-        if manifest["format"] not in formats():
+        if manifest["format"] not in FORMATS:
             raise FormatError(f"{folder}: reshard.json names the unknown format {quote(repr(manifest['format']))}",
-                              f"formats: {', '.join(formats())}")  # fmt: skip
+                              f"formats: {', '.join(FORMATS)}")  # fmt: skip
         return get(manifest["format"])
     names = {path.name for path in folder.iterdir()}
-    for format in formats().values():
+    for format in map(get, FORMATS):
         if format.recognise(folder, names):
             return format
     raise refuse_folder(folder, names)
-
-
-def safe_join(folder: Path, name: str) -> Path:
-    """`folder`/`name`, refusing a name from a file that would lead out of the folder."""
-    if not name or name.startswith(("/", "\\")) or ".." in Path(name).parts or "\x00" in name:
-        raise FormatError(f"{folder}: file name {quote(repr(name))} leads out of the folder")
-    return folder / name
 
 
 def parts(stored: list[tuple[str, int]], max_file: int | None) -> list[list[str]]:

@@ -11,7 +11,6 @@ from collections import defaultdict
 from dataclasses import replace
 from functools import partial
 from math import prod
-from pathlib import Path
 
 from reshard.dtypes import DTYPE_SIZE
 from reshard.errors import FormatError, PlanError
@@ -23,6 +22,7 @@ from reshard.geometry.block import Stored
 from reshard.layout import Mesh, Rules, parse_version
 from reshard.layout.mesh import grid
 from reshard.stores import safetensors
+from reshard.stores.files import AnyPath
 
 _NUMBER = r"(0|[1-9][0-9]{0,6})"  # as the engines write them: model-rank-00-… or other digits are other files
 _FILE = re.compile(rf"model-rank-{_NUMBER}-part-{_NUMBER}\.safetensors")
@@ -39,11 +39,11 @@ def uneven_stages(layers: int, stages: int) -> list[list[int]]:
     return [list(range(start, start + size)) for start, size in zip(starts, sizes)]
 
 
-def _recognise(folder: Path, names: set[str]) -> bool:
+def _recognise(folder: AnyPath, names: set[str]) -> bool:
     return any(_FILE.fullmatch(name) or _STAGED.fullmatch(name) for name in names)
 
 
-def _read(name: str, folder: Path) -> Contents:
+def _read(name: str, folder: AnyPath) -> Contents:
     by_rank: dict[tuple[int, int], dict[int, str]] = defaultdict(dict)
     for path in folder.iterdir():
         if match := _FILE.fullmatch(path.name):
@@ -134,8 +134,14 @@ def constant_bytes(value: float, dtype: str) -> bytes:
 
 def _format(name: str, oldest: str, newest: str) -> Format:
     recognise = _recognise if name == "vllm" else lambda folder, names: False  # the two look alike; --from tells
-    return Format(name, name, Rules(grid, uneven_stages), recognise, partial(_read, name), partial(_write, name), newest, oldest)
+    return Format(
+        name, name, Rules(grid, uneven_stages), recognise, partial(_read, name), partial(_write, name), newest, oldest, usage=_USAGE[name]
+    )
 
 
+_USAGE = {
+    "vllm": "vllm serve {folder} --load-format sharded_state --tensor-parallel-size {tp}",
+    "sglang": "python -m sglang.launch_server --model-path {folder} --load-format sharded_state --tp {tp}",
+}
 VLLM = _format("vllm", "0.11", "0.32")
 SGLANG = _format("sglang", "0.5", "0.5.23")

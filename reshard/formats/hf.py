@@ -7,19 +7,18 @@ made them. A *name* in an index is another's text, and never leads out of the fo
 import json
 import re
 from collections import defaultdict
-from pathlib import Path
 
 from reshard.dtypes import DTYPE_SIZE
 from reshard.errors import FormatError
 from reshard.foreign import quote
-from reshard.formats import Contents, Folder, Format, OutFile, Target, parts, safe_join
+from reshard.formats import Contents, Folder, Format, OutFile, Target, parts
 from reshard.formats.manifest import mesh_of, read_manifest
 from reshard.formats.pieces import Piece, pieces_of
 from reshard.geometry.block import Stored
 from reshard.layout import Mesh, Rules
 from reshard.layout.mesh import even_stages, grid
 from reshard.stores import TensorInfo, safetensors
-from reshard.stores.files import read_json
+from reshard.stores.files import AnyPath, read_json, safe_join
 
 _INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 #: bytes: small enough that a model of some size has several files, which can be written side by side and fetched so
@@ -28,11 +27,11 @@ _SINGLES = ("model.safetensors", "pytorch_model.bin")
 _SHARD = re.compile(r"(?:model|pytorch_model)-[0-9]{5}-of-[0-9]{5}\.(?:safetensors|bin)")
 
 
-def _recognise(folder: Path, names: set[str]) -> bool:
+def _recognise(folder: AnyPath, names: set[str]) -> bool:
     return bool(names & {*_INDEXES, *_SINGLES}) or any(_SHARD.fullmatch(name) for name in names)
 
 
-def _read(folder: Path) -> Contents:
+def _read(folder: AnyPath) -> Contents:
     manifest = read_manifest(folder)
     if manifest and mesh_of(manifest) != Mesh():
         raise FormatError(
@@ -54,7 +53,7 @@ def _read(folder: Path) -> Contents:
     raise FormatError(f"{folder} holds no {' or '.join(_SINGLES + _INDEXES)}", "a Hugging Face checkpoint has one of them")
 
 
-def _indexed(folder: Path, index_name: str) -> list[Piece]:
+def _indexed(folder: AnyPath, index_name: str) -> list[Piece]:
     path = folder / index_name
     by_file = _index(path)
     files = {file: safe_join(folder, file) for file in sorted(by_file)}
@@ -67,8 +66,8 @@ def _indexed(folder: Path, index_name: str) -> list[Piece]:
     out: dict[str, Piece] = {}
     for file, names in sorted(by_file.items()):
         held = _file(folder, file)
-        absent = [name for name in names if name not in held]
-        if absent:
+        if not held.keys() >= set(names):
+            absent = [name for name in names if name not in held]
             raise FormatError(f"{files[file]} lacks {quote(absent[0])}, which {index_name} says it holds ({len(absent)} such)",
                               "the index belongs to other files")  # fmt: skip
         if len(held) > len(names):  # what the index does not know is there all the same, and must be explained
@@ -83,7 +82,7 @@ def _indexed(folder: Path, index_name: str) -> list[Piece]:
     return list(out.values())
 
 
-def _index(path: Path) -> dict[str, list[str]]:
+def _index(path: AnyPath) -> dict[str, list[str]]:
     """The names of an index, by file."""
     table = read_json(path)
     weight_map = table.get("weight_map") if isinstance(table, dict) else None
@@ -91,24 +90,27 @@ def _index(path: Path) -> dict[str, list[str]]:
         raise FormatError(f"{path} has no weight_map of names to files", 'it should hold {"weight_map": {"tensor": "file", …}}')
     by_file: dict[str, list[str]] = defaultdict(list)
     for name, file in weight_map.items():
-        if not isinstance(file, str) or len(file.encode()) > 255:
+        if not isinstance(file, str):
             raise FormatError(f"{path} names {quote(repr(file))} as the file of {quote(name)}, expected the name of one")
         by_file[file].append(name)
+    for file, names in by_file.items():
+        if len(file.encode()) > 255:
+            raise FormatError(f"{path} names {quote(repr(file))} as the file of {quote(names[0])}, expected the name of one")
     return by_file
 
 
-def _file(folder: Path, file: str) -> dict[str, TensorInfo]:
+def _file(folder: AnyPath, file: str) -> dict[str, TensorInfo]:
     path = safe_join(folder, file)
     if file.endswith(".safetensors"):
         return safetensors.read(path)[0]
     return state_dict(path)
 
 
-def state_dict(path: Path) -> dict[str, TensorInfo]:
+def state_dict(path: AnyPath) -> dict[str, TensorInfo]:
     """The tensors of a torch file that holds a plain state dict and nothing else of size."""
     tree = torch_tree(path)
     held = tensors_of(tree, path)
-    inner = next((key for key, value in tree.items() if isinstance(value, (dict, list, tuple))), None)
+    inner = next((key for key, value in tree.items() if isinstance(value, (dict, list, tuple)) and not isinstance(value, TensorInfo)), None)
     if inner is not None:
         some = quote(inner)
         raise FormatError(f"{path} holds a {type(tree[inner]).__name__} under {some}, expected tensors by name",
@@ -116,13 +118,13 @@ def state_dict(path: Path) -> dict[str, TensorInfo]:
     return held
 
 
-def torch_tree(path: Path) -> object:
+def torch_tree(path: AnyPath) -> object:
     from reshard.stores import torchzip
 
     return torchzip.read(path)
 
 
-def tensors_of(tree: object, path: Path | str) -> dict[str, TensorInfo]:
+def tensors_of(tree: object, path: AnyPath | str) -> dict[str, TensorInfo]:
     """The tensors of a plain state dict as torchzip reads one; errors name `path`."""
     if not isinstance(tree, dict):
         raise FormatError(f"{path} holds no state dict but a {type(tree).__name__}", "save model.state_dict() with torch.save")
@@ -159,4 +161,13 @@ def _depth(stored: Stored, target: Target) -> int:
     return -1 if tensor.stage == "first" else target.placement.layout.layers
 
 
-FORMAT = Format("hf", "hf", Rules(grid, even_stages, even=False), _recognise, _read, _write, small=_INDEXES)
+FORMAT = Format(
+    "hf",
+    "hf",
+    Rules(grid, even_stages, even=False),
+    _recognise,
+    _read,
+    _write,
+    small=_INDEXES,
+    usage="from transformers import AutoModelForCausalLM\n\nmodel = AutoModelForCausalLM.from_pretrained({repo})",
+)

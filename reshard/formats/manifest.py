@@ -5,20 +5,19 @@ vLLM loads a folder made for a larger tp without a word and produces garbage; th
 
 import json
 from collections.abc import Mapping
-from pathlib import Path
 
 from reshard.dtypes import DTYPE_SIZE
 from reshard.errors import FormatError
 from reshard.foreign import LIMIT, parse, quote
 from reshard.layout import Mesh
-from reshard.stores.files import read_small
+from reshard.stores.files import AnyPath, read_small, safe_join
 from reshard.text import some
 
 NAME = "reshard.json"
 _MOST = 65536  # ranks, as the command line allows
 
 
-def read_manifest(folder: Path) -> dict | None:
+def read_manifest(folder: AnyPath) -> dict | None:
     """The manifest of `folder`, checked against the files beside it; None where there is none."""
     path = folder / NAME
     if not path.is_file():
@@ -31,8 +30,6 @@ def read_manifest(folder: Path) -> dict | None:
         problem = str(error)
     if problem:
         raise FormatError(f"{path} is not a manifest that reshard wrote: {problem}", "delete it to have the folder recognised by its files")
-    from reshard.formats import safe_join
-
     if "rank" in manifest:  # as written up to version 0.1
         raise FormatError(
             f"{folder} holds rank {manifest['rank']} alone, of {mesh_of(manifest)}", "convert again, all ranks into one folder"
@@ -100,7 +97,7 @@ def _sound_ranks(ranks: object) -> bool:
     return numbers and isinstance(ranks.get("conversion", ""), str)
 
 
-def read_incomplete(folder: Path) -> dict | None:
+def read_incomplete(folder: AnyPath) -> dict | None:
     """The manifest of a folder that holds some of a mesh's ranks and waits for the others; None of any other folder."""
     path = folder / NAME
     try:

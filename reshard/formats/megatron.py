@@ -10,11 +10,10 @@ import re
 from collections import defaultdict
 from collections.abc import Mapping
 from itertools import islice
-from pathlib import Path
 
 from reshard.errors import FormatError, PlanError
 from reshard.foreign import quote
-from reshard.formats import Contents, Folder, Format, OutFile, Target, safe_join
+from reshard.formats import Contents, Folder, Format, OutFile, Target
 from reshard.formats.hf import tensors_of, torch_tree
 from reshard.formats.manifest import mesh_of, read_manifest
 from reshard.formats.megatron_args import megatron_args, model_args
@@ -24,6 +23,8 @@ from reshard.formats.pieces import pieces_of
 from reshard.geometry.block import Stored
 from reshard.layout import Layout, Mesh, Rank, Rules
 from reshard.layout.mesh import MOST_RANKS, even_stages
+from reshard.stores import FileImage
+from reshard.stores.files import AnyPath, safe_join
 
 TRACKER = "latest_checkpointed_iteration.txt"
 FILE = "model_optim_rng.pt"
@@ -33,18 +34,18 @@ _PREFIX = re.compile(r"^(module\.)+")  # of wrappers that Megatron itself takes 
 _MIXED = "files of several checkpoints were mixed"
 
 
-def _recognise(folder: Path, names: set[str]) -> bool:
+def _recognise(folder: AnyPath, names: set[str]) -> bool:
     if any(FOLDER.fullmatch(name) for name in names):
         return True
     root = _tracked(folder) if TRACKER in names else None
     return root is not None and (not root.is_dir() or _has_ranks(root))  # torch_dist has the same tracker, other files
 
 
-def _has_ranks(root: Path) -> bool:
+def _has_ranks(root: AnyPath) -> bool:
     return any(FOLDER.fullmatch(path.name) for path in root.iterdir())
 
 
-def _tracked(folder: Path) -> Path | None:
+def _tracked(folder: AnyPath) -> AnyPath | None:
     """The folder that `folder`'s tracker names, which may be missing; None where there is no tracker."""
     tracker = folder / TRACKER
     if not tracker.is_file() or tracker.stat().st_size > 100:
@@ -55,7 +56,7 @@ def _tracked(folder: Path) -> Path | None:
     return folder / ("release" if text == "release" else f"iter_{int(text):07d}")
 
 
-def _root(folder: Path) -> Path:
+def _root(folder: AnyPath) -> AnyPath:
     """The folder that holds mp_rank_…: `folder`, or the one that its tracker names."""
     if _has_ranks(folder):
         return folder
@@ -71,7 +72,7 @@ def _root(folder: Path) -> Path:
     return root
 
 
-def _read(folder: Path) -> Contents:
+def _read(folder: AnyPath) -> Contents:
     root = _root(folder)
     names = sorted(path.name for path in root.iterdir() if FOLDER.fullmatch(path.name))
     files = {name: str((root / name / FILE).relative_to(folder)) for name in names}
@@ -109,7 +110,7 @@ def _disagreements(layout: Layout, contents: Contents) -> list[str]:
     return [f"{files[0]}{f' and {len(files) - 1} more' if len(files) > 1 else ''}: {text}" for text, files in by_text.items()]
 
 
-def _blob(file: Path) -> dict:
+def _blob(file: AnyPath) -> dict:
     """What `file` holds, checked to be a model of megatron-core in today's order of rows."""
     if not file.is_file():
         raise FormatError(f"{file} is missing", "each mp_rank_… folder holds one")
@@ -131,7 +132,7 @@ def _blob(file: Path) -> dict:
     return blob
 
 
-def _chunks(root: Path, blobs: Mapping[str, dict]) -> list[str]:
+def _chunks(root: AnyPath, blobs: Mapping[str, dict]) -> list[str]:
     """The keys of the model's chunks, one for each virtual stage of a rank, in order."""
     found = {
         name: sorted((key for key in blob if _MODEL.fullmatch(str(key))), key=lambda key: int(key[5:] or 0)) for name, blob in blobs.items()
@@ -145,7 +146,7 @@ def _chunks(root: Path, blobs: Mapping[str, dict]) -> list[str]:
     return chunks
 
 
-def _mesh(root: Path, blobs: Mapping[str, dict]) -> Mesh:
+def _mesh(root: AnyPath, blobs: Mapping[str, dict]) -> Mesh:
     """The mesh by the files' args, or where those are silent by the folders' names; checked against the folders."""
     names = set(blobs)
     said = {name: sizes for name, blob in blobs.items() if (sizes := _said(root / name / FILE, fields(blob.get("args"))))}
@@ -176,7 +177,7 @@ def _of(sizes: tuple[int, int, int, int | None]) -> Mesh:
     return Mesh(tp, pp, ep, 0 if etp in (None, tp) else etp)
 
 
-def _said(file: Path, args: Mapping[str, object]) -> tuple[int, int, int, int | None] | None:
+def _said(file: AnyPath, args: Mapping[str, object]) -> tuple[int, int, int, int | None] | None:
     """tp, pp, ep and etp (None: not said) that one file's args state; None where they don't."""
     tp, pp, ep, etp = (args.get(f"{kind}_parallel_size") for kind in ("tensor_model", "pipeline_model", "expert_model", "expert_tensor"))
     if not tp or not pp:
@@ -187,7 +188,7 @@ def _said(file: Path, args: Mapping[str, object]) -> tuple[int, int, int, int | 
     return tp, pp, ep or 1, etp or None
 
 
-def _by_names(root: Path, blobs: Mapping[str, dict]) -> tuple[int, int, int]:
+def _by_names(root: AnyPath, blobs: Mapping[str, dict]) -> tuple[int, int, int]:
     """tp, pp and ep by the folders' names."""
     numbers = {name: [int(n) for n in FOLDER.fullmatch(name).groups() if n is not None] for name in blobs}
     short, long = min(numbers, key=lambda n: len(numbers[n])), max(numbers, key=lambda n: len(numbers[n]))
@@ -220,11 +221,14 @@ def _write(target: Target, stored: list[Stored]) -> Folder:
 
     mesh, files, pieces = target.mesh, [], []
     args = argparse.Namespace(**megatron_args(target, stored))
+    images: dict[tuple, FileImage] = {}  # ranks whose tensors have the same names, dtypes and shapes have the same file but for values
     for rank, own in target.by_rank(stored):
-        model = {s.name: torchzip.TensorSpec(s.name, s.dtype, s.shape) for s in own.values()}
-        blob = {"args": args, "checkpoint_version": 3.0, "iteration": 0, "model": model}
-        files.append(OutFile(f"release/{folder_name(rank, mesh)}/{FILE}", torchzip.compose(blob), rank.number))
-        pieces += pieces_of(files[-1].path, files[-1].image.tensors, rank.number)
+        specs = tuple([(s.name, s.dtype, s.shape) for s in own.values()])
+        if specs not in images:
+            model = {spec[0]: torchzip.TensorSpec(*spec) for spec in specs}
+            images[specs] = torchzip.compose({"args": args, "checkpoint_version": 3.0, "iteration": 0, "model": model})
+        files.append(OutFile(f"release/{folder_name(rank, mesh)}/{FILE}", images[specs], rank.number))
+        pieces += pieces_of(files[-1].path, images[specs].tensors, rank.number)
     return Folder(files, pieces, {TRACKER: b"release"})
 
 
@@ -237,4 +241,5 @@ FORMAT = Format(
     _write,
     disagreements=_disagreements,
     small=(TRACKER,),
+    usage="--load {folder} --ckpt-format torch --use-checkpoint-args --tensor-model-parallel-size {tp} --pipeline-model-parallel-size {pp}",
 )

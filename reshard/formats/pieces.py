@@ -4,6 +4,7 @@ Every format reads into a list of pieces and writes one: a rank's tensor as it i
 the only way from pieces to stored tensors, in both directions.
 """
 
+from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from math import prod
@@ -11,7 +12,7 @@ from typing import NamedTuple
 
 from reshard.dtypes import DTYPE_SIZE
 from reshard.foreign import quote
-from reshard.geometry.block import Stored, restride, singles
+from reshard.geometry.block import Stored, chunk, restride, singles
 from reshard.geometry.regions import FlatRange, Region, boxes_of, outside, parts_in, shared, unsound
 from reshard.stores import TensorInfo
 from reshard.text import some
@@ -65,9 +66,20 @@ class Piece(NamedTuple):
         return f"{quote(self.name)} ({self.file}{'' if self.holder is None else f', rank {self.holder}'})"
 
 
+_WHOLE = (None, None, None, None)  # region, strides, holder and extent of a tensor that lies in a file as its rank has it
+
+
 def pieces_of(file: str, held: Mapping[str, TensorInfo], rank: int = 0) -> list[Piece]:
     """The tensors of a file, each of them whole on `rank`."""
     return [Piece(file, at.offset, at.dtype, at.shape, name, rank, None, at.strides) for name, at in held.items()]
+
+
+def dealt(shape: tuple[int, ...], count: int, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
+    """Offsets and size of what `rank` of `count` has of a whole tensor, as FSDP2 deals out rows; None where it has nothing of it."""
+    if not shape:
+        return None if rank else ((), ())
+    low, high = chunk(shape[0], count, rank)
+    return ((low, *(0 for _ in shape[1:])), (high - low, *shape[1:])) if low < high else None
 
 
 @dataclass(frozen=True)
@@ -80,35 +92,48 @@ class Placed:
     problems: list[str]
 
 
-def placed(stored: Iterable[Stored], pieces: Iterable[Piece], by: str = "", complete: bool = True) -> Placed:
+class Filed(NamedTuple):
+    """Pieces by rank and name: the first of each, and all of those that are several."""
+
+    first: dict[int, dict[str, Piece]]
+    several: dict[tuple[int, str], list[Piece]]
+
+    @classmethod
+    def of(cls, pieces: Iterable[Piece]) -> "Filed":
+        first: dict[int, dict[str, Piece]] = defaultdict(dict)
+        several: dict[tuple[int, str], list[Piece]] = {}
+        for piece in pieces:
+            other = first[piece.rank].setdefault(piece.name, piece)
+            if other is not piece:
+                several.setdefault((piece.rank, piece.name), [other]).append(piece)
+        return cls(first, several)
+
+
+def placed(stored: Iterable[Stored], pieces: "Iterable[Piece] | Filed", by: str = "", complete: bool = True) -> Placed:
     """`stored`, whole as a layout places them, cut to the regions of `pieces`: a stored tensor of its own for each piece.
 
     `by` ends the sentence that tells which shape is expected. Every element must be in a piece (if `complete`), and no two
-    pieces may share some of their elements: they are equal, and replicas, or they are disjoint.
+    pieces may share some of their elements: they are equal, and replicas, or they are disjoint. Takes from `pieces`, where
+    they are filed already.
     """
-    held: dict[tuple[int, str], Piece] = {}
-    several: dict[tuple[int, str], list[Piece]] = {}
-    for piece in pieces:
-        at = piece.rank, piece.name
-        if held.setdefault(at, piece) is not piece:
-            several.setdefault(at, [held[at]]).append(piece)
+    first, several = pieces if isinstance(pieces, Filed) else Filed.of(pieces)
     out: list[Stored] = []
     missing, problems = [], []
     for s in stored:
-        at = s.rank, s.name
-        piece = held.pop(at, None)
+        piece = first[s.rank].pop(s.name, None) if s.rank in first else None
         if piece is None:
             missing.append(s)
             continue
-        if piece.region is None and piece.shape == s.shape and at not in several:
-            out.append(_cut(s, piece))
+        if piece[6:] == _WHOLE and piece.shape == s.shape and (not several or s[:2] not in several):  # nearly always: tens of thousands
+            out.append(Stored(s.rank, s.name, piece.dtype, s.shape, s.parts, s.entry, piece.file, piece.offset, s.pad))
             continue
+        at = s.rank, s.name
         own = several.pop(at, [piece])
         found = _faults(s, own, by, complete)
         problems += found
         out += [_cut(s, piece) for piece in own if not found and prod(piece.shape)]
-    rest = [piece for at, first in held.items() for piece in several.get(at, [first])]
-    return Placed(out, missing, rest, problems)
+    left = [piece for own in first.values() for one in own.values() for piece in several.get((one.rank, one.name), [one])]
+    return Placed(out, missing, left, problems)
 
 
 def _cut(s: Stored, piece: Piece) -> Stored:

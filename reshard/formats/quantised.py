@@ -6,12 +6,12 @@ that, such a model is told apart here, by config.json's quantization_config or b
 
 import re
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 
 from reshard.dtypes import FLOATS, INTEGERS
 from reshard.errors import FormatError
 from reshard.foreign import quote
 from reshard.formats import Contents
+from reshard.stores.files import AnyPath
 
 #: how each scheme's tensors are named; the first that fits tells
 _NAMES = (
@@ -73,7 +73,7 @@ def _described(config: Mapping[str, object]) -> str:
     return quote(", ".join([str(method), *details]))
 
 
-def refuse(folder: Path, word: str, contents: Contents) -> FormatError:
+def refuse(folder: AnyPath, word: str, contents: Contents) -> FormatError:
     """The one error for a quantised checkpoint."""
     kinds: dict[str, int] = {}
     for piece in contents.pieces:
@@ -82,11 +82,14 @@ def refuse(folder: Path, word: str, contents: Contents) -> FormatError:
     return FormatError(f"{folder} is quantised: {word}; its tensors are {counted}. reshard does not move quantised weights yet", _WAY)
 
 
-def codes_without_scales(folder: Path, settings: Mapping[str, object], stored: Iterable) -> FormatError | None:
-    """The error for a model whose every name is explained, but some of whose tensors hold codes; None where none does."""
-    config = quantization_config(settings)
+def codes_without_scales(
+    folder: AnyPath, settings: Mapping[str, object], stored: Iterable, operands: Iterable[str] = ()
+) -> FormatError | None:
+    """The error for a model whose every name is explained, but some of whose tensors hold codes that are no `operands` of a
+    scheme; None where none does."""
+    config, known = quantization_config(settings), frozenset(operands)
     for s in stored:
-        if s.dtype in INTEGERS or (config is not None and s.dtype not in FLOATS):
+        if (s.dtype in INTEGERS or (config is not None and s.dtype not in FLOATS)) and known.isdisjoint(s.entry.of):
             word = f", quantised as {_described(config)} by config.json" if config is not None else ""
             return FormatError(f"{folder}: {quote(s.name)} ({s.file}) is {s.dtype}: codes{word}, and no tensor holds their scales", _WAY)
     return None

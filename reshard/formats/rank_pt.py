@@ -1,7 +1,6 @@
 """``rank-pt``: plain ``rank_XX.pt`` per tensor-parallel rank, each a flat dict of HF names to that rank's tensors."""
 
 import re
-from pathlib import Path
 
 from reshard.errors import FormatError
 from reshard.foreign import quote
@@ -12,15 +11,16 @@ from reshard.formats.pieces import pieces_of
 from reshard.geometry.block import Stored
 from reshard.layout import Mesh, Rules
 from reshard.layout.mesh import even_stages, grid
+from reshard.stores.files import AnyPath
 
 _FILE = re.compile(r"rank_([0-9]{1,5})\.pt")
 
 
-def _recognise(folder: Path, names: set[str]) -> bool:
+def _recognise(folder: AnyPath, names: set[str]) -> bool:
     return any(_FILE.fullmatch(name) for name in names)
 
 
-def _read(folder: Path) -> Contents:
+def _read(folder: AnyPath) -> Contents:
     found = sorted((int(match[1]), path.name) for path in folder.iterdir() if (match := _FILE.fullmatch(path.name)))
     if not found:
         raise FormatError(f"{folder} holds no rank_XX.pt")
@@ -48,4 +48,12 @@ def _write(target: Target, stored: list[Stored]) -> Folder:
     return Folder(files, pieces, {})
 
 
-FORMAT = Format("rank-pt", "hf", Rules(grid, even_stages, even=False), _recognise, _read, _write)
+FORMAT = Format(
+    "rank-pt",
+    "hf",
+    Rules(grid, even_stages, even=False),
+    _recognise,
+    _read,
+    _write,
+    usage='import torch\n\nstate = torch.load("{folder}/rank_00.pt", weights_only=True, mmap=True)',
+)

@@ -8,10 +8,7 @@ asks for the names that a model has in memory, tied head included: it opens mode
 """
 
 import json
-import re
-from collections import defaultdict
 from collections.abc import Callable
-from pathlib import Path
 
 from reshard.dtypes import DTYPE_SIZE
 from reshard.errors import FormatError
@@ -19,66 +16,29 @@ from reshard.foreign import parse
 from reshard.formats import Contents, Folder, Format, OutFile, Target, parts
 from reshard.formats.manifest import mesh_of, read_manifest
 from reshard.formats.pieces import Piece, pieces_of
+from reshard.formats.shards import NOTE, metadata_of, name_of, noted, read_shards
 from reshard.geometry.block import Stored, row_major
-from reshard.geometry.regions import Chunk
 from reshard.layout import Mesh, Placement, Rules
 from reshard.layout.mesh import even_stages, grid
 from reshard.stores import safetensors
-
-_FILE = re.compile(r"shard-([0-9]{5})-model-([0-9]{5})-of-([0-9]{5})\.safetensors")
-
-
-def _recognise(folder: Path, names: set[str]) -> bool:
-    return any(_FILE.fullmatch(name) for name in names)
+from reshard.stores.files import AnyPath
 
 
-def _read(folder: Path) -> Contents:
-    found: dict[int, dict[int, str]] = defaultdict(dict)
-    counts: dict[int, set[int]] = defaultdict(set)
-    for path in sorted(folder.iterdir()):
-        if match := _FILE.fullmatch(path.name):
-            rank, part, count = map(int, match.groups())
-            found[rank - 1][part] = path.name
-            counts[rank - 1].add(count)
-    if not found:
-        raise FormatError(f"{folder} holds no shard-…-model-….safetensors")
-    for rank in range(max(found) + 1):
-        held = sorted(found[rank])
-        if len(counts[rank]) != 1 or held != list(range(1, next(iter(counts[rank]), 0) + 1)):
-            raise FormatError(
-                f"{folder}: rank {rank} has parts {held}, its files say there are {sorted(counts[rank])}", "copy the folder again, whole"
-            )
+def _recognise(folder: AnyPath, names: set[str]) -> bool:
+    return bool(noted(folder, names))
+
+
+def _read(folder: AnyPath) -> Contents:
     pieces: list[Piece] = []
-    offsets: dict[str, tuple[int, ...]] = {}  # of the pieces of a file
-    notes = set()
-    for rank in sorted(found):
-        for file in found[rank].values():
-            held, metadata = safetensors.read(folder / file)
-            try:
-                info = parse(metadata.get("DCP_SHARDING_INFO", "{}").encode())
-                offsets = {name: _offset(value["saved_offsets"]) for name, value in info.items()}
-            except (ValueError, KeyError, TypeError, AttributeError):
-                raise FormatError(f"{folder / file}: DCP_SHARDING_INFO is not the JSON that torch writes") from None
-            note = _mesh_note(folder / file, metadata.get("reshard"))
-            notes.add(note)
-            if note is None:  # written by transformers or torch: boxes of whole tensors, on a mesh that only the boxes tell
-                pieces += [
-                    Piece(file, at.offset, at.dtype, at.shape, name, 0, Chunk(offsets.get(name, (0,) * len(at.shape))), holder=rank)
-                    for name, at in held.items()
-                ]
-            else:
-                pieces += pieces_of(file, held, rank)
-    return Contents(Mesh(), pieces) if notes == {None} else _ours(folder, pieces, len(found), notes)
+    notes, ranks = set(), set()
+    for shard in read_shards(folder):
+        notes.add(_mesh_note(folder / shard.file, shard.metadata.get(NOTE)))
+        ranks.add(shard.rank)
+        pieces += pieces_of(shard.file, shard.tensors, shard.rank)
+    return _ours(folder, pieces, len(ranks), notes)
 
 
-def _offset(numbers: object) -> tuple[int, ...]:
-    """Raises ValueError for what is no list of sizes."""
-    if not isinstance(numbers, list) or not all(type(n) is int and 0 <= n < 1 << 63 for n in numbers):
-        raise ValueError
-    return tuple(numbers)
-
-
-def _mesh_note(path: Path, note: str | None) -> tuple[str, Mesh] | None:
+def _mesh_note(path: AnyPath, note: str | None) -> tuple[str, Mesh] | None:
     """What a file's own metadata says of layout and mesh; None in a file that reshard did not write."""
     if note is None:
         return None
@@ -92,7 +52,7 @@ def _mesh_note(path: Path, note: str | None) -> tuple[str, Mesh] | None:
         raise FormatError(f"{path}: its metadata under 'reshard' names no mesh") from None
 
 
-def _ours(folder: Path, pieces: list[Piece], ranks: int, notes: set) -> Contents:
+def _ours(folder: AnyPath, pieces: list[Piece], ranks: int, notes: set) -> Contents:
     manifest = read_manifest(folder)
     said = {f"{note[1]}" if note else "nothing" for note in notes} | ({str(mesh_of(manifest))} if manifest else set())
     if len(said) != 1 or len(notes) != 1:
@@ -118,10 +78,9 @@ def _write(target: Target, stored: list[Stored]) -> Folder:
             offsets = {s.name: offset_of(s) for s in tensors.values()}
             note = {"format": "tp", "layout": target.placement.layout.name, "tp": mesh.tp, "pp": mesh.pp, "ep": mesh.ep,
                     "rank": rank.number, "parts_cut": sorted(n for n, o in offsets.items() if o is None)}  # fmt: skip
-            boxes = {name: {"saved_offsets": list(o)} for name, o in offsets.items() if o is not None}
-            metadata = {"DCP_SHARDING_INFO": json.dumps(boxes), "DCP_VERSION": "1.0", "format": "pt", "reshard": json.dumps(note)}
+            metadata = metadata_of({name: at for name, at in offsets.items() if at is not None}, **{NOTE: json.dumps(note)})
             image = safetensors.compose([(s.name, s.dtype, s.shape) for s in tensors.values()], metadata)
-            path = f"shard-{rank.number + 1:05d}-model-{i:05d}-of-{len(names):05d}.safetensors"
+            path = name_of(rank.number, i, len(names))
             files.append(OutFile(path, image, rank.number))
             pieces += pieces_of(path, image.tensors, rank.number)
     return Folder(files, pieces, {})
@@ -176,4 +135,12 @@ def _per_dim(stride: int, steps: tuple[int, ...]) -> tuple[int, int]:
     return dim, stride // steps[dim]
 
 
-FORMAT = Format("tp", "hf", Rules(grid, even_stages, even=False), _recognise, _read, _write)
+FORMAT = Format(
+    "tp",
+    "hf",
+    Rules(grid, even_stages, even=False),
+    _recognise,
+    _read,
+    _write,
+    usage='import reshard\n\nstate = reshard.load("hf://{id}", format="tp", tp={tp}, rank=0)',
+)

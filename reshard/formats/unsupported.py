@@ -3,10 +3,10 @@
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 from reshard.errors import FormatError
 from reshard.foreign import quote
+from reshard.stores.files import AnyPath
 
 Names = set[str]
 
@@ -43,27 +43,11 @@ KINDS = (
         _all(r"common\.pt", r".*\.distcp|\.metadata"),
     ),
     Kind(
-        "a torch DCP checkpoint",
-        "make one file of it with `python -m torch.distributed.checkpoint.format_utils dcp_to_torch DIR pytorch_model.bin`; "
-        "where its names are Hugging Face's, reshard reads that beside a config.json",
-        _any(r".*\.distcp|\.metadata"),
-    ),
-    Kind(
-        "a folder of accelerate's FSDP checkpoints",
-        "merge it with `accelerate merge-weights pytorch_model_fsdp_0 OUT`, and name OUT",
-        _any(r"pytorch_model_fsdp_\d+"),
-    ),
-    Kind(
         "a DeepSpeed checkpoint",
         "gather it with the `zero_to_fp32.py` that DeepSpeed left beside it, `python zero_to_fp32.py . OUT`, and name OUT",
         _any(
             r"(?:bf16_|fp16_)?zero_pp_rank_\d+_mp_rank_\d+_(?:model|optim)_states\.pt|mp_rank_\d+_model_states\.pt|layer_\d+-model_.*\.pt"
         ),
-    ),
-    Kind(
-        "a folder of verl's FSDP shards",
-        "merge it with `python -m verl.model_merger merge --backend fsdp --local_dir DIR --target_dir OUT`, and name OUT",
-        _any(r"model_world_size_\d+_rank_\d+\.pt"),
     ),
     Kind(
         "a checkpoint in Meta's own layout",
@@ -104,10 +88,7 @@ _FILES = {
     ".nemo": ("a NeMo archive", "export it with NeMo's own export to Hugging Face, and name what that writes"),
     ".safetensors": ("a single file", "name the folder that holds it"),
     ".json": ("a single file", "name the folder that holds it"),
-    ".distcp": (
-        "one file of a torch DCP checkpoint",
-        "make one file of the folder with `python -m torch.distributed.checkpoint.format_utils dcp_to_torch DIR pytorch_model.bin`",
-    ),
+    ".distcp": ("one file of a torch DCP checkpoint", "name the folder that holds it and its .metadata"),
     ".pth": ("a single file", "as pytorch_model.bin in a folder with a config.json, reshard reads a state dict of Hugging Face names"),
     ".pt": ("a single file", "as pytorch_model.bin in a folder with a config.json, reshard reads a state dict of Hugging Face names"),
     ".bin": ("a single file", "name the folder that holds it"),
@@ -117,13 +98,13 @@ _STEP = re.compile(r"(?:checkpoint|step|global_step|iter|epoch|ckpt)[-_]?([0-9]{
 _LISTED = 5
 
 
-def refuse_file(path: Path) -> FormatError:
+def refuse_file(path: AnyPath) -> FormatError:
     """The error for a file where a folder is due."""
     what, way = _FILES.get(path.suffix.lower(), ("a file", "name the folder of a checkpoint"))
     return FormatError(f"{path} is not a folder but {what}", way)
 
 
-def refuse_folder(folder: Path, names: Names) -> FormatError:
+def refuse_folder(folder: AnyPath, names: Names) -> FormatError:
     """The error for a folder that no format recognises: what it is, if that can be told, or what is in it."""
     kind = next((kind for kind in KINDS if kind.found(names)), None)
     if kind:

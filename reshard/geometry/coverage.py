@@ -4,6 +4,7 @@ Nothing here knows how a block came about: it counts. A cutter that drops, repea
 whatever the format, before a byte is written.
 """
 
+from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from math import prod
 from typing import Any
@@ -13,6 +14,16 @@ from reshard.geometry.block import Key, Stored
 Axes = tuple[tuple[int, int], ...]  # (stride, size) of a block's axes, the longest stride first
 
 _MOST_STEPS = 1 << 20  # positions of one axis that two blocks are compared at; what no format has is taken for an overlap
+
+
+def unlike(stored: Iterable[Stored]) -> Iterator[Stored]:
+    """`stored` without those that lie just like the one before, as the experts of a layer do: what holds for one holds for all."""
+    shape, block, pad = None, None, 0
+    for s in stored:
+        if s.shape is shape and s.pad == pad and len(s.parts) == 1 and s.parts[0].block is block and s.parts[0].count == 1:
+            continue
+        yield s
+        shape, pad, block = s.shape, s.pad, s.parts[0].block if len(s.parts) == 1 and s.parts[0].count == 1 else None
 
 
 def faults_of(stored: Stored) -> list[str]:

@@ -19,7 +19,22 @@ token, and are not bounded, pinned and resumable.
 huggingface_hub takes a third of a second to import, so nothing here is imported before a location is seen to be remote.
 """
 
+from pathlib import Path
+
+from reshard.stores.files import AnyPath
+
 
 def is_remote(path: object) -> bool:
     """Whether `path`, as a user wrote it, names a place on the Hub: with a scheme, hf:// or that of a URL pasted from the browser."""
     return "://" in str(path)
+
+
+def folder_of(path: str | AnyPath, cache: bool = False) -> AnyPath:
+    """`path` as a pathlib.Path, or as a HubPath if it names a place on the Hub (or is one). `cache`: its files are put into the Hub's cache first."""
+    if not isinstance(path, str):
+        return path
+    if not is_remote(path):
+        return Path(path)
+    from reshard.hub.folder import open_folder
+
+    return open_folder(str(path), cache)

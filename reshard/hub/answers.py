@@ -8,6 +8,7 @@ import hashlib
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeGuard
 from urllib.parse import quote as url_quote
 from urllib.parse import urljoin, urlsplit
 
@@ -21,6 +22,9 @@ from reshard.foreign import parse, quote
 from reshard.hub.client import same_origin, session
 from reshard.hub.failures import asked, unexpected
 from reshard.hub.patience import steadily
+
+if TYPE_CHECKING:
+    import httpx
 
 MOST_FILES = 200_000  # of a repository
 _PAGE = 64 << 20  # bytes of an answer
@@ -38,7 +42,7 @@ class Entry:
     sha256: str | None
     blob: str | None
 
-    def digest(self):
+    def digest(self) -> "tuple[hashlib._Hash | None, str]":
         """A hash to be fed the file's content, and what it should come to; (None, "") where the Hub says nothing."""
         if self.sha256:
             return hashlib.sha256(), self.sha256
@@ -55,7 +59,7 @@ class Info:
     private: bool | None  # None where it is not said
 
 
-def is_commit(text: object) -> bool:
+def is_commit(text: object) -> TypeGuard[str]:
     return isinstance(text, str) and bool(_COMMIT.fullmatch(text))
 
 
@@ -117,7 +121,8 @@ def _slashes(name: str) -> list[int]:
 
 
 def _rows(api: HfApi, path: str) -> Iterator[object]:
-    query, seen = "?recursive=true&expand=false", set()
+    query: str | None = "?recursive=true&expand=false"
+    seen: set[str] = set()
     while query is not None:
         if query in seen or len(seen) > _PAGES:
             raise unexpected(path, "its pages have no end")
@@ -152,7 +157,7 @@ def _entry(path: str, row: object) -> tuple[str, Entry | None]:
     return name, Entry(size, sha256, None)
 
 
-def _is_size(size: object) -> bool:
+def _is_size(size: object) -> TypeGuard[int]:
     return type(size) is int and 0 <= size < 1 << 63
 
 
@@ -177,7 +182,7 @@ def get(api: HfApi, path: str, query: str = "") -> tuple[object, str | None]:
     return answer, "?" + parts.query  # the path stays ours
 
 
-def _get(api: HfApi, url: str) -> tuple[bytes, dict]:
+def _get(api: HfApi, url: str) -> tuple[bytes, dict[Any, dict[str, str]]]:
     headers = {**headers_for(api), "Accept-Encoding": "identity"}
     with session().stream("GET", url, headers=headers, timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT) as response:
         if not same_origin(str(response.url), api.endpoint):  # a redirect; the token did not go along
@@ -228,7 +233,7 @@ def served(api: HfApi, url: str) -> Served:
     raise unexpected(path, f"more than {_HOPS} redirects")
 
 
-def raise_for(response) -> None:
+def raise_for(response: "httpx.Response") -> None:
     """The client's exception for an error's status, from the beginning of its text."""
     text = b""
     try:

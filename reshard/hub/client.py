@@ -5,14 +5,19 @@ requests. Reshard asks for listings itself (``answers.py``); what it leaves to t
 """
 
 import os
+from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 from huggingface_hub import HfApi, constants, get_session
 
 from reshard import __version__
 from reshard.errors import HubError
+
+if TYPE_CHECKING:
+    import httpx
 
 _SILENCE = 600  # seconds without a byte, for requests of the client's that set no time-out: a large commit takes minutes
 _watched: ContextVar[bool] = ContextVar("reshard_watched", default=False)
@@ -29,7 +34,7 @@ def hub_api() -> HfApi:
     return HfApi(endpoint=endpoint(), library_name="reshard", library_version=__version__)
 
 
-def session():
+def session() -> "httpx.Client":
     """The client's shared HTTP session. Others in this process use it too: its requests are checked inside ``watched`` only."""
     found = get_session()
     hooks = found.event_hooks
@@ -39,7 +44,7 @@ def session():
 
 
 @contextmanager
-def watched():
+def watched() -> Iterator[None]:
     """Requests made inside are checked."""
     token = _watched.set(True)
     try:
@@ -61,7 +66,7 @@ def _origin(url: str) -> tuple[str, str, int | None]:
     return parts.scheme, (parts.hostname or "").lower(), parts.port or {"http": 80, "https": 443}.get(parts.scheme)
 
 
-def _check_request(request) -> None:
+def _check_request(request: "httpx.Request") -> None:
     if not _watched.get():
         return
     if "authorization" in request.headers and not same_origin(str(request.url), endpoint()):
@@ -72,7 +77,7 @@ def _check_request(request) -> None:
     }
 
 
-def _check_response(response) -> None:
+def _check_response(response: "httpx.Response") -> None:
     """Headers that ask for a pause, made such that the client's own waiting is bounded."""
     if not _watched.get():
         return

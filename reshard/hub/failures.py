@@ -4,7 +4,7 @@ No text that leaves here holds a token or the query of a signed URL.
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TypeVar
 from urllib.parse import urlsplit
@@ -51,7 +51,7 @@ def _is_of_xet(error: BaseException) -> bool:
 
 
 @contextmanager
-def told(location: Location, what: str = ""):
+def told(location: Location, what: str = "") -> Iterator[None]:
     """Everything the client raises inside, as a HubError about `location` (and `what`, a file of it)."""
     try:
         with watched():
@@ -130,7 +130,7 @@ def explain(error: BaseException, location: Location, what: str = "") -> HubErro
             "the token needs the right to write here" if token.startswith("a ") else "`hf auth login`",
         )
     if status:
-        request = f" (request {safe(error.request_id)})" if error.request_id else ""
+        request = f" (request {safe(asked_by)})" if (asked_by := getattr(error, "request_id", None)) else ""
         return HubError(
             f"{where}: the Hub answered {status}: {said}{request}", "try again later; what was done is kept" if status >= 500 else None
         )

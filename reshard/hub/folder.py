@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
 from types import SimpleNamespace
+from typing import IO
 
 from reshard.errors import FormatError, HubError
 from reshard.hub.location import parse
@@ -80,7 +81,7 @@ class HubPath:
     def read_text(self, errors: str = "strict") -> str:
         return self.read_bytes().decode(errors=errors)
 
-    def open(self, mode: str = "rb", buffering: int = -1) -> io.RawIOBase:
+    def open(self, mode: str = "rb", buffering: int = -1) -> "IO[bytes] | io.RawIOBase":
         """The file, read by ranges; the heads of all files named like it are fetched with its own."""
         cached = self.repository.local(self.path)
         if cached:

@@ -3,7 +3,7 @@
 import logging
 import re
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from typing import TypeVar
@@ -28,7 +28,7 @@ class Slow(TimeoutError):
     """A server sends, but so little that it would take for ever."""
 
 
-def asked_pause(headers) -> float | None:
+def asked_pause(headers: Mapping[str, str]) -> float | None:
     """Seconds for which a server asks to be left alone, by RateLimit or Retry-After (seconds or a date); at most LONGEST_WAIT.
 
     None where it asks for nothing, or for what can't be read.
@@ -47,7 +47,7 @@ def asked_pause(headers) -> float | None:
     return min(max(left.total_seconds(), 0.0), float(LONGEST_WAIT))
 
 
-def wait_for(headers, tries: int) -> float:
+def wait_for(headers: Mapping[str, str], tries: int) -> float:
     """Seconds until the next attempt: as the server says, within bounds, else 1, 2, 4, 8, 8 …"""
     asked = asked_pause(headers)
     return min(8.0, 2.0 ** (tries - 1)) if asked is None else asked

@@ -5,7 +5,7 @@ ranges. That host never gets the token. What answers is taken for a range only i
 """
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from urllib.parse import urlsplit
 
 from huggingface_hub import HfApi, constants, hf_hub_url
@@ -49,13 +49,14 @@ class Ranges:
                     raise HubError(f"{self.location}: {path}: given up")
                 url = self._place(path, entry)
                 fresh = got
+                headers: Mapping[str, str] = {}
                 try:
                     for chunk in self._stream(path, entry, url, start + got, start + len(into)):
                         into[got : got + len(chunk)] = chunk
                         got += len(chunk)
                         tell(len(chunk))
                         self._note(path, len(chunk))
-                    why, headers = f"{_host(url)} ended {len(into) - got} bytes early", {}
+                    why = f"{_host(url)} ended {len(into) - got} bytes early"
                 except _Expired as error:
                     if url in renewed or len(renewed) > 1:
                         raise HubError(f"{self.location}: {path}: {_host(url)} answers {error.status}, with a fresh link too",
@@ -67,11 +68,11 @@ class Ranges:
                 except _Busy as error:
                     why, headers = f"{_host(url)} answers {error.status}", error.headers
                 except Slow as error:
-                    why, headers = f"{_host(url)}: {error}", {}
+                    why = f"{_host(url)}: {error}"
                 except (hub_errors.HTTPError, ConnectionError, TimeoutError) as error:
                     if not passing(error):
                         raise
-                    why, headers = safe(error) or type(error).__name__, {}
+                    why = safe(error) or type(error).__name__
                 if got == len(into):
                     return
                 if got - before >= min(_WORTH, len(into) // 2):
@@ -164,7 +165,7 @@ class _Expired(Exception):
 
 
 class _Busy(Exception):
-    def __init__(self, status: int, headers):
+    def __init__(self, status: int, headers: Mapping[str, str]):
         self.status, self.headers = status, headers
 
 

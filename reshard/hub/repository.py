@@ -43,7 +43,7 @@ class Repository:
     def _pin(self) -> str:
         """The commit that the revision is now; where the Hub can't be asked, that of the last time."""
         repo, revision = self.location.repo, self.location.revision
-        if self.location.is_commit:
+        if revision and self.location.is_commit:
             return revision
         try:
             return info(self.api, repo, revision).commit

@@ -5,8 +5,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from reshard.dtypes import DTYPE_SIZE
-from reshard.errors import FormatError
-from reshard.executor.sources import Source, Workspace
+from reshard.errors import BadBytes
+from reshard.executor.sources import InMemory, Source, Workspace
 from reshard.geometry.block import Stored
 from reshard.hub.checksum import Checksum
 from reshard.hub.folder import HubPath
@@ -24,6 +24,7 @@ class HubSource(Source):
 
     def __init__(self, folder: HubPath, whole: Iterable[Batch] = (), jobs: int = 8):
         super().__init__(folder)
+        self._hub = folder
         self._repository = folder.repository
         self._repository.start()
         self._cached: dict[str, Path | None] = {}
@@ -71,8 +72,8 @@ class HubSource(Source):
         if check.result and self._checks.pop(file, None):
             path = self._path(file)
             try:
-                self._repository.compare(path, check.result, self._repository.entries[path].sha256)
-            except FormatError as error:
+                self._repository.compare(path, check.result, self._repository.entries[path].sha256 or "")
+            except BadBytes as error:
                 error.source_file = file  # what is made of other files is good
                 raise
             self.count_checked()
@@ -82,7 +83,7 @@ class HubSource(Source):
             self.checked += 1
 
     def _path(self, file: str) -> str:
-        return (self.folder / file).path
+        return (self._hub / file).path
 
     def _in_cache(self, file: str) -> Path | None:
         if file not in self._cached:
@@ -90,16 +91,16 @@ class HubSource(Source):
         return self._cached[file]
 
     def _place(self, file: str) -> Path:
-        return self._in_cache(file)
+        cached = self._in_cache(file)
+        assert cached is not None, f"{file} is not in the cache"
+        return cached
 
     def stop(self) -> None:
         self._repository.stop()
 
 
-class Held:
+class Held(InMemory):
     """The bytes of one batch: as a Source for its tiles, in memory."""
-
-    in_memory = True
 
     def __init__(self, held: list[tuple[Range, memoryview]]):
         self._held = held
@@ -107,10 +108,12 @@ class Held:
     def read(self, stored: Stored, start: int, into: memoryview) -> None:
         """As ``Source.read``."""
         at = stored.start + start * DTYPE_SIZE[stored.dtype]
-        into[:] = self._slice(stored.file, at, at + len(into))
+        held = self._slice(stored.file, at, at + len(into))
+        assert held is not None, f"{stored.name}: bytes that no range of its batch holds"
+        into[:] = held
 
     def map(self, stored: Stored, start: int, stop: int) -> memoryview:
-        """As ``Source.map``: of what lies between the ranges that were fetched, the bytes mean nothing."""
+        """As ``InMemory.map``: of what lies between the ranges that were fetched, the bytes mean nothing."""
         width = DTYPE_SIZE[stored.dtype]
         low, high = stored.start + start * width, stored.start + stop * width
         whole = self._slice(stored.file, low, high)
@@ -122,9 +125,6 @@ class Held:
             if r.file == stored.file and a < b:
                 view[a - low : b - low] = buffer[a - r.start : b - r.start]
         return view
-
-    def count(self, size: int) -> None:
-        """Counted when it was fetched."""
 
     def _slice(self, file: str, low: int, high: int) -> memoryview | None:
         for r, buffer in self._held:

@@ -7,11 +7,13 @@ number, every other one once.
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 from reshard.errors import LayoutError
 from reshard.foreign import quote
 from reshard.layout.expressions import evaluate, holds, names_in
 from reshard.layout.model import Descriptor, Section, Tensor
+from reshard.planner.values import Operand, Value, bare
 
 #: layers, or experts of a layer: no model comes near, and a wrong config.json must not keep us busy for hours
 MOST_NUMBERED = 4096
@@ -103,7 +105,8 @@ class Scope(Mapping[str, object]):
 class Layout:
     """`scope` is config.json with the descriptor's defaults, `sizes` are those axes that are alike in all layers,
     `counts` how often each numbered place stands. `absent` are optional places, `lacking` optional tensors (name, number
-    of its place) that a checkpoint does without."""
+    of its place) that a checkpoint does without. Of a quantised checkpoint's, `scheme` is the name of the scheme, `values` how its
+    tensors are computed from what is stored of them, and `plain` the layout of the model as it was before."""
 
     descriptor: Descriptor
     config: Mapping[str, object]
@@ -112,11 +115,19 @@ class Layout:
     counts: Mapping[str, int]
     absent: frozenset[str] = frozenset()
     lacking: frozenset[tuple[str, int | None]] = frozenset()
+    values: Mapping[str, Value] = field(default_factory=dict)
+    scheme: str = "none"
+    plain: "Layout | None" = None
     _cache: dict = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def name(self) -> str:
         return self.descriptor.name
+
+    @cached_property
+    def operands(self) -> Mapping[str, tuple[str, Operand]]:
+        """The tensors that are codes, scales and the like: of which one, and how they lie over it."""
+        return {operand.name: (name, operand) for name, value in self.values.items() for operand in value.operands}
 
     @property
     def layers(self) -> int:
@@ -145,8 +156,8 @@ class Layout:
         return tuple(scope[axis] for axis in tensor.axes)
 
     def shape_of(self, key: tuple) -> tuple[int, ...]:
-        """Size per axis of the tensor `key` names: its name, its place's number, its expert's, where it has them."""
-        tensor = self.descriptor.tensors[key[0]]
+        """Size per axis of the tensor `key` names: its name (or a function's of it), its place's number, its expert's, where it has them."""
+        tensor = self.descriptor.tensors[bare(key[0])]
         number = key[1] if tensor.index and tensor.index[0] == tensor.place else None
         at = "shape", key[0], number
         if at not in self._cache:
@@ -198,11 +209,14 @@ class Layout:
 
     def without(self, places: Iterable[str] = (), tensors: Iterable[tuple[str, int | None]] = ()) -> "Layout":
         """This layout of a checkpoint that lacks optional places and tensors."""
-        return replace(self, absent=self.absent | frozenset(places), lacking=self.lacking | frozenset(tensors), _cache={})
+        places, tensors = frozenset(places), frozenset(tensors)
+        plain = self.plain and self.plain.without(places, tensors)
+        return replace(self, absent=self.absent | places, lacking=self.lacking | tensors, plain=plain, _cache={})
 
     def present(self, places: Iterable[str]) -> "Layout":
         """This layout of a checkpoint that has optional `places`."""
-        return replace(self, absent=self.absent - frozenset(places), _cache={})
+        places = frozenset(places)
+        return replace(self, absent=self.absent - places, plain=self.plain and self.plain.present(places), _cache={})
 
 
 def bind(descriptor: Descriptor, config: Mapping[str, object]) -> Layout:

@@ -44,7 +44,7 @@ def carrying(layout: Layout, carried: Carried) -> Layout:
         formats={format: with_entries(section, carried) for format, section in own.formats.items()},
     )
     sizes = {**layout.sizes, **{axis: int(size) for axis, size in axes.items()}}
-    return replace(layout, descriptor=descriptor, sizes=sizes, _cache={})
+    return replace(layout, descriptor=descriptor, sizes=sizes, plain=layout.plain and carrying(layout.plain, carried), _cache={})
 
 
 def with_entries(section: Section, carried: Carried) -> Section:

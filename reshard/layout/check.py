@@ -56,7 +56,9 @@ class Omitted:
     def __init__(self, layout: Layout, places: tuple[str, ...], tensors: set[tuple[str, int | None]]):
         self.layout, self.places, self.tensors = layout, places, tensors
 
-    def __contains__(self, key: tuple) -> bool:
+    def __contains__(self, key: object) -> bool:
+        if not isinstance(key, tuple):
+            return False
         tensor = self.layout.descriptor.tensors.get(key[0])
         if tensor is None:
             return False

@@ -22,6 +22,7 @@ from reshard.layout.values import (
     fields_of,
     flag,
     known_keys,
+    stage_of,
     table_of,
     text_of,
     texts,
@@ -30,11 +31,11 @@ from reshard.layout.values import (
 )
 from reshard.stores.files import read_small
 
-_PART_KEYS = {"description", "at", "replicate", "defaults", "conditions", "axes", "tensors", *FORMATS}
+_PART_KEYS = {"description", "at", "replicate", "defaults", "conditions", "axes", "tensors", "doubts", *FORMATS}
 _FILE_KEYS = (_PART_KEYS - {"at"}) | {"architectures", "extends", "place", "part"}
 _PLACE_KEYS = {"count", "parts", "optional", "carry", *FORMATS}
 _USE_KEYS = {"part", "when", "at"}
-_SECTION_KEYS = {"like", "drop", "omit", "args", "pad"}
+_SECTION_KEYS = {"like", "drop", "omit", "args", "pad", "stage", "since"}
 _LIMIT = 1_000_000  # bytes of a descriptor
 
 
@@ -48,6 +49,8 @@ class Table(NamedTuple):
     args: Mapping[str, "str | bool"] = {}
     entries: Mapping[str, "tuple[RawEntry, ...] | bool"] = {}
     pad: Mapping[str, str] = {}  # of every entry that has the axis and says nothing of it
+    stage: str | None = None  # of every entry that no number tells apart
+    since: str | None = None  # the oldest release whose names these are
 
 
 class Prefixes(NamedTuple):
@@ -67,6 +70,15 @@ class Use(NamedTuple):
     at: "str | Mapping[str, str] | None"
 
 
+class Doubt(NamedTuple):
+    """A tensor that authors of descriptors take for another: under the name `named`, beside a name like `beside`."""
+
+    tensor: str
+    named: str
+    beside: str
+    says: str
+
+
 class Part(NamedTuple):
     """A part, or what an architecture's own file says in the same tables. Expressions are False where taken away."""
 
@@ -80,6 +92,7 @@ class Part(NamedTuple):
     axes: Mapping[str, "str | bool"] = {}
     tensors: Mapping[str, "RawTensor | bool"] = {}
     formats: Mapping[str, "Table | bool"] = {}
+    doubts: tuple[Doubt, ...] = ()
 
 
 class File(NamedTuple):
@@ -166,9 +179,19 @@ def parse_part(name: str, where: str, table: dict) -> Part:
             if key in (*GIVEN, "true", "false", "null", "layer") or not re.fullmatch(r"[^\W\d]\w*", key, re.ASCII):
                 hint = "use a word that no other table uses, of letters, digits and _"
                 raise LayoutError(f"{where}: [{kind}] {quote(repr(key))} can't be a name", hint)
-    return Part(
-        name, where, description, at, texts(where, "replicate", table.get("replicate", [])), defaults, conditions, axes, tensors, formats
-    )
+    replicate, doubts = texts(where, "replicate", table.get("replicate", [])), _doubts(where, table.get("doubts", {}), tensors)
+    return Part(name, where, description, at, replicate, defaults, conditions, axes, tensors, formats, doubts)
+
+
+def _doubts(where: str, value: object, tensors: Mapping[str, object]) -> tuple[Doubt, ...]:
+    out = []
+    for tensor, given in table_of(where, "doubts", value).items():
+        at = f"{where}: [doubts] {tensor}"
+        known_keys(at, table_of(where, f"doubts.{tensor}", given), {"named", "beside", "says"}, "keys")
+        if tensor not in tensors:
+            raise LayoutError(f"{at}: the part has no such tensor")
+        out.append(Doubt(tensor, *(text_of(f"{at} {key}", given.get(key)) for key in ("named", "beside", "says"))))
+    return tuple(out)
 
 
 def _place(where: str, value: object) -> dict[str, object] | bool:
@@ -257,4 +280,6 @@ def _format(where: str, format: str, value: object) -> Table | bool:
         expressions(where, f"{format}.args", table.get("args", {})),
         expressions(where, f"{format}.pad", table.get("pad", {}), False),
     )
-    return Table(at, like, drop, omit, args, entries, pad)
+    stage = stage_of(at, table["stage"]) if "stage" in table else None
+    since = until_of(at, table["since"], "since") if "since" in table else None
+    return Table(at, like, drop, omit, args, entries, pad, stage, since)

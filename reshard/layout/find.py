@@ -6,7 +6,7 @@ from pathlib import Path
 
 from reshard.errors import LayoutError
 from reshard.foreign import quote
-from reshard.layout.files import File, layout_dir, parse_file
+from reshard.layout.files import File, Use, layout_dir, parse_file
 from reshard.layout.model import Descriptor
 from reshard.layout.resolve import resolve
 from reshard.stores.files import reading
@@ -37,6 +37,12 @@ def find_descriptor(config: Mapping[str, object]) -> Descriptor | None:
             if set(wanted) & set(chain[-1].architectures):
                 return resolve(path.stem, chain)
     return None
+
+
+def parts_of(name: str, place: str) -> tuple[Use, ...]:
+    """The parts that stand in `place` of a built-in descriptor, in order."""
+    given = [file.places[place] for file in _chain(layout_dir() / f"{name}.toml") if isinstance(file.places.get(place), dict)]
+    return next((keys["parts"] for keys in reversed(given) if "parts" in keys), ())
 
 
 def load_descriptor(path: Path) -> Descriptor:

@@ -4,7 +4,7 @@ Everything is still symbolic here: sizes come from ``bind`` (``bound.py``), stor
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import NamedTuple
@@ -13,6 +13,9 @@ from reshard.errors import LayoutError
 from reshard.foreign import quote
 from reshard.layout.expressions import names_in
 from reshard.layout.fusion import Group, fused_dim, stored_dims
+
+#: the functions of a tensor that an entry may hold, each with its inverse; ``executor/values.py`` runs them
+TRANSFORMS = {"minus_exp": "log_minus", "minus_one": "plus_one", "plus_one": "minus_one"}
 
 Dims = tuple[tuple[str, ...], ...]
 
@@ -111,7 +114,7 @@ class Section:
     places. `args` are settings, as expressions over config.json, that the format keeps beside the weights (Megatron's
     args). `drop` are patterns of names of buffers that can be computed again, `omit` of weights that the descriptor does not
     describe: they are left out, and the user is told so. `without` are places that the format does not hold, `carried` those
-    that it holds as they are, each with its prefix.
+    that it holds as they are, each with its prefix. `since` is the oldest engine release whose names these are.
     """
 
     entries: tuple[Entry, ...] = ()
@@ -122,6 +125,7 @@ class Section:
     variants: tuple[tuple[str, str | None, "Section"], ...] = ()
     prefixes: tuple["Section", ...] = ()
     without: tuple[str, ...] = ()
+    since: str | None = None
     carried: tuple[tuple[str, str], ...] = ()
 
     def overlaid(self, other: "Section") -> "Section":
@@ -133,8 +137,18 @@ class Section:
         constants = tuple(c for c in self.constants if (c.place, c.label) not in names) + other.constants
         return replace(self, entries=kept + other.entries, constants=constants)
 
+    def spelled(self, forms: Container[str]) -> "Section":
+        """In those of its variants that are named in `forms`; where any are, what has a second name is stored under both."""
+        out = self
+        for name, _, variant in self.variants:
+            out = out.overlaid(variant) if name in forms else out
+        return replace(out, entries=tuple([replace(entry, alias=False) for entry in out.entries])) if forms else out
+
     def for_version(self, version: tuple[int, ...] | None) -> "Section":
-        """As engine release `version` wants it; None is the newest known."""
+        """As engine release `version` wants it; None is the newest known. Raises LayoutError for one whose names nobody looked up."""
+        if version is not None and self.since and version < parse_version(self.since)[: len(version)]:
+            raise LayoutError(f"names of {'.'.join(map(str, version))} are not known for this model, only since {self.since}",
+                              f"use --engine-version {self.since}, if its tensors are still named so")  # fmt: skip
         fitting = [variant for _, until, variant in self.variants if until and version is not None and not _newer(version, until)]
         return self.overlaid(fitting[-1]) if fitting else self  # the oldest of those not older than `version`
 
@@ -169,6 +183,7 @@ class Descriptor:
     replicate: tuple[str, ...]
     formats: Mapping[str, Section]
     path: str = ""  # of the user's own file; empty for those that come with reshard
+    doubts: tuple[tuple[str, str, str, str], ...] = ()  # (tensor, named, beside, says): what `layouts check` asks the author
 
     def section(self, format: str) -> Section:
         if format not in self.formats:

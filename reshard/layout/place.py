@@ -6,7 +6,7 @@ placement on the two sides of a join.
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import prod
 
 from reshard.errors import LayoutError
@@ -19,6 +19,7 @@ from reshard.layout.fusion import Item, fuse
 from reshard.layout.mesh import Mesh, Rank, Rules, expert_cut
 from reshard.layout.model import Constant, Entry, Section, Tensor
 from reshard.layout.values import PLATFORMS
+from reshard.planner.values import formed
 
 #: tensors in order, as (the numbers of the first, how many count up from its last number)
 Runs = list[tuple[tuple[int, ...], int]]
@@ -50,8 +51,7 @@ class Pattern:
 
 @dataclass
 class Placement:
-    """All stored tensors of a format on a mesh. `pads` overrides padded sizes, for a source that was padded otherwise.
-    `transforms` are the functions of values that the caller can run: an entry that names another one is a problem."""
+    """All stored tensors of a format on a mesh. `pads` overrides padded sizes, for a source that was padded otherwise."""
 
     layout: Layout
     section: Section
@@ -61,7 +61,6 @@ class Placement:
     engine: tuple[int, ...] | None = None  # the engine's release; None is the newest known
     platform: str | None = None  # what the engine runs on: one of PLATFORMS; None is the first
     problems: list[str] = field(default_factory=list)
-    transforms: frozenset[str] = frozenset()
     _patterns: dict = field(default_factory=dict, repr=False)
 
     def __post_init__(self):
@@ -69,7 +68,7 @@ class Placement:
         self.stages = self.rules.stages(self.layout.layers, self.mesh.pp)
         self.etp = expert_cut(self.mesh, self.ranks)
         engine = list(self.engine or (999,))
-        self._given = {"tp": self.mesh.tp, "pp": self.mesh.pp, "ep": self.mesh.ep, "engine": engine, "scheme": "none"}
+        self._given = {"tp": self.mesh.tp, "pp": self.mesh.pp, "ep": self.mesh.ep, "engine": engine, "scheme": self.layout.scheme}
         self._given["platform"] = self.platform or PLATFORMS[0]
         self._scopes: dict[tuple[str, int | None], Scope] = {}
 
@@ -134,8 +133,6 @@ class Placement:
             if varying:
                 scope = self.scope(entry.place, number)
                 numbers[number] = tuple(scope[axis] for axis in axes), tuple(evaluate(text, scope) for text in texts)
-        if numbers and entry.transform and entry.transform not in self.transforms:
-            self._problem(entry, f"holds {entry.transform} of {', '.join(entry.of)}, a transform that cannot be run here")
         return Pattern(entry, tensors, numbers, varying)
 
     def _holds(self, condition: str, place: str, number: int | None) -> bool:
@@ -177,13 +174,15 @@ class Placement:
                 continue
             experts = self._experts(pattern, rank, number)
             if separate:
-                before, after = head.split("{expert}", 1)
-                dims = _viewed(entry, shape)
-                for i, expert in enumerate(experts):
-                    name = f"{before}{i if local else expert}{after}"
-                    yield Stored(
-                        rank.number, name, "", dims, tuple([Part((t, *lead, expert), block) for t, block in blocks]), entry, pad=pad
-                    )
+                dims, at = _viewed(entry, shape), rank.number
+                each = zip(self._numbered(head, range(len(experts)) if local else experts), experts)
+                if len(blocks) == 1:  # the most frequent of all: a model has tens of thousands
+                    ((t, block),) = blocks
+                    for name, expert in each:
+                        yield Stored(at, name, "", dims, (Part((t, *lead, expert), block),), entry, "", 0, pad)
+                    continue
+                for name, expert in each:
+                    yield Stored(at, name, "", dims, tuple([Part((t, *lead, expert), block) for t, block in blocks]), entry, "", 0, pad)
             else:
                 yield self._stack(pattern, rank, head, shape, blocks, pad, [((*lead, experts.start), len(experts))], (len(experts),))
 
@@ -225,6 +224,14 @@ class Placement:
             self._problem(pattern.entry, f"cannot split {count} experts over ep={self.mesh.ep}")
         return range(*chunk(count, self.mesh.ep, rank.ep))
 
+    def _numbered(self, head: str, numbers: range) -> list[str]:
+        """`head` with each of `numbers` as {expert}; ranks that number alike share the texts."""
+        at = "names", head, numbers
+        if at not in self._patterns:
+            before, after = head.split("{expert}", 1)
+            self._patterns[at] = [f"{before}{number}{after}" for number in numbers]
+        return self._patterns[at]
+
     def _head(self, pattern: Pattern, number: int | None, printed: int | None) -> str:
         """Its name in full but for {expert}."""
         at = number, printed
@@ -252,6 +259,8 @@ class Placement:
                 pad = sum(block.size for _, block in filled) - sum(block.size for _, block in blocks)
                 if not entry.pad:
                     pad += prod(shape) - sum(block.size for _, block in filled)
+            if entry.transform:
+                blocks = [(formed(name, entry.transform), block) for name, block in blocks]
             pattern.geometry[at] = shape, blocks, pad
         return pattern.geometry[at]
 
@@ -276,6 +285,8 @@ class Placement:
 
     def _item(self, entry: Entry, tensor: Tensor, scope: Scope, index: int, count: int) -> Item:
         """What this rank holds of `tensor`: per axis (its range in the padded axis, the true size)."""
+        if tensor.name in self.layout.operands:
+            return self._operand(entry, tensor, scope, index, count)
         true = {axis: scope[axis] for axis in tensor.axes}
         for axis, size in true.items():
             if not size:  # a tensor of no elements is a mistake in config.json: nothing could be said of its place
@@ -302,6 +313,20 @@ class Placement:
             ranges[axis] = chunk(size, parts, index // left)
             index %= left
         return Item(tensor.name, entry.dims_of(tensor), tensor.axes, {axis: (ranges[axis], true[axis]) for axis in tensor.axes})
+
+    def _operand(self, entry: Entry, tensor: Tensor, scope: Scope, index: int, count: int) -> Item:
+        """What this rank holds of codes or scales: what goes with its part of the tensor that they are of."""
+        name, operand = self.layout.operands[tensor.name]
+        own = self.layout.descriptor.tensors[name]
+        held = self._item(replace(entry, dims=None), own, scope, index, count).held
+        box = tuple(held[axis][0] for axis in own.axes)
+        ranges = [over.extent(box) for over in operand.axes] if all(start < stop for start, stop in box) else [(0, 0)] * len(operand.axes)
+        if not all(over.whole(box) for over in operand.axes) or (entry.cut == "whole" and self.mesh.tp > 1):
+            self._problem(
+                entry, f"{name}, cut over {count} ranks, would be cut inside a block ({operand.grain}) that shares one {operand.label}"
+            )
+        sizes = {axis: (extent, over.size) for axis, extent, over in zip(tensor.axes, ranges, operand.axes)}
+        return Item(tensor.name, tensor.dims, tensor.axes, sizes)
 
     def _padded(self, entry: Entry, axis: str, size: int, scope: Scope) -> int:
         for padded, text in entry.pad:

@@ -81,6 +81,12 @@ class Resolver:
             tuple(replicate),
             formats,
             file.path,
+            tuple(
+                doubt._replace(tensor=self.ids[use.place, doubt.tensor])
+                for use in self.uses
+                for doubt in use.part.doubts
+                if (use.place, doubt.tensor) in self.ids
+            ),
         )
 
     # places, parts and what they define

@@ -154,11 +154,11 @@ class Sections:
             _lay(state[place], fresh)
         for file in self.chain:
             if table := file.own.formats.get(format):
-                self._overlay(state, table)
+                self._overlay(state, table, file is self.chain[-1])
         return state
 
-    def _overlay(self, state: dict[str, dict[str, Labelled]], table) -> None:
-        """Lay one own table over all places."""
+    def _overlay(self, state: dict[str, dict[str, Labelled]], table, last: bool) -> None:
+        """Lay one own table over all places; `last`: the descriptor's own, and not a parent's."""
         fresh: dict[str, dict[str, Labelled]] = {place: {} for place in self.places}
         for label, entries in table.entries.items():
             if entries is False:
@@ -166,6 +166,8 @@ class Sections:
                     raise LayoutError(f"{table.where} {label} = false: there is none to take away")
                 continue
             leaves = Labelled(entries, None).tensors
+            if leaves and not last and leaves <= {label for _, label in self.removed}:
+                continue  # a parent's, of tensors that a child takes away
             own = [leaf for leaf in leaves if "." not in leaf]
             if own:
                 places = [place for place in self.places if all((place, leaf) in self.raw for leaf in own)]
@@ -221,8 +223,10 @@ class Sections:
             variants.append((form, None, _gathered(self._named(formats, labelled, newest._replace(form=form)))))
         drop, omit = (self._patterns(key, format, formats, newest) for key in ("drop", "omit"))
         carried = [(place, self._prefix(place, formats, newest)) for place, keys in self.places.items() if keys.get("carry")]
+        since = next((t.since for file in reversed(self.chain) if (t := file.own.formats.get(format)) and t.since), None)
         return replace(
             _gathered(base),
+            since=since,
             drop=drop,
             omit=omit,
             args=self._args(format),
@@ -235,7 +239,7 @@ class Sections:
     ) -> dict[tuple[str, str], list]:
         """Per place and label, what one spelling holds: entries and constants with their names in full."""
         out: dict[tuple[str, str], list] = {}
-        pads = self._pads(formats)
+        pads, stage = self._pads(formats), self._stage(formats)
         for place, labels in labelled.items():
             if (prefix := self._prefix(place, formats, spelt)) is None:
                 continue
@@ -244,7 +248,7 @@ class Sections:
                 for raw in spelt.chosen(found.entries):
                     name = self._name(raw, place, prefix, found.standing, formats, spelt) if raw.name else ""
                     if raw.constant is None:
-                        held.append(self._entry(raw, name, place, pads))
+                        held.append(self._entry(raw, name, place, pads, stage))
                     else:
                         when = both(found.standing.when, raw.when)
                         held.append(Constant(raw.label, name, raw.constant, raw.dtype, raw.shape, when, place))
@@ -267,13 +271,20 @@ class Sections:
 
     def _pads(self, formats: tuple[str, ...]) -> dict[str, str]:
         """What the format pads axes to wherever they stand; its own word before that of the one it is like."""
-        tables = [part.formats[format] for format in reversed(formats) for part in self._tables() if part.formats.get(format)]
-        pads = {axis: text for table in tables for axis, text in table.pad.items()}
+        pads = {axis: text for table in self._said(formats) for axis, text in table.pad.items()}
         for axis in pads:
             self._known_axis(f"{self.where}: [{formats[0]}] pad", axis)
         return pads
 
-    def _entry(self, raw: RawEntry, name: str, place: str, pads: Mapping[str, str]) -> Entry:
+    def _stage(self, formats: tuple[str, ...]) -> str | None:
+        """Where the format holds all that no number tells apart, whatever its tensors and entries say."""
+        return next((table.stage for table in reversed(self._said(formats)) if table.stage), None)
+
+    def _said(self, formats: tuple[str, ...]) -> list:
+        """Every table of the format, after those of the one it is like."""
+        return [part.formats[format] for format in reversed(formats) for part in self._tables() if part.formats.get(format)]
+
+    def _entry(self, raw: RawEntry, name: str, place: str, pads: Mapping[str, str], stage: str | None) -> Entry:
         names = {leaf: self.ids[self._leaf(leaf, place)] for leaf in raw.fusion.leaves()}
         fusion = raw.fusion.renamed(names)
         leaves = list(fusion.leaves())
@@ -315,7 +326,8 @@ class Sections:
                 raise LayoutError(f"{where}: align names {leaf!r}, which is not in of = {str(raw.fusion)!r}")
         entry = Entry(
             raw.label, name, fusion, raw.dims, raw.cut, raw.split, pad, raw.align,
-            tuple((names[leaf], text) for leaf, text in raw.aligned), raw.when, raw.stage, bool(raw.copy and raw.form), raw.copy, raw.omit,
+            tuple((names[leaf], text) for leaf, text in raw.aligned), raw.when,
+            raw.stage if stage is None or "count" in self.places[place] else stage, bool(raw.copy and raw.form), raw.copy, raw.omit,
             raw.only_rank0, raw.view, raw.dtype, raw.transform, raw.scheme, place,
         )  # fmt: skip
         stacked = [index for index in tensors[0].index if index not in entry.numbered]

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 
 from reshard.dtypes import DTYPE_SIZE
 from reshard.geometry.block import Stored
-from reshard.planner.plan import Copy, Plan
+from reshard.planner.copies import Copy, abreast
+from reshard.planner.plan import Plan
 from reshard.planner.tiles import Tile, groups, tile_limit
 
 GAP = 256 << 10  # bytes
@@ -44,14 +45,14 @@ class Batch:
 
     def without(self, finished: set[str]) -> "Batch":
         """What is left when the output files `finished` are."""
-        if not any(copy.dst.file in finished for tile in self.tiles for copy in tile.copies):
-            return self
-        return Batch([left for tile in self.tiles if (left := tile.without(finished)).copies], self.ranges)
+        left = [tile.without(finished) for tile in self.tiles]
+        return self if left == self.tiles else Batch([tile for tile in left if not tile.idle], self.ranges)
 
 
 def of_plan(tile: Tile) -> tuple[list[Reading], ...]:
     """What a conversion reads, of its one source."""
-    return ([_source(c) for c in (*tile.copies, *tile.checks)] + [_destination(c) for c in tile.checks],)
+    gathered = [copy for each in tile.computed for i in range(len(each.sources)) for copy in each.gathering(i)]
+    return ([_source(c) for c in (*tile.copies, *tile.checks, *gathered)] + [_destination(c) for c in tile.checks],)
 
 
 def of_pair(tile: Tile) -> tuple[list[Reading], ...]:
@@ -90,6 +91,12 @@ def batches(plan: Plan, readings: Callable[[Tile], tuple[list[Reading], ...]] = 
 
 def _split(tile: Tile, limit: int, size: Callable[[Tile], int]) -> Iterator[Tile]:
     """`tile` cut along the axes that are slowest in the source until `size` of each piece is at most `limit`."""
+    if tile.computed:
+        if tile.boxes:
+            yield from _split(Tile(tile.boxes, tile.copies, tile.checks), limit, size)
+        for together in abreast(tile.computed, limit):
+            yield Tile({}, [], [], together)
+        return
     total = size(tile)
     if total <= limit:
         yield tile

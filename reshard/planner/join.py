@@ -7,51 +7,89 @@ which element the slot begins there. All are values: no object's identity is a k
 divided and hashed.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from reshard.geometry.block import Box, Key, Part, Stored, volume
-from reshard.geometry.pieces import Piece, disjoint, pieces, union_volume
+from reshard.geometry.block import Box, Key, Part, Stored, overlap, volume
+from reshard.geometry.pieces import Piece, by_box, disjoint, pieces, union_volume
+from reshard.planner.values import Need, Value, operand_key
 
 
 @dataclass(frozen=True, slots=True)
 class Slot:
-    """How the tensors of a pattern lie on one rank: their box, its dtype and strides there. Where it begins, a run says."""
+    """How the tensors of a pattern lie on one rank: their box, its dtype and strides there. Where it begins, a run says.
+    `operand` names the tensor where it is not the pattern's own but one that those are computed from."""
 
     rank: int
     dtype: str
     box: Box
     strides: tuple[int, ...]
+    operand: str = ""
 
     @property
     def size(self) -> int:
         return volume(self.box)
 
 
-#: what tells slots apart: rank, dtype, box, strides
-SlotShape = tuple[int, str, Box, tuple[int, ...]]
+#: what tells slots apart: rank, dtype, box, strides, operand
+SlotShape = tuple[int, str, Box, tuple[int, ...], str]
 
 
 @dataclass(frozen=True)
 class Pattern:
-    """Slots on both sides, and the pieces that they share."""
+    """Slots on both sides, and the pieces that they share; where there is a `value`, the boxes that are computed instead."""
 
     sources: tuple[Slot, ...]
     destinations: tuple[Slot, ...]
+    value: Value | None = None
 
     @cached_property
     def pieces(self) -> tuple[Piece, ...]:
+        if self.value is not None:
+            return ()
         return pieces([slot.box for slot in self.sources], [slot.box for slot in self.destinations])
+
+    @cached_property
+    def needs(self) -> tuple[Need, ...]:
+        """What is computed: each box that a destination holds, once."""
+        if self.value is None:
+            return ()
+        wanted = by_box([slot.box for slot in self.destinations])
+        return tuple(Need(box, takers, tuple(operand.box(box) for operand in self.value.operands)) for box, takers in wanted.items())
+
+    @cached_property
+    def holders(self) -> tuple[dict[Box, tuple[int, ...]], ...]:
+        """Per operand, the boxes of it that sources hold, each with the positions of its holders."""
+        if self.value is None:
+            return ()
+        own = [[i for i, slot in enumerate(self.sources) if slot.operand == operand.name] for operand in self.value.operands]
+        return tuple({box: tuple(mine[i] for i in at) for box, at in by_box([self.sources[i].box for i in mine]).items()} for mine in own)
 
     @cached_property
     def overlapping(self) -> bool:
         """Whether sources hold parts that meet without being the same."""
+        if self.value is not None:
+            return not all(disjoint(list(held)) for held in self.holders)
         return not disjoint(list({slot.box for slot in self.sources}))
+
+    @cached_property
+    def lacking(self) -> tuple[tuple[int, str, int, int], ...]:
+        """What computing lacks: destination slot, operand, elements of it that no source holds, and how many are needed."""
+        out = []
+        for need in self.needs:
+            for operand, box, held in zip(self.value.operands if self.value else (), need.operands, self.holders):
+                found = [meet for other in held if (meet := overlap(box, other)) is not None]
+                left = volume(box) - (union_volume(found) if found else 0)
+                if left:
+                    out += [(taker, operand.name, left, volume(box)) for taker in need.takers]
+        return tuple(out)
 
     @cached_property
     def missing(self) -> tuple[tuple[int, int], ...]:
         """Destination slots that pieces do not fill, each with the number of elements that no source holds."""
+        if self.value is not None:
+            return ()
         filled: dict[int, list[Box]] = {}
         for piece in self.pieces:
             for position in piece.destinations:
@@ -97,6 +135,7 @@ class Join:
     runs: tuple[Run, ...]
     only_source: tuple[Key, ...] = ()
     only_destination: tuple[Key, ...] = ()
+    values: tuple[tuple[str, Value], ...] = ()  # how tensors are computed that the sources lack, by name
 
     @cached_property
     def counts(self) -> tuple[int, ...]:
@@ -107,24 +146,43 @@ class Join:
         return tuple(found)
 
 
-def join(sources: Iterable[Stored], destinations: Iterable[Stored]) -> Join:
-    """Line up the tensors of `sources` with those of `destinations`."""
+def join(sources: Iterable[Stored], destinations: Iterable[Stored], values: Mapping[str, Value] = {}) -> Join:
+    """Line up the tensors of `sources` with those of `destinations`. `values` tell how tensors that the sources lack are computed
+    from those that the destinations do not want."""
     sources, destinations = tuple(sources), tuple(destinations)
     slots: dict[SlotShape, int] = {}
-    held, wanted = _Side(sources, slots), _Side(destinations, slots)
+    users = _users(values, {part.first[0] for s in destinations for part in s.parts} if values else set())
+    held, wanted = _Side(sources, slots, users), _Side(destinations, slots)
     table = [Slot(*shape) for shape in slots]
-    numbers: dict[tuple[tuple[int, ...], tuple[int, ...]], int] = {}
+    numbers: dict[tuple[tuple[int, ...], tuple[int, ...], Value | None], int] = {}
     runs: list[Run] = []
     only: tuple[list[Key], list[Key]] = [], []
+    used: set[Key] = set()
     for family in wanted.families | held.families:
         for first, count, here, there in _lined_up(held.stretches(family), wanted.stretches(family)):
+            operands = {table[i].operand for i in here.slots} if here else set()
             if here is None or there is None:
-                only[here is None].extend(_key(family, first + i) for i in range(count))
+                keys = [_key(family, first + i) for i in range(count)]
+                only[here is None].extend(operand_key(name, key) if name else key for name in operands or {""} for key in keys)
                 continue
-            number = numbers.setdefault((here.slots, there.slots), len(numbers))
+            value = values[family[0]] if operands and "" not in operands else None
+            if value or family[0] in users:
+                names = operands if value else {family[0]}
+                used.update(operand_key(name, _key(family, first + i)) for name in names for i in range(count))
+            number = numbers.setdefault((here.slots, there.slots, value), len(numbers))
             runs.append(Run(_key(family, first), count, number, here.columns, there.columns))
-    patterns = tuple(Pattern(tuple(table[i] for i in a), tuple(table[i] for i in b)) for a, b in numbers)
-    return Join(sources, destinations, patterns, tuple(runs), tuple(only[0]), tuple(only[1]))
+    patterns = tuple(Pattern(tuple(table[i] for i in a), tuple(table[i] for i in b), value) for a, b, value in numbers)
+    unused = tuple(key for key in dict.fromkeys(only[0]) if key not in used)
+    return Join(sources, destinations, patterns, tuple(runs), unused, tuple(only[1]), tuple(sorted(values.items())))
+
+
+def _users(values: Mapping[str, Value], wanted: set[str]) -> dict[str, tuple[str, ...]]:
+    """Per operand, the tensors of `wanted` that are computed from it, and itself where it is wanted, too."""
+    out: dict[str, tuple[str, ...]] = {}
+    for name in sorted(wanted & values.keys()):
+        for operand in values[name].operands:
+            out[operand.name] = (*out.get(operand.name, (operand.name,) if operand.name in wanted else ()), name)
+    return out
 
 
 @dataclass(slots=True)
@@ -144,19 +202,32 @@ def _key(family: Key, number: int) -> Key:
 class _Side:
     """One side's stored tensors by family: all of a key but its last number."""
 
-    def __init__(self, stored: Sequence[Stored], slots: dict[SlotShape, int]):
+    def __init__(self, stored: Sequence[Stored], slots: dict[SlotShape, int], users: Mapping[str, tuple[str, ...]] = {}):
+        """`users`: of tensors that others are computed from, which those are: it is filed under each of them."""
         self.families: dict[Key, list[tuple[Part, int, int]]] = {}  # part, its slot, its stored tensor
+        like: SlotShape | None = None
+        slot = 0
         for number, s in enumerate(stored):
             for part in s.parts:
-                block = part.block
-                shape = (s.rank, s.dtype, block.box, block.strides)
-                slot = slots.setdefault(shape, len(slots))
-                key = part.first
+                block, key = part.block, part.first
+                if users and key[0] in users:
+                    self._file_operand(part, number, s, users[key[0]], slots)
+                    continue
+                shape = (s.rank, s.dtype, block.box, block.strides, "")
+                if shape != like:  # experts follow each other and lie alike: comparing is cheaper than hashing
+                    slot, like = slots.setdefault(shape, len(slots)), shape
                 family = key if len(key) == 1 else key[:-1]
                 found = self.families.get(family)
                 if found is None:
                     found = self.families[family] = []
                 found.append((part, slot, number))
+
+    def _file_operand(self, part: Part, number: int, s: Stored, results: tuple[str, ...], slots: dict[SlotShape, int]) -> None:
+        for result in results:
+            key = (result, *part.first[1:])
+            operand = part.first[0] if result != part.first[0] else ""
+            slot = slots.setdefault((s.rank, s.dtype, part.block.box, part.block.strides, operand), len(slots))
+            self.families.setdefault(key if len(key) == 1 else key[:-1], []).append((part, slot, number))
 
     def stretches(self, family: Key) -> list[_Stretch]:
         """The family's tensors in order of their numbers, those with the same slots together."""
@@ -176,12 +247,21 @@ class _Side:
 def _merged(parts: list[tuple[Part, int, int]]) -> list[_Stretch]:
     """Stretches of parts that run over different tensors: cut wherever one begins or ends, then joined where only the
     stored tensors differ (experts that are tensors of their own)."""
+    numbers, alike = [part.first[-1] for part, _, _ in parts], {(part.block.offset, part.count, slot) for part, slot, _ in parts}
+    if len(alike) == 1 and numbers == list(range(numbers[0], numbers[0] + len(numbers))):  # nearly always: each on one rank, in order
+        ((offset, count, slot),) = alike
+        if count == 1:
+            return [_Stretch(numbers[0], len(parts), (slot,), (Column(tuple([number for _, _, number in parts]), offset),))]
     marks = sorted({edge for part, _, _ in parts for edge in (part.first[-1], part.first[-1] + part.count)})
     index = {mark: i for i, mark in enumerate(marks)}
     covering: list[list[tuple[Part, int, int]]] = [[] for _ in marks]
     for item in parts:
-        first = item[0].first[-1]
-        for i in range(index[first], index[first + item[0].count]):
+        part = item[0]
+        first = part.first[-1]
+        if part.count == 1:
+            covering[index[first]].append(item)
+            continue
+        for i in range(index[first], index[first + part.count]):
             covering[i].append(item)
     out: list[_Stretch] = []
     pending: list[tuple[int, ...]] = []  # stored tensors of the stretch that is being put together, instance by instance
@@ -197,8 +277,8 @@ def _merged(parts: list[tuple[Part, int, int]]) -> list[_Stretch]:
         if not here:
             close()
             continue
-        slots = tuple(slot for _, slot, _ in here)
-        offsets = tuple(p.block.offset + (low - p.first[-1]) * p.step for p, _, _ in here)
+        slots = tuple([slot for _, slot, _ in here])
+        offsets = tuple([p.block.offset + (low - p.first[-1]) * p.step if p.step else p.block.offset for p, _, _ in here])
         if high - low > 1:
             close()
             columns = tuple(Column((n,), offset, p.step) for (p, _, n), offset in zip(here, offsets))
@@ -208,7 +288,7 @@ def _merged(parts: list[tuple[Part, int, int]]) -> list[_Stretch]:
             close()
         if not pending:
             start = (low, slots, offsets)
-        pending.append(tuple(n for _, _, n in here))
+        pending.append(tuple([n for _, _, n in here]))
     close()
     return out
 

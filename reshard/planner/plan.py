@@ -14,48 +14,12 @@ from math import prod
 
 from reshard.dtypes import DTYPE_SIZE, FLOATS
 from reshard.errors import PlanError
-from reshard.geometry.block import Box, Key, Stored, end, volume
-from reshard.geometry.coverage import faults_of, label
+from reshard.geometry.block import Block, Box, Key, Stored, end, overlap, volume
+from reshard.geometry.coverage import faults_of, label, unlike
 from reshard.geometry.pieces import union_volume
+from reshard.planner.copies import Computed, Copy, Lying, Move
 from reshard.planner.join import Join, Pattern, Run, Slot, join
-
-
-@dataclass(frozen=True, slots=True)
-class Move:
-    """The geometry of a copy: a box (tensor's axes) of `size` elements, and where (elements) it lies on each side."""
-
-    box: Box
-    size: int
-    src_offset: int
-    src_strides: tuple[int, ...]
-    dst_offset: int
-    dst_strides: tuple[int, ...]
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return tuple(stop - start for start, stop in self.box)
-
-    def clip(self, box: Box) -> "Move | None":
-        """The part of this move inside `box`; None when they do not meet."""
-        src, dst, meet = self.src_offset, self.dst_offset, []
-        for (start, stop), (low, high), a, b in zip(self.box, box, self.src_strides, self.dst_strides):
-            lower, upper = max(start, low), min(stop, high)
-            if lower >= upper:
-                return None
-            src += (lower - start) * a
-            dst += (lower - start) * b
-            meet.append((lower, upper))
-        return Move(tuple(meet), volume(tuple(meet)), src, self.src_strides, dst, self.dst_strides)
-
-
-@dataclass(frozen=True, slots=True)
-class Copy:
-    """One box of tensor `key`, from where `src` holds it to where `dst` holds it."""
-
-    key: Key
-    src: Stored
-    dst: Stored
-    move: Move
+from reshard.planner.values import Value, bare, operand_key
 
 
 def move_between(source: Slot, destination: Slot, box: Box) -> Move:
@@ -92,8 +56,8 @@ class Work:
             for taker in piece.destinations
         ]
         checks: dict[tuple[int, int], Move] = {}
-        for piece in pattern.pieces if compare else ():
-            first, *others = piece.sources
+        held = [piece.sources for piece in pattern.pieces] + [at for operand in pattern.holders for at in operand.values()]
+        for first, *others in held if compare else ():
             for other in others:
                 slot = pattern.sources[first]
                 checks[first, other] = move_between(slot, pattern.sources[other], slot.box)
@@ -108,7 +72,16 @@ class Work:
         for first, other, move in self.checks if checks else ():
             boxes[first].append(move.box)
             boxes[other].append(move.box)
-        return sum(union_volume(held) * DTYPE_SIZE[pattern.sources[slot].dtype] for slot, held in boxes.items())
+        total = sum(union_volume(held) * DTYPE_SIZE[pattern.sources[slot].dtype] for slot, held in boxes.items())
+        for need in pattern.needs:  # every box that is computed takes its operands by itself
+            if rank is None or any(pattern.destinations[taker].rank == rank for taker in need.takers):
+                for box, holders in zip(need.operands, pattern.holders):
+                    total += sum(
+                        volume(meet) * DTYPE_SIZE[pattern.sources[at[0]].dtype]
+                        for other, at in holders.items()
+                        if (meet := overlap(box, other)) is not None
+                    )
+        return total
 
 
 @dataclass(frozen=True)
@@ -137,7 +110,23 @@ class Plan:
         here = [(self.join.sources[n], start) for n, start in (column.at(i) for column in run.sources)]
         there = [(self.join.destinations[n], start) for n, start in (column.at(i) for column in run.destinations)]
         copies = [copy_at(key, here[a], there[b], move) for a, b, move in work.copies]
-        return copies, [copy_at(key, here[a], here[b], move) for a, b, move in work.checks]
+        slots = self.join.patterns[run.pattern].sources
+        keys = [operand_key(slots[a].operand, key) if slots[a].operand else key for a, _, _ in work.checks]
+        return copies, [copy_at(own, here[a], here[b], move) for own, (a, b, move) in zip(keys, work.checks)]
+
+    def computed(self, run: Run, i: int) -> list[Computed]:
+        """The boxes that are computed of one instance of a run."""
+        pattern = self.join.patterns[run.pattern]
+        if pattern.value is None:
+            return []
+
+        def lying(side: tuple[Stored, ...], column: tuple[int, int], slot: Slot) -> Lying:
+            return Lying(side[column[0]], Block(slot.box, column[1], slot.strides))
+
+        here = [lying(self.join.sources, column.at(i), slot) for column, slot in zip(run.sources, pattern.sources)]
+        there = [lying(self.join.destinations, column.at(i), slot) for column, slot in zip(run.destinations, pattern.destinations)]
+        sources = tuple(tuple(here[at[0]] for at in held.values()) for held in pattern.holders)
+        return [Computed(run.key(i), pattern.value, need.box, tuple(there[t] for t in need.takers), sources) for need in pattern.needs]
 
     @property
     def copies(self) -> list[Copy]:
@@ -193,17 +182,25 @@ class Plan:
                 read[rank] += work.read(pattern, checks=False, rank=rank) * count
         return [{"rank": rank, "bytes_read": read[rank], "bytes_held": held[rank]} for rank in sorted(held)]
 
+    @property
+    def computes(self) -> dict[str, str]:
+        """The tensors that are computed, of whatever layer, each with its function."""
+        found = {
+            bare(run.first[0]): value.function for run in self.join.runs if (value := self.join.patterns[run.pattern].value) is not None
+        }
+        return dict(sorted(found.items()))
+
     @cached_property
     def fingerprint(self) -> str:
         """A digest of every stored tensor of both sides, every block in them, and what is compared: equal plans, and only they, share one."""
         return hashlib.sha256(
-            repr((self.compare, self.every_pair, digest(self.join.sources), digest(self.join.destinations))).encode()
+            repr((self.compare, self.every_pair, digest(self.join.sources), digest(self.join.destinations), self.join.values)).encode()
         ).hexdigest()
 
     def only(self, files: Iterable[str]) -> "Plan":
         """What of the plan fills these output files."""
         wanted = set(files)
-        return replace(self, join=join(self.join.sources, [s for s in self.destinations if s.file in wanted]))
+        return replace(self, join=join(self.join.sources, [s for s in self.destinations if s.file in wanted], dict(self.join.values)))
 
     def located(self, destinations: Iterable[Stored]) -> "Plan":
         """The plan with its destinations, in the same order, at their places in files."""
@@ -236,6 +233,7 @@ def plan(
     omitted: Container[Key] = frozenset(),
     complete: bool = True,
     check: bool = True,
+    values: Mapping[str, Value] = {},
 ) -> Plan:
     """The plan that fills `destinations` from `sources`; gives the destinations their dtypes.
 
@@ -243,11 +241,11 @@ def plan(
     of tensors that the source's engine wanted in another. `sizes`: of a tensor of the model, its size along each axis.
     `complete`: every element of every source must have a place (off when only some ranks are asked for; needs `sizes`),
     but for those tensors that the destination is declared to do without, `omitted`.
-    `check`: compare replicas. Raises PlanError with all problems.
+    `check`: compare replicas. `values`: how tensors are computed that the source lacks. Raises PlanError with all problems.
     """
     sources = tuple(sources)
-    destinations, problems = typed(sources, tuple(destinations), cast, set(keep), native)
-    joined = join(sources, destinations)
+    destinations, problems = typed(sources, tuple(destinations), cast, set(keep), native, values)
+    joined = join(sources, destinations, values)
     problems += faults(joined.destinations)
     problems += _unmatched(joined, complete, omitted)
     problems += _counted(joined, sizes if complete else None, check)
@@ -267,13 +265,23 @@ def target_dtype(source: str, *, cast: str | None = None, keep: bool = False, wa
 
 
 def typed(
-    sources: Sequence[Stored], destinations: Sequence[Stored], cast: str | None, keep: set[str], native: Mapping[str, str]
+    sources: Sequence[Stored],
+    destinations: Sequence[Stored],
+    cast: str | None,
+    keep: set[str],
+    native: Mapping[str, str],
+    values: Mapping[str, Value] = {},
 ) -> tuple[tuple[Stored, ...], list[str]]:
     """`destinations` with the dtypes that they get from `sources`, and what is wrong with those."""
     held: dict[str, set[str]] = defaultdict(set)  # of all layers and experts
     for s in sources:
         for part in s.parts:
             held[part.first[0]].add(s.dtype)
+    computed = {
+        name: value.dtype or next(iter(held[value.operands[0].name])) for name, value in values.items() if value.operands[0].name in held
+    }
+    for name, own_dtype in computed.items():
+        held[name].add(own_dtype)
     mixed = {name for name, dtypes in held.items() if len(dtypes) > 1}
     own = {key: s.dtype for s in reversed(sources) for key, _ in s.blocks if key[0] in mixed} if mixed else {}
     any_of = {name: next(iter(dtypes)) for name, dtypes in held.items()}
@@ -284,11 +292,20 @@ def typed(
 
     problems: list[str] = []
     out = []
+    sound: dict[tuple[object, ...], str] = {}  # the dtype of what holds these tensors for such an engine, where nothing is wrong with it
     for stored in destinations:
+        alike = tuple([part.first[0] for part in stored.parts]), stored.entry and stored.entry.dtype
+        dtype = sound.get(alike)
+        if dtype is not None:
+            out.append(Stored(stored.rank, stored.name, dtype, *stored[3:]))
+            continue
+        told = len(problems)
         found: dict[str, Key] = {}
         for part in stored.parts:
             name = part.first[0]
-            for key, source in ((key, own.get(key)) for key, _ in part.each()) if name in mixed else ((part.first, any_of.get(name)),):
+            for key, source in (
+                ((key, own.get(key, computed.get(name))) for key, _ in part.each()) if name in mixed else ((part.first, any_of.get(name)),)
+            ):
                 if source is None:
                     continue  # told as missing
                 wanted = dtype_of(stored, name, source)
@@ -303,22 +320,26 @@ def typed(
         name = stored.entry.of[0] if stored.entry else ""
         # all padding on this rank: of the dtype that the tensor has elsewhere
         dtype = next(iter(found), None) or stored.dtype or dtype_of(stored, name, native.get(name) or any_of.get(name, "BF16"))
-        out.append(Stored(stored.rank, stored.name, dtype, stored.shape, stored.parts, stored.entry, stored.file, stored.start, stored.pad))
+        out.append(Stored(stored.rank, stored.name, dtype, *stored[3:]))
+        if found and len(problems) == told and mixed.isdisjoint(alike[0]):
+            sound[alike] = dtype
     return tuple(out), problems
 
 
 def faults(destinations: Iterable[Stored]) -> list[str]:
     """Names that stand twice, and stored tensors whose elements are not each under one block or declared padding."""
-    problems, names = [], set()
+    problems = []
+    names: set[tuple[int, str]] = set()
     for stored in destinations:
-        if (stored.rank, stored.name) in names:
+        at = stored.rank, stored.name
+        if at in names:
             problems.append(f"{where(stored)}: two entries of the layout store something under this name")
-        names.add((stored.rank, stored.name))
-        problems += [f"{where(stored)}: {fault}" for fault in faults_of(stored)]
+        names.add(at)
+    for stored in unlike(destinations):
+        found = faults_of(stored)
         if stored.pad and stored.size - stored.pad != max((end(b.offset, b.shape, b.strides) for _, b in stored.blocks), default=0):
-            problems.append(
-                f"{where(stored)}: its padding would lie between its elements; only the first axis of its first dimension can be padded"
-            )
+            found.append("its padding would lie between its elements; only the first axis of its first dimension can be padded")
+        problems += [f"{where(stored)}: {fault}" for fault in found]
     return problems
 
 
@@ -347,6 +368,11 @@ def _counted(joined: Join, sizes: Callable[[Key], tuple[int, ...]] | None, check
             continue
         sources = [joined.sources[column.at(0)[0]] for column in run.sources]
         before = len(problems)
+        for i, operand, count, size in pattern.lacking:
+            stored = joined.destinations[run.destinations[i].at(0)[0]]
+            problems.append(
+                f"{where(stored)}: {label(run.first)} is computed from {label(operand_key(operand, run.first))}, of which {count} of {size} elements are in no source file"
+            )
         for i, count in pattern.missing:
             stored = joined.destinations[run.destinations[i].at(0)[0]]
             problems.append(
@@ -364,10 +390,12 @@ def _counted(joined: Join, sizes: Callable[[Key], tuple[int, ...]] | None, check
 
 def _unlike_dtypes(run: Run, pattern: Pattern, sources: list[Stored], check: bool) -> list[str]:
     """Holders of one tensor must agree on its dtype, replicas too where they are compared."""
-    first, problems = pattern.sources[0], []
-    replicas: dict[Box, int] = {}
+    problems = []
+    firsts: dict[str, Slot] = {}
+    replicas: dict[tuple[str, Box], int] = {}
     for i, slot in enumerate(pattern.sources):
-        other = replicas.setdefault(slot.box, i)
+        first = firsts.setdefault(slot.operand, slot)
+        other = replicas.setdefault((slot.operand, slot.box), i)
         if other != i and check and pattern.sources[other].dtype != slot.dtype:
             problems.append(
                 f"{label(run.first)}: {where(sources[other])} holds it as {pattern.sources[other].dtype}, {where(sources[i])} as {slot.dtype}"

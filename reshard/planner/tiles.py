@@ -2,12 +2,13 @@
 
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from reshard.dtypes import DTYPE_SIZE
 from reshard.geometry.block import Box, Id, Key, Stored, end
 from reshard.geometry.pieces import union_volume
-from reshard.planner.plan import Copy, Plan
+from reshard.planner.copies import Computed, Copy
+from reshard.planner.plan import Plan
 
 BUFFER = 128 * 10**6  # bytes: of all buffers together, unless said otherwise
 _TILE = 16 << 20  # bytes: large enough that Python costs nothing
@@ -17,16 +18,31 @@ PORTION, MOST_PORTION = 4 << 20, 64 << 20  # source bytes
 
 @dataclass(frozen=True, slots=True)
 class Tile:
-    """Boxes of one or more tensors that are moved together."""
+    """Boxes of one or more tensors that are moved together, or computed: then they are cut where they are run."""
 
     boxes: dict[Key, Box]
     copies: list[Copy]
     checks: list[Copy]
+    computed: list[Computed] = field(default_factory=list)
 
     @property
     def source_bytes(self) -> int:
         """Bytes that it takes from its sources, what several destinations want counted once."""
-        return sum(used * DTYPE_SIZE[stored.dtype] for stored, _, _, used in spans(self).values())
+        moved = sum(used * DTYPE_SIZE[stored.dtype] for stored, _, _, used in spans(self).values())
+        return moved + sum(each.source_bytes for each in self.computed)
+
+    @property
+    def flows(self) -> Iterator[tuple[str, str]]:
+        """(file that is read, file that is written) of all that it fills."""
+        yield from ((copy.src.file, copy.dst.file) for copy in self.copies)
+        for each in self.computed:
+            for held in each.sources:
+                yield from ((source.stored.file, taker.stored.file) for source in held for taker in each.takers)
+
+    @property
+    def idle(self) -> bool:
+        """Whether it fills nothing."""
+        return not self.copies and not self.computed
 
     def cut(self, boxes: dict[Key, Box]) -> "Tile":
         """What of it lies in `boxes`."""
@@ -34,7 +50,8 @@ class Tile:
 
     def without(self, finished: set[str]) -> "Tile":
         """What is left when the output files `finished` are."""
-        return Tile(self.boxes, [c for c in self.copies if c.dst.file not in finished], self.checks)
+        computed = [left for each in self.computed if (left := each.without(finished)) is not None]
+        return Tile(self.boxes, [c for c in self.copies if c.dst.file not in finished], self.checks, computed)
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,10 +67,14 @@ class Group:
         for number, i in self.members:
             run = plan.join.runs[number]
             copies, checks = plan.spelled(run, i)
-            boxes = [copy.move.box for copy in (*copies, *checks)]
-            out.boxes[run.key(i)] = tuple((min(b[a][0] for b in boxes), max(b[a][1] for b in boxes)) for a in range(len(boxes[0])))
+            boxes: dict[Key, list[Box]] = defaultdict(list)
+            for copy in (*copies, *checks):
+                boxes[copy.key].append(copy.move.box)
+            for key, held in boxes.items():
+                out.boxes[key] = tuple((min(b[a][0] for b in held), max(b[a][1] for b in held)) for a in range(len(held[0])))
             out.copies.extend(copies)
             out.checks.extend(checks)
+            out.computed.extend(plan.computed(run, i))
         return out
 
     def source_bytes(self, plan: Plan) -> int:
@@ -84,7 +105,7 @@ def groups(plan: Plan, sides: tuple[str, ...] = ("src", "dst")) -> list[Group]:
                         leader[find(mate)] = find(number)
     together: dict[int, list[int]] = defaultdict(list)
     for number in range(len(runs)):
-        if plan.work[runs[number].pattern].copies:
+        if plan.work[runs[number].pattern].copies or plan.join.patterns[runs[number].pattern].value:
             together[find(number)].append(number)
     out = [
         Group(_begin(plan, members, i), tuple((n, i) for n in members))
@@ -118,14 +139,14 @@ class Portion:
     @property
     def tiles(self) -> list[Tile]:
         tile = self.whole.tile(self.plan) if isinstance(self.whole, Group) else self.whole
-        return [tile] if tile.copies else []
+        return [] if tile.idle else [tile]
 
     def without(self, finished: set[str]) -> "Portion":
         """What is left when the output files `finished` are."""
         for tile in self.tiles:
             left = tile.without(finished)
-            if len(left.copies) < len(tile.copies):
-                return Portion(self.plan, left, left.source_bytes if left.copies else 0)
+            if left != tile:
+                return Portion(self.plan, left, 0 if left.idle else left.source_bytes)
         return self
 
 
@@ -135,7 +156,7 @@ def portions(plan: Plan) -> list[Portion]:
     out: list[Portion] = []
     for group in groups(plan):
         size = group.source_bytes(plan)
-        if size <= share:
+        if size <= share or any(plan.join.patterns[plan.join.runs[number].pattern].value for number, _ in group.members):
             out.append(Portion(plan, group, size))
         else:
             out += [Portion(plan, tile, tile.source_bytes) for tile in split(group.tile(plan), share)]
@@ -143,7 +164,13 @@ def portions(plan: Plan) -> list[Portion]:
 
 
 def split(tile: Tile, limit: int) -> Iterator[Tile]:
-    """`tile` cut along the leading axes of its tensors until it fits `limit` source bytes."""
+    """`tile` cut along the leading axes of its tensors until it fits `limit` source bytes; what is computed is one tile, and the
+    last: it is cut where it is run."""
+    if tile.computed:
+        if tile.boxes:
+            yield from split(Tile(tile.boxes, tile.copies, tile.checks), limit)
+        yield Tile({}, [], [], tile.computed)
+        return
     size = tile.source_bytes
     if size <= limit:
         yield tile
@@ -207,9 +234,9 @@ def between(tile: Tile) -> int:
 
 
 def casts(plan: Plan) -> bool:
-    """Whether any copy changes dtype."""
+    """Whether any value changes: a copy its dtype, or it is computed."""
     held = plan.join
-    return any(held.sources[run.sources[a].at(0)[0]].dtype != held.destinations[run.destinations[b].at(0)[0]].dtype
+    return any(pattern.value for pattern in held.patterns) or any(held.sources[run.sources[a].at(0)[0]].dtype != held.destinations[run.destinations[b].at(0)[0]].dtype
                for run in held.runs for a, b, _ in plan.work[run.pattern].copies)  # fmt: skip
 
 

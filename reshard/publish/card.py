@@ -4,26 +4,19 @@ import html
 import json
 import re
 from collections.abc import Mapping
+from typing import Any
 
+from reshard import formats
 from reshard.checkpoint import Checkpoint
 from reshard.foreign import quote
+from reshard.layout import Mesh
 from reshard.text import count, human, some
 
 MARK = "<!-- written by reshard -->"
 
-_LOAD = {
-    "hf": "from transformers import AutoModelForCausalLM\n\nmodel = AutoModelForCausalLM.from_pretrained({repo})",
-    "vllm": "vllm serve {folder} --load-format sharded_state --tensor-parallel-size {tp}",
-    "sglang": "python -m sglang.launch_server --model-path {folder} --load-format sharded_state --tp {tp}",
-    "megatron": "--load {folder} --ckpt-format torch --use-checkpoint-args --tensor-model-parallel-size {tp} --pipeline-model-parallel-size {pp}",
-    "tp": 'import reshard\n\nstate = reshard.load("hf://{id}", format="tp", tp={tp}, rank=0)',
-    "rank-pt": 'import torch\n\nstate = torch.load("{folder}/rank_00.pt", weights_only=True, mmap=True)',
-}
-_PYTHON = ("hf", "tp", "rank-pt")
 
-
-def card(repo: str, folder: str, format: str, mesh, engine_version: str | None, source: Checkpoint, base_model: str | None = None,
-         left_out: Mapping = {}) -> bytes:  # fmt: skip
+def card(repo: str, folder: str, format: str, mesh: Mesh, engine_version: str | None, source: Checkpoint, base_model: str | None = None,
+         left_out: Mapping[str, Any] = {}) -> bytes:  # fmt: skip
     """README.md for `repo`/`folder`. `source` tells architecture and origin; `base_model` says the origin's name where files don't; `left_out`
     are, under "tensors" and "bytes", weights of the origin that are not here."""
     origin = source.origin or {}
@@ -47,11 +40,12 @@ def card(repo: str, folder: str, format: str, mesh, engine_version: str | None, 
         names = left_out["tensors"]
         lines += [f"Not here: {count(len(names), 'tensor')} of the source, {human(left_out['bytes'])}: {_plain(some(names))}", ""]
     where = f'"{repo}"' + (f', subfolder="{folder}"' if folder else "")
-    load = _LOAD[format].format(repo=where, id=f"{repo}/{folder}".rstrip("/"), folder=local, tp=mesh.tp, pp=mesh.pp)
+    usage = formats.get(format).usage
+    load = usage.format(repo=where, id=f"{repo}/{folder}".rstrip("/"), folder=local, tp=mesh.tp, pp=mesh.pp)
     lines += ["Load it:", ""]
     if format not in ("hf", "tp"):  # the others read folders only
         lines += ["```", f"hf download {repo} --local-dir {repo.rpartition('/')[2]}", "```", ""]
-    lines += ["```python" if format in _PYTHON else "```", load, "```", ""]
+    lines += ["```python" if usage.startswith(("import ", "from ")) else "```", load, "```", ""]
     lines += ["Into another format or mesh, straight from here:", "", "```"]
     lines += [f"reshard convert hf://{repo}{'/' + folder if folder else ''} DIR --to hf", "```", ""]
     return "\n".join(lines).encode()

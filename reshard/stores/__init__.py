@@ -8,12 +8,12 @@ Both kinds (``safetensors``, ``torchzip``) offer the same two functions, and nei
 
 from dataclasses import dataclass
 from math import prod
+from typing import NamedTuple
 
 from reshard.dtypes import DTYPE_SIZE
 
 
-@dataclass(frozen=True, slots=True)
-class TensorInfo:
+class TensorInfo(NamedTuple):
     """One tensor as a file holds it.
 
     ``dtype`` is safetensors' word for it (``BF16``), ``offset`` counts bytes from the start of the file to the first

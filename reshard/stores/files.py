@@ -6,8 +6,8 @@ import struct
 import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
-from typing import IO, Any, BinaryIO, Protocol, Self
+from pathlib import Path, PurePosixPath
+from typing import Any, BinaryIO, Literal, Protocol, Self
 
 from reshard.errors import FormatError, ReshardError, SourceError
 from reshard.foreign import LIMIT, parse, quote
@@ -55,7 +55,7 @@ class AnyPath(Protocol):
     def glob(self, pattern: str, /) -> Iterable[Self]: ...
     def stat(self) -> Any: ...
     def read_bytes(self) -> bytes: ...
-    def open(self, mode: str = "r", buffering: int = -1) -> IO[Any]: ...
+    def open(self, mode: Literal["rb"], buffering: int = -1, /) -> Any: ...
 
 
 @contextmanager
@@ -78,13 +78,21 @@ def reading(what: object, error: type[ReshardError] = FormatError) -> Iterator[N
                     "it is damaged, or not what it seems; copy it again") from surprise  # fmt: skip
 
 
+def safe_join(folder: AnyPath, name: str) -> AnyPath:
+    """`folder`/`name`, refusing a name from a file that would lead out of the folder."""
+    if not name or name.startswith(("/", "\\")) or ".." in PurePosixPath(name).parts or "\x00" in name:
+        raise FormatError(f"{folder}: file name {quote(repr(name))} leads out of the folder")
+    return folder / name
+
+
 def open_file(path: AnyPath, buffering: int = -1) -> BinaryIO:
     """`path` opened for reading, if it is a plain file: a named pipe would block for ever, a device may have no end.
 
     Raises FormatError for anything else, and for a file that can't be opened.
     """
     if not isinstance(path, Path):  # on the Hub there are only files
-        return path.open("rb", buffering)
+        file: BinaryIO = path.open("rb", buffering)
+        return file
     try:
         _plain(path, path.stat().st_mode)
         handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0))

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
+from typing import BinaryIO
 
 #: device, inode, bytes, time of the last change of content in nanoseconds
 Identity = tuple[int, int, int, int]
@@ -31,7 +32,7 @@ def noting() -> Iterator[dict[str, Identity]]:
         _noted.reset(token)
 
 
-def note(path: object, file: object) -> None:
+def note(path: object, file: BinaryIO) -> None:
     """`path`'s header is about to be read from `file`, an open file. What lies on the Hub never changes and is not noted."""
     found = _noted.get()
     if found is not None and isinstance(path, Path):

@@ -7,7 +7,9 @@ import json
 import os
 import struct
 from collections.abc import Sequence
+from itertools import chain
 from math import prod
+from typing import Any
 
 from reshard.dtypes import DTYPE_SIZE, FILE_ORDER
 from reshard.errors import FormatError
@@ -50,12 +52,10 @@ def _read(path: AnyPath) -> tuple[dict[str, TensorInfo], dict[str, str]]:
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise FormatError(f"{path}: __metadata__ must hold text only", NOT_SAFETENSORS)
-    base, tensors, ends = 8 + length, {}, []
-    for name, entry in header.items():
-        tensors[name], begin, end = _entry(path, name, entry, base)
-        ends.append((begin, end, name))
+    base = 8 + length
+    tensors, spans = _alike(header, base) or _each(path, header, base)
     at = 0
-    for begin, end, name in sorted(ends):
+    for begin, end, name in spans:
         if begin != at:
             word = "overlaps the tensor before it" if begin < at else "leaves a hole before it"
             raise FormatError(f"{path}: {quote(name)} begins at byte {begin}, expected {at}: it {word}", NOT_SAFETENSORS)
@@ -67,7 +67,39 @@ def _read(path: AnyPath) -> tuple[dict[str, TensorInfo], dict[str, str]]:
     return tensors, metadata
 
 
-def _entry(path: AnyPath, name: str, entry: object, base: int) -> tuple[TensorInfo, int, int]:
+def _alike(header: dict[str, Any], base: int) -> tuple[dict[str, TensorInfo], list[tuple[int, int, str]]] | None:
+    """The tensors of a sound header, all looked at together: most are of a few dtypes and shapes. None where something is amiss, for
+    ``_each`` to tell."""
+    entries = list(header.values())
+    try:
+        dtypes, offsets = [entry["dtype"] for entry in entries], [entry["data_offsets"] for entry in entries]
+        shapes = [tuple(entry["shape"]) for entry in entries]
+        kinds = set(zip(dtypes, shapes))
+        ends = [(begin, end) for begin, end in offsets]
+        numbers = {*map(type, chain.from_iterable(shapes)), *map(type, chain.from_iterable(ends))}
+        sizes = {(dtype, shape): DTYPE_SIZE[dtype] * prod(shape) for dtype, shape in kinds}
+        sound = numbers <= {int} and set(map(len, entries)) <= {3} and all(n >= 0 for _, shape in kinds for n in shape)
+        sound = sound and all(DTYPE_SIZE[dtype] * prod([n or 1 for n in shape]) < 2**63 for dtype, shape in kinds)
+        if not sound or [end - begin for begin, end in ends] != [sizes[kind] for kind in zip(dtypes, shapes)]:
+            return None
+    except (LookupError, TypeError, ValueError):
+        return None
+    tensors = dict(zip(header, map(TensorInfo, dtypes, shapes, [base + begin for begin, _ in ends])))
+    return tensors, sorted([(begin, end, name) for (begin, end), name in zip(ends, header)])
+
+
+def _each(path: AnyPath, header: dict[str, Any], base: int) -> tuple[dict[str, TensorInfo], list[tuple[int, int, str]]]:
+    """The tensors of a header, one by one; raises FormatError at the first that is wrong."""
+    tensors, spans = {}, []
+    for name, entry in header.items():
+        dtype, shape, begin, end = _entry(path, name, entry)
+        tensors[name] = TensorInfo(dtype, shape, base + begin)
+        spans.append((begin, end, name))
+    return tensors, sorted(spans)
+
+
+def _entry(path: AnyPath, name: str, entry: object) -> tuple[str, tuple[int, ...], int, int]:
+    """Dtype, shape, first byte and the one past the last, each checked."""
     if not isinstance(entry, dict) or entry.keys() != _KEYS:
         raise FormatError(f"{_where(path, name)} must have dtype, shape and data_offsets and nothing else", NOT_SAFETENSORS)
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
@@ -90,7 +122,7 @@ def _entry(path: AnyPath, name: str, entry: object, base: int) -> tuple[TensorIn
             )
     if end - begin != need:
         raise FormatError(f"{_where(path, name)} spans {end - begin} bytes, {dtype} {quote(shape)} needs {need}", NOT_SAFETENSORS)
-    return TensorInfo(dtype, tuple(shape), base + begin), begin, end
+    return dtype, tuple(shape), begin, end
 
 
 def _where(path: AnyPath, name: str) -> str:

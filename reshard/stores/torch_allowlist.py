@@ -14,9 +14,25 @@ from reshard.stores.torch_names import FLAT
 
 #: classes that may occur and are never needed: recorded as Opaque, by package or by full name
 _INERT_PACKAGES = frozenset(("megatron", "transformer_engine", "transformer_engine_torch", "numpy"))
-_INERT_MODULES = frozenset(("torch.nn.functional", "torch._C._nn"))
+_INERT_MODULES = frozenset((
+    "torch.nn.functional", "torch._C._nn", "torch.distributed._mesh_layout", "torch.distributed.device_mesh",
+    "torch.distributed.tensor._dtensor_spec", "torch.distributed.tensor.placement_types", "torch.distributed._tensor.placement_types",
+    "torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.filesystem",
+))  # fmt: skip
 _INERT = frozenset(
-    (("torch", "device"), ("_io", "BytesIO"), ("io", "BytesIO"), ("signal", "Signals"), ("torch.serialization", "_get_layout"))
+    (
+        ("torch", "device"),
+        ("_io", "BytesIO"),
+        ("io", "BytesIO"),
+        ("signal", "Signals"),
+        ("torch.serialization", "_get_layout"),
+        ("torch._utils", "_rebuild_wrapper_subclass"),
+    )
+)
+#: torch's class of a tensor that is spread over ranks, by the names that it had
+DTENSORS = frozenset(
+    (m, "DTensor")
+    for m in ("torch.distributed.tensor", "torch.distributed.tensor._api", "torch.distributed._tensor.api", "torch.distributed._tensor")
 )
 TENSOR_TYPES = frozenset((("torch", "Tensor"), ("torch.nn.parameter", "Parameter"), ("torch.nn.parameter", "Buffer")))
 
@@ -47,7 +63,7 @@ def cost(argument: object) -> int:
     return len(argument) if isinstance(argument, (str, bytes, bytearray, list, tuple, dict, set, frozenset)) else 1
 
 
-def flat(keys: Iterable) -> list:
+def flat(keys: Iterable[object]) -> list[object]:
     """`keys` if each hashes without recursion: C code hashing a tuple nested 100,000 deep would end the process."""
     keys = list(keys)
     if not all(type(k) in FLAT or type(k) is tuple and len(k) <= _MOST_PARTS and all(type(part) in FLAT for part in k) for k in keys):
@@ -77,7 +93,7 @@ def _bytearray(content: object = b"", encoding: str = "latin1") -> bytearray:
     return bytearray(content)
 
 
-def _ordered_dict(items: object = ()) -> OrderedDict:
+def _ordered_dict(items: Iterable[object] = ()) -> OrderedDict[object, object]:
     pairs = [tuple(pair) if isinstance(pair, (tuple, list)) and len(pair) == 2 else (pair,) for pair in items]
     flat(key for key, _ in pairs)
     return OrderedDict(pairs)
@@ -87,7 +103,7 @@ def _path(*parts: str) -> PurePosixPath:
     return PurePosixPath(*parts)
 
 
-def _size(sizes: object = ()) -> tuple:
+def _size(sizes: object = ()) -> tuple[int, ...]:
     """torch.Size: of a tuple or list of numbers, not of bytes or a text, which have items too."""
     if not isinstance(sizes, (tuple, list)) or not all(type(n) is int for n in sizes):
         raise TypeError("torch.Size of no numbers")
@@ -102,7 +118,7 @@ def _complex(real: float = 0.0, imag: float = 0.0) -> complex:
 
 
 #: every callable there is, by the name that a pickle uses; none has an effect
-CALLS: dict[tuple[str, str], Callable] = {
+CALLS: dict[tuple[str, str], Callable[..., object]] = {
     ("collections", "OrderedDict"): _ordered_dict,
     ("collections", "defaultdict"): lambda factory=None: {},
     ("argparse", "Namespace"): argparse.Namespace,

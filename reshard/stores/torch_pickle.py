@@ -10,7 +10,7 @@ from typing import ClassVar
 from reshard.dtypes import DTYPE_SIZE
 from reshard.errors import ReshardError
 from reshard.stores.torch_allowlist import CALLS
-from reshard.stores.torch_names import DTYPE_NAME, STORAGE_NAME, DType, Global, Storage, TensorSpec, row_major_strides
+from reshard.stores.torch_names import DTYPE_NAME, STORAGE_NAME, DType, Global, Made, Storage, TensorSpec, row_major_strides
 
 #: what a tree to be written may hold beyond pickle's own types; no sets, whose order changes from run to run
 _WRITABLE = frozenset(CALLS) - {("builtins", "set"), ("builtins", "frozenset"), ("collections", "defaultdict")}
@@ -50,6 +50,15 @@ class Pickler(pickle._Pickler):
         self.write(pickle.REDUCE)
         self.memoize(spec)
 
+    def save_made(self, made: Made) -> None:
+        self.save(self._named(made.module, made.name))
+        self.save(made.args)
+        self.write(pickle.REDUCE if made.called else pickle.NEWOBJ)
+        self.memoize(made)
+        if not made.called:
+            self.save(made.state)
+            self.write(pickle.BUILD)
+
     def save_dtype(self, dtype: DType) -> None:
         self.save(self._named("torch", dtype.name))
 
@@ -63,5 +72,5 @@ class Pickler(pickle._Pickler):
             raise ReshardError(f"a torch file of reshard cannot hold {key[0]}.{key[1]}", "use plain dicts, lists, texts and numbers")
         super().save_global(obj, name)
 
-    dispatch: ClassVar = {**pickle._Pickler.dispatch, TensorSpec: save_spec, DType: save_dtype, Global: save_name, type: save_global,
+    dispatch: ClassVar = {**pickle._Pickler.dispatch, TensorSpec: save_spec, Made: save_made, DType: save_dtype, Global: save_name, type: save_global,
                 types.FunctionType: save_global}  # fmt: skip

@@ -9,13 +9,13 @@ import pickle
 import types
 from collections import OrderedDict
 from math import prod
-from typing import ClassVar, NoReturn
+from typing import ClassVar, NoReturn, Protocol
 
 from reshard.dtypes import DTYPE_SIZE
 from reshard.errors import FormatError
 from reshard.foreign import quote
 from reshard.stores import TensorInfo
-from reshard.stores.torch_allowlist import CALLS, REFERENCES, TENSOR_TYPES, Budget, cost, flat, is_inert
+from reshard.stores.torch_allowlist import CALLS, DTENSORS, REFERENCES, TENSOR_TYPES, Budget, cost, flat, is_inert
 from reshard.stores.torch_names import (
     DTYPE_NAME,
     DTYPE_OF_NAME,
@@ -25,15 +25,29 @@ from reshard.stores.torch_names import (
     DType,
     Global,
     Opaque,
+    Sharded,
     Storage,
     row_major_strides,
 )
-from reshard.stores.ziprecords import COPY, Archive
+from reshard.stores.ziprecords import COPY
 
-_PICKLE_LIMIT = 256 << 20
+PICKLE_LIMIT = 256 << 20
 _LONGEST_NAME = 500  # of a module and of a class
 #: bounds on what a pickle may unfold to, so that a caller may walk the tree by plain recursion
 _DEPTH_LIMIT, _NODE_LIMIT = 200, 20_000_000
+
+
+class Records(Protocol):
+    """What an unpickler asks of the file that its pickle lies in, from byte `start` to `end`."""
+
+    start: int
+    end: int
+
+    def content(self, key: str, limit: int) -> bytes: ...
+
+    def locate(self, key: str) -> tuple[int, int]: ...
+
+    def error(self, message: str, hint: str | None = ...) -> FormatError: ...
 
 
 class Unpickler(pickle._Unpickler):
@@ -48,8 +62,8 @@ class Unpickler(pickle._Unpickler):
                 if bytes((code,)) not in (pickle.INST, pickle.OBJ, pickle.NEWOBJ_EX, pickle.PERSID, pickle.EXT1, pickle.EXT2,
                                           pickle.EXT4, pickle.NEXT_BUFFER, pickle.READONLY_BUFFER, pickle.BYTEARRAY8)}  # fmt: skip
 
-    def __init__(self, archive: Archive):
-        content = archive.content("data.pkl", _PICKLE_LIMIT)
+    def __init__(self, archive: Records):
+        content = archive.content("data.pkl", PICKLE_LIMIT)
         super().__init__(io.BytesIO(content))
         self.archive = archive
         self.budget = Budget((1 << 20) + 4 * len(content), "its calls copy bytes and items,")
@@ -101,13 +115,13 @@ class Unpickler(pickle._Unpickler):
             return DType(name)
         if module == "torch" and (name in DTYPE_OF_STORAGE or name in OTHER_STORAGES) or key == ("torch.storage", "UntypedStorage"):
             return Global(module, name)
-        if key in self.calls or key in REFERENCES or key in TENSOR_TYPES or is_inert(*key):
+        if key in self.calls or key in REFERENCES or key in TENSOR_TYPES | DTENSORS or is_inert(*key):
             return Global(module, name)
         self._fail(f"its pickle names {quote(module)}.{quote(name)}, which reshard neither needs nor runs",
                    "save plain tensors: torch.save({name: tensor, …}, path), sharded tensors (DTensor) made whole first")  # fmt: skip
 
     def _call(self, what: object, args: object) -> object:
-        if not isinstance(what, Global) or not isinstance(args, tuple):
+        if not isinstance(what, Global) or type(args) is not tuple:
             self._fail(f"its pickle calls a {type(what).__name__} with a {type(args).__name__}")
         key = (what.module, what.name)
         if key in self.calls:
@@ -187,9 +201,7 @@ class Unpickler(pickle._Unpickler):
     # tensors
 
     def persistent_load(self, pid: object) -> Storage:
-        if not (
-            isinstance(pid, tuple) and len(pid) == 5 and pid[0] == "storage" and isinstance(pid[1], Global) and isinstance(pid[2], str)
-        ):
+        if not (type(pid) is tuple and len(pid) == 5 and pid[0] == "storage" and isinstance(pid[1], Global) and isinstance(pid[2], str)):
             self._fail(f"its pickle refers to a {type(pid).__name__} where a storage is due")
         _, kind, key, _, count = pid
         if key in self.storages:
@@ -220,7 +232,7 @@ class Unpickler(pickle._Unpickler):
             self._fail("a tensor has no storage of a known dtype")
         if metadata:
             self._fail(f"a tensor is a lazily conjugated or negated view ({quote(metadata)})", "save tensor.resolve_conj().resolve_neg()")
-        if not (isinstance(shape, tuple) and isinstance(strides, tuple) and len(shape) == len(strides) <= 64):
+        if not (type(shape) is type(strides) is tuple and len(shape) == len(strides) <= 64):
             self._fail(f"a tensor has shape {quote(shape)} and strides {quote(strides)}")
         for n in (offset, *shape, *strides):
             if type(n) is not int or not 0 <= n < 1 << 63:
@@ -244,10 +256,47 @@ class Unpickler(pickle._Unpickler):
         return data
 
     def _from_type(self, rebuild, kind, args, state) -> object:
-        """A tensor that carries Python attributes; they are dropped."""
+        """A tensor that carries Python attributes; they are dropped. A DTensor is one."""
+        if isinstance(kind, Global) and (kind.module, kind.name) in DTENSORS:
+            try:
+                return sharded(state)
+            except (KeyError, TypeError, ValueError, AttributeError) as error:
+                self._fail(f"a DTensor is not as torch writes one ({type(error).__name__}: {quote(error)})")
         if not isinstance(kind, Global) or (kind.module, kind.name) not in TENSOR_TYPES:
             self._fail(f"a tensor is of the class {quote(getattr(kind, 'name', kind))}", "save plain tensors")
         return self._call(rebuild, args)
+
+
+def sharded(state: object) -> Sharded:
+    """A DTensor by its attributes. Raises KeyError, TypeError or ValueError for what is none, or none that can be placed."""
+    if isinstance(state, tuple):  # of a class with slots: its attributes, then its slots
+        state = {key: value for part in state if part for key, value in part.items()}
+    local, spec = state["_local_tensor"], state["_spec"].state
+    mesh = spec["mesh"].state
+    size = spec["tensor_meta"].args[0]
+    if not isinstance(local, TensorInfo) or not all(type(n) is int and 0 <= n < 1 << 63 for n in size):
+        raise TypeError("its local part is no tensor, or its size no size")
+    layout = mesh.get("_layout")
+    if isinstance(layout, Opaque):
+        shape = tuple(prod(axis.state["shape"]) for axis in layout.state["axes"])
+    else:  # before torch 2.10
+        shape = next(mesh[key].shape for key in ("mesh", "_mesh") if key in mesh)
+    coordinate = tuple(mesh["_coordinate_on_dim"])
+    if not len(coordinate) == len(shape) == len(spec["placements"]) or not all(
+        type(i) is int and 0 <= i < n for i, n in zip(coordinate, shape)
+    ):
+        raise ValueError(f"place {coordinate} on a mesh of {shape}, {len(spec['placements'])} placements")
+    cuts = []
+    for placement in spec["placements"]:
+        if placement.name not in ("Shard", "_StridedShard", "Replicate"):
+            raise ValueError(f"placement {placement.name}")
+        told = placement.state or {}
+        cuts.append((None, 1) if placement.name == "Replicate" else (told["dim"], told.get("split_factor", 1)))
+    if not all(dim is None or (type(dim) is int and 0 <= dim < len(size)) for dim, _ in cuts) or not all(
+        type(f) is int and f > 0 for _, f in cuts
+    ):
+        raise ValueError(f"cuts {cuts} of {len(size)} dimensions")
+    return Sharded(local, tuple(size), shape, coordinate, tuple(cuts))
 
 
 def _children(node: object) -> list | None:

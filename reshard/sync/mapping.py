@@ -15,7 +15,7 @@ import torch
 
 from reshard.errors import SyncError
 from reshard.geometry.block import row_major
-from reshard.planner.plan import Copy
+from reshard.planner.copies import Copy
 from reshard.sync.device import Devices
 from reshard.sync.tensors import Tensors, lying
 

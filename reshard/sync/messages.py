@@ -15,7 +15,7 @@ from math import prod
 from reshard.dtypes import DTYPE_SIZE
 from reshard.geometry.block import Id, Stored, row_major
 from reshard.geometry.pieces import halved
-from reshard.planner.plan import Copy, Move
+from reshard.planner.copies import Copy, Move
 from reshard.sync.fp8_blocks import block_grid, grain, scale_place
 from reshard.sync.plan import SyncPlan, Transfer
 from reshard.sync.side import Side

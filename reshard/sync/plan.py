@@ -17,8 +17,9 @@ from reshard.errors import PlanError
 from reshard.geometry.block import Block, Box, Key, Stored, volume
 from reshard.geometry.coverage import label
 from reshard.geometry.pieces import Piece, halved
+from reshard.planner.copies import Copy
 from reshard.planner.join import Pattern, Run, join
-from reshard.planner.plan import Copy, copy_at, digest, move_between
+from reshard.planner.plan import copy_at, digest, move_between
 from reshard.sync.fp8_blocks import Blocks, block_grid
 from reshard.sync.side import Side, restricted
 

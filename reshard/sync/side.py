@@ -167,7 +167,7 @@ class Side:
         def word(s: Stored) -> str:
             return "F8_E4M3" if quantised and quantised.tensors.issuperset(s.entry.of) else _dtype(layout, s, dtype, dtypes)
 
-        stored = [[replace(s, dtype=word(s)) for s in member] for member in stored]
+        stored = [[s._replace(dtype=word(s)) for s in member] for member in stored]
         holders = [tuple(p for p, n in zip(processes, numbers) if n == number) for number in range(len(placement.ranks))]
         constants = frozenset(name for rank in placement.ranks for name, _ in placement.constants(rank))
         replicas = f" × {len(processes) // len(holders)}" if len(processes) > len(holders) else ""
@@ -286,7 +286,7 @@ def restricted(side: Side, select: Callable[[tuple], bool]) -> Side:
     """`side` with the tensors that `select(key)` chooses; `key` is the layout's name, then layer and expert numbers."""
     members, left, partly = [], set(side.constants), set()
     for member in side.members:
-        kept = [replace(s, parts=singles(own)) for s in member for own in [[b for b in s.blocks if select(b[0])]] if own]
+        kept = [s._replace(parts=singles(own)) for s in member for own in [[b for b in s.blocks if select(b[0])]] if own]
         left |= {s.name for s in member} - {s.name for s in kept}
         whole = {s.name: len(s.blocks) for s in member}
         partly |= {s.name for s in kept if len(s.blocks) < whole[s.name]}

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from reshard.planner.plan import Copy
+from reshard.planner.copies import Copy
 from reshard.sync.device import Devices
 from reshard.sync.fp8 import quantise
 from reshard.sync.messages import Message, RankPlan, scale_copy, sent_as_it_lies, taken_as_it_lies

@@ -83,15 +83,18 @@ def ends(s: Slices, m: Model) -> None:
     heads = {stage: name for stage in range(last + 1) if (name := held(stage, names[::-1] if m.tied else names[:1]))}
     at = last if last in heads else min(heads, default=last)  # the stage that computes logits: of tied models perhaps the first
     hidden, vocab = m.config.hidden_size, m.config.vocab_size
-    if type(m.at(m.embedding)) is not nn.Embedding:
-        s.problem(
-            f"{m.embedding}.weight", f"belongs to a {type(m.at(m.embedding)).__name__}, which does more than look up: verify can't cut it"
-        )
+    table = m.at(m.embedding)
+    if not isinstance(table, nn.Embedding):
+        s.problem(f"{m.embedding}.weight", f"belongs to a {type(table).__name__}, which does more than look up: verify can't cut it")
     embedding: nn.Module = Receive(s.seat.before, hidden, s.dtype)
     if own == 0:
         name = held(0, names[::-1] if m.tied else names[1:]) or names[1]
         rows = _rows(s, name, hidden, vocab)
-        embedding = VocabEmbedding(s.read(name), sum(rows[: s.group.index]), s.group) if rows else nn.Identity()
+        embedding = (
+            VocabEmbedding(table, s.read(name), sum(rows[: s.group.index]), s.group)
+            if rows and isinstance(table, nn.Embedding)
+            else nn.Identity()
+        )
     m.put(m.embedding, embedding)
     head: nn.Module = nn.Identity()
     s.computes_logits = own == at
@@ -140,7 +143,7 @@ def layer(s: Slices, m: Model, prefix: str, paths: list[str]) -> dict[str, Linea
             experts[row.path.partition(".{expert}")[0].format(layer=m.layer_of(path))] += kinds.values()
         elif row.parts and f"{owner}.{row.parts[0]}" in m.paths:
             linears[path] = _fused(s, m, owner, row, kinds, heads.get(owner))
-        elif path in m.paths and isinstance(m.at(path), nn.Linear):
+        elif path in m.paths and type(m.at(path)) is nn.Linear:
             linears[path] = _linear(s, m, path, row, kinds, heads.get(owner))
         elif path in m.paths and row.cut in ("column", "row"):
             s.problem(

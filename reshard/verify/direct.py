@@ -49,15 +49,17 @@ def run_experts(m: Model, dtype: torch.dtype, device: torch.device, counts: Mapp
 
 
 def routing_vectors(m: Model) -> dict[str, torch.Tensor]:
-    """What routers have beside their matrices, by path: correction biases and the like, on the CPU."""
+    """What routers, and the blocks that they are in, have beside matrices, by path: correction biases and the like, flat, on the CPU."""
     from accelerate.utils import align_module_device
 
     out = {}
     for path, router in routers(m):
-        with align_module_device(router):  # of a model that is streamed from disk, its tensors are there in here alone
-            for name, tensor in (*router.named_parameters(), *router.named_buffers()):
-                if tensor.dim() == 1:
-                    out[f"{m.layers}.{path}.{name}"] = tensor.detach().cpu().clone()
+        block = path.rpartition(".")[0]
+        for at, part in ((block, m.at(f"{m.layers}.{block}")), *router.named_modules(prefix=path)):
+            with align_module_device(part):  # of a model that is streamed from disk, its tensors are there in here alone
+                for name, tensor in (*part.named_parameters(recurse=False), *part.named_buffers(recurse=False)):
+                    if tensor.numel() == max(tensor.shape, default=1):
+                        out[f"{m.layers}.{at}.{name}"] = tensor.detach().cpu().flatten().clone()
     return out
 
 
@@ -118,13 +120,13 @@ def compare_vectors(
     for path, theirs in expected.items():
         off = 0.0
         same = True
-        for own in ranks:
-            if (found := own.get(path)) is None:
+        for vectors in ranks:
+            if (found := vectors.get(path)) is None:
                 continue
             if found.shape != theirs.shape:
                 same, off = False, float("inf")
                 continue
-            order = numbers.get(path.rpartition(".")[0].rpartition(".")[0])
+            order = next((own for block, own in numbers.items() if path.startswith(f"{block}.")), None)
             found = found if order is None or len(order) != len(found) else found[order]
             same = same and torch.equal(found.view(torch.uint8), theirs.to(found.dtype).contiguous().view(torch.uint8))
             off = max(off, ((found.double() - theirs.double()).abs().max() / (theirs.double().abs().max() or 1.0)).item())

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from reshard import formats
 from reshard.errors import FormatError, ReshardError
+from reshard.formats.manifest import read_manifest
 from reshard.verify.request import Request
 from reshard.verify.watch import Stopped, Watch, die_with, first_line
 
@@ -177,7 +178,7 @@ def _modeling(request: Request) -> list[str]:
 
 def check_reference(folder: Path) -> None:
     """Raise FormatError unless `folder` is a Hugging Face checkpoint: transformers would take others for something else."""
-    kind = formats.recognise(folder).name
+    kind = formats.recognise(folder, read_manifest(folder)).name
     if kind != "hf":
         raise FormatError(f"--reference {folder} is of format {kind}", "name the folder of the original Hugging Face checkpoint")
     if not (folder / "config.json").is_file():

@@ -79,18 +79,25 @@ class Gathered(nn.Module):
 
 
 class VocabEmbedding(nn.Module):
-    """Rows `start` … of an embedding. Ids of other ranks give zero here; the sum over the group is the whole."""
+    """Rows `start` … of an embedding. Ids of other ranks give zero here; the sum over the group is the whole.
 
-    def __init__(self, weight: torch.Tensor, start: int, group: Group):
+    Rows are looked up by transformers' own module `inner`, which may scale them."""
+
+    def __init__(self, inner: nn.Embedding, weight: torch.Tensor, start: int, group: Group):
         super().__init__()
-        self.weight, self.start, self.group = weight, start, group
+        inner.weight, inner.padding_idx = nn.Parameter(weight, requires_grad=False), None  # whose number is another rank's, perhaps
+        self.inner, self.start, self.group = inner, start, group
+
+    @property
+    def weight(self) -> torch.Tensor:
+        return self.inner.weight
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         local = ids - self.start
         outside = (local < 0) | (local >= len(self.weight))
         if not len(self.weight):
             return self.group.sum(self.weight.new_zeros(*ids.shape, self.weight.shape[1]))
-        rows = F.embedding(local.masked_fill(outside, 0), self.weight)
+        rows = self.inner(local.masked_fill(outside, 0))
         return self.group.sum(rows.masked_fill(outside[..., None], 0))
 
 

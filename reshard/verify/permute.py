@@ -63,10 +63,10 @@ def permuted(checkpoint: Checkpoint, left_out: str | None = None) -> Checkpoint:
         parts = s.parts
         if len(source.parts) == len(parts):  # as their file has them: torch files may be strided
             parts = tuple(
-                replace(part, block=replace(part.block, offset=theirs.block.offset, strides=theirs.block.strides), step=theirs.step)
+                part._replace(block=part.block._replace(offset=theirs.block.offset, strides=theirs.block.strides), step=theirs.step)
                 for part, theirs in zip(parts, source.parts)
             )
-        out.append(replace(s, parts=parts, file=source.file, start=source.start, dtype=source.dtype))
+        out.append(s._replace(parts=parts, file=source.file, start=source.start, dtype=source.dtype))
     return replace(checkpoint, stored=out)
 
 

@@ -12,8 +12,10 @@ from reshard import formats
 from reshard.dtypes import torch_dtypes
 from reshard.errors import FormatError
 from reshard.foreign import quote
+from reshard.formats.manifest import read_manifest
 from reshard.formats.pieces import Piece
 from reshard.layout import Mesh, Rank
+from reshard.stores.files import safe_join
 from reshard.verify.tables import Engine, Row, Table, engine_of
 
 _FLOATS = ("BF16", "F16", "F32", "F64")
@@ -83,7 +85,7 @@ class Shards:
         dtype = torch_dtypes()[held.info.dtype]
         if not held.info.nbytes:
             return torch.empty(held.info.shape, dtype=dtype)
-        path = formats.safe_join(self.folder, held.file)
+        path = safe_join(self.folder, held.file)
         with open(path, "rb") as file:
             mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
         if held.info.strides is None:
@@ -95,7 +97,7 @@ class Shards:
 
 def open_shards(folder: Path, format: str | None = None) -> Shards:
     """Read the headers of the checkpoint in `folder`. Raises FormatError."""
-    kind = formats.recognise(folder) if format is None else formats.get(format)
+    kind = formats.recognise(folder, read_manifest(folder)) if format is None else formats.get(format)
     engine = engine_of().get(kind.name)
     if engine is None:
         raise FormatError(f"{folder} is of format {kind.name}, of which verify does not know how its engine computes",

@@ -1,0 +1,15 @@
+"""The formats there are, by name: where each is described within ``reshard.formats``. Asked in this order whether a folder is one."""
+
+FORMATS = {
+    "tp": "tp.FORMAT",
+    "transformers": "transformers.FORMAT",
+    "dcp": "dcp.FORMAT",
+    "fsdp": "fsdp.FORMAT",
+    "vllm": "engine.VLLM",
+    "sglang": "engine.SGLANG",
+    "megatron": "megatron.FORMAT",
+    "rank-pt": "rank_pt.FORMAT",
+    "hf": "hf.FORMAT",
+}
+#: read, and not written: their writers have formats that are
+READ_ONLY = ("fsdp",)

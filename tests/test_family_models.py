@@ -1,0 +1,24 @@
+"""The families' data are what transformers writes today: made anew and compared (scripts/family_shapes.py)."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+from test_family_shapes import DATA, FAMILIES
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
+family_shapes = pytest.importorskip("family_shapes")
+
+
+def test_every_family_has_data():
+    assert sorted(family_shapes.FAMILIES) == FAMILIES
+
+
+@pytest.mark.models
+@pytest.mark.parametrize("name", FAMILIES)
+def test_data_are_what_transformers_writes(name):
+    kept = json.loads((DATA / f"{name}.json").read_text())
+    made = family_shapes.shapes(name)
+    assert made["tensors"] == {key: list(value) for key, value in kept["tensors"].items()}
+    assert made["config"] == kept["config"]
