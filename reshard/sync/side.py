@@ -66,6 +66,16 @@ class Side:
     def _at(self) -> dict[int, tuple[int, ...]]:
         return {member[0].rank: ranks for member, ranks in zip(self.members, self.ranks) if member}
 
+    @property
+    def resolved(self) -> str:
+        """The layout as far as it settles what moves: its tensors' axes and their sizes, and the quantised blocks."""
+        descriptor = self.layout.descriptor
+        tensors = sorted((t.name, t.index, t.dims, str(t.dtype), t.stage, t.place) for t in descriptor.tensors.values())
+        fp8 = (self.fp8.edge, sorted(self.fp8.tensors)) if self.fp8 else None
+        return repr(
+            (self.format, self.layout.layers, sorted(self.layout.sizes.items()), tensors, list(descriptor.places), fp8, sorted(self.partly))
+        )
+
     def at(self, rank: int) -> tuple[int, ...]:
         """The processes that hold what stored tensors of `rank` (``Stored.rank``) hold."""
         return self._at[rank]
