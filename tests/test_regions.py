@@ -72,7 +72,7 @@ def test_the_model_sees_a_broken_cutter(monkeypatch, broken):
     spoil = {
         "dropped": lambda parts: parts[1:],
         "late": lambda parts: [part.moved(1) for part in parts],
-        "other axis": lambda parts: [replace(part, strides=part.strides[::-1]) for part in parts],
+        "other axis": lambda parts: [part._replace(strides=part.strides[::-1]) for part in parts],
     }
     regions._cut_to.cache_clear()
     monkeypatch.setattr(regions, "cut", lambda *at: spoil[broken](block.cut(*at)))
