@@ -239,14 +239,16 @@ def main() -> int:
                 )
                 print("".join(f"    {line}\n" for line in r["detail"]), end="", flush=True)
             rows += own
+            if args.out:
+                keep(own, args.out / "loader.json")
             shutil.rmtree(folder)
         if not args.family:
             (Path(scratch) / "odd").mkdir()
             own = [{**r, "engine": vllm_side.release()} for r in odd_cases(Path(scratch) / "odd")]
             print("".join(f"{r['mesh']:<52} {r['status']}\n" + "".join(f"    {line}\n" for line in r["detail"]) for r in own), end="")
             rows += own
-    if args.out:
-        keep(rows, args.out / "loader.json")
+            if args.out:
+                keep(own, args.out / "loader.json")
     counts = {status: sum(r["status"] == status for r in rows) for status in dict.fromkeys(r["status"] for r in rows)}
     print(", ".join(f"{count} {status}" for status, count in counts.items()))
     return int(any(r["status"] in FAULTS for r in rows))

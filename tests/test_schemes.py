@@ -211,3 +211,17 @@ def test_compressed_tensors_fp8(tmp_path, strategy, block):
     assert raw(tmp_path / "back") == raw(folder)  # and scales in BF16 again
     loaded = api.load(folder, format="vllm", tp=4, rank=2, dequantise=True)
     assert torch.equal(loaded[f"{at}o_proj.weight"], plain[f"{at}o_proj.weight"].chunk(4, 1)[2])
+
+
+def test_packed_codes_are_cut_in_whole_groups(tmp_path):
+    """gpt-oss: 96 inputs of a projection are three groups of 32."""
+    source = HF / "gpt_oss-mxfp4"
+    api.convert(source, tmp_path / "tp3", format="tp", tp=3)
+    api.convert(tmp_path / "tp3", tmp_path / "back", format="hf")
+    assert raw(tmp_path / "back") == raw(source)
+    api.convert(tmp_path / "tp3", tmp_path / "plain", format="hf", dequantise=True)
+    assert raw(tmp_path / "plain") == raw(HF / "gpt_oss-mxfp4-dequantized-bf16")
+    with pytest.raises(PlanError, match=r"expert_down, cut over 2 ranks, would be cut inside a block \(32 of input\)"):
+        api.plan(source, format="tp", tp=2)
+    with pytest.raises(PlanError, match="format vllm cannot hold weights quantised as mxfp4"):
+        api.plan(source, format="vllm", tp=1)

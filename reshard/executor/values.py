@@ -7,6 +7,7 @@ like any other. Arithmetic is in float32 where the frameworks' own is.
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -95,6 +96,41 @@ def fp4_scaled(given: Given) -> Array:
     return made
 
 
+def fp8_scale(given: Given) -> Array:
+    """The scales of blocks: the largest magnitude in each, at least 1e-4, over 448. Source: DeepGEMM's per_block_cast_to_fp8."""
+    largest, _ = _blocks(given)
+    return (largest / np.float32(448)).reshape(given.shape)
+
+
+def fp8_codes(given: Given) -> Array:
+    """The codes of weights: times 448 over the largest magnitude of their block, rounded to E4M3. Source: as ``fp8_scale``."""
+    largest, edges = _blocks(given)
+    factors = np.float32(448) / largest
+    for axis, edge in enumerate(edges):
+        factors = np.repeat(factors, edge, axis)
+    whole = given.arrays[0].astype(np.float32)
+    rows, columns = _matrix(given)
+    codes = (whole.reshape(rows, columns) * factors[:rows, :columns]).astype(numbers_of("F8_E4M3")).reshape(whole.shape)
+    inside = [slice(start - low, stop - low) for (start, stop), (low, _) in zip(given.box, given.boxes[0])]
+    return codes[tuple(inside)]
+
+
+def _matrix(given: Given) -> tuple[int, int]:
+    """Rows and columns of the operand: its first `rows` axes are rows."""
+    shape, outer = given.arrays[0].shape, given.settings["rows"]
+    return prod(shape[:outer]), prod(shape[outer:])
+
+
+def _blocks(given: Given) -> tuple[Array, tuple[int, int]]:
+    """The largest magnitude in each block of an operand that begins on a block, and the blocks' edges; the last may be partial."""
+    rows, columns = _matrix(given)
+    edges = given.settings["out"], given.settings["in"]
+    largest = np.abs(given.arrays[0].astype(np.float32)).reshape(rows, columns)
+    for axis, (size, edge) in enumerate(zip((rows, columns), edges)):
+        largest = np.maximum.reduceat(largest, np.arange(0, size, edge), axis=axis)
+    return np.maximum(largest, np.float32(1e-4)), edges
+
+
 def plus_one(given: Given) -> Array:
     return given.arrays[0].astype(np.float32) + np.float32(1)
 
@@ -124,7 +160,8 @@ def repeated(given: Given) -> Array:
 
 #: by the name that a plan gives them
 FUNCTIONS: dict[str, Callable[[Given], Array]] = {
-    function.__name__: function for function in (scaled, fp4_scaled, plus_one, minus_one, minus_exp, log_minus, merged, repeated)
+    function.__name__: function
+    for function in (scaled, fp4_scaled, fp8_codes, fp8_scale, plus_one, minus_one, minus_exp, log_minus, merged, repeated)
 }
 #: the dtypes of what functions return, as the rest calls them
 _WORDS = {"float32": "F32", "float8_e4m3fn": "F8_E4M3", "uint8": "U8", "bfloat16": "BF16", "float16": "F16", "float8_e8m0fnu": "F8_E8M0"}
