@@ -29,6 +29,6 @@ def transforms(layout: Layout) -> Mapping[str, Value]:
                     )
                 for shape in shapes:
                     stored = transformed(name, entry.transform)
-                    out[stored] = Value(entry.transform, (Operand.alike(name, shape),), "F32")
-                    out[name] = Value(INVERSE[entry.transform], (Operand.alike(stored, shape),), "F32")
+                    out[stored] = Value(entry.transform, (Operand.alike(name, shape),))
+                    out[name] = Value(INVERSE[entry.transform], (Operand.alike(stored, shape),))
     return out
