@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from reshard.checkpoint import Checkpoint, open_checkpoint
 from reshard.conversion.job import Job, one_rank, place, prepare, rank_at
@@ -11,10 +12,15 @@ from reshard.hub import is_remote
 from reshard.layout import Mesh
 from reshard.planner.tiles import BUFFER
 
+if TYPE_CHECKING:
+    from reshard.conversion.transaction import Report
+    from reshard.publish.pull import Pulled
+    from reshard.publish.push import Pushed
+
 open = open_checkpoint
 
 
-def _opened(source: Checkpoint | str | Path, options: dict) -> Checkpoint:
+def _opened(source: Checkpoint | str | Path, options: dict[str, Any]) -> Checkpoint:
     chosen = {name: options.pop(name) for name in ("layout", "config", "cache") if name in options}
     if not isinstance(source, Checkpoint):
         return open_checkpoint(source, **chosen)
@@ -24,10 +30,10 @@ def _opened(source: Checkpoint | str | Path, options: dict) -> Checkpoint:
     return source
 
 
-def plan(source: Checkpoint | str | Path, *, format: str, tp: int = 1, pp: int = 1, ep: int = 1, etp: int = 0, **options) -> Job:
+def plan(source: Checkpoint | str | Path, *, format: str, tp: int = 1, pp: int = 1, ep: int = 1, etp: int = 0, **options: Any) -> Job:
     """What a conversion of `source` to `format` would read and write, to the byte. Reads headers, writes nothing.
 
-    `options`: `dtype` (bf16, fp16, fp32), `allow_overflow` (values with no room in it become infinite), `engine_version`, `engine_platform` (cuda, rocm, cpu), `max_file` (bytes), `rank` (that one alone), `jobs`, `buffer` (bytes), and `layout`, `config`, `cache` for opening.
+    `options`: `dtype` (bf16, fp16, fp32), `dequantise` (weights of a quantised checkpoint are computed), `allow_overflow` (values with no room in it become infinite), `engine_version`, `engine_platform` (cuda, rocm, cpu), `max_file` (bytes), `rank` (that one alone), `jobs`, `buffer` (bytes), and `layout`, `config`, `cache` for opening.
     Raises ReshardError with all problems at once.
     """
     ckpt = _opened(source, options)
@@ -48,8 +54,8 @@ def convert(
     jobs: int | None = None,
     buffer: int = BUFFER,
     progress: Callable[[int], None] = lambda size: None,
-    **options,
-):
+    **options: Any,
+) -> "Report | Pushed":
     """Convert `source` into the folder `destination`; `progress` is told bytes read as they are read. Returns a Report.
 
     Options as for ``plan``. The destination appears whole or not at all, and an interrupted call continues when repeated.
@@ -78,22 +84,24 @@ def load(
     etp: int = 0,
     rank: int = 0,
     at: tuple[int, ...] | None = None,
-    into: Mapping[str, "object"] | None = None,
+    into: Mapping[str, Any] | None = None,
     device: str | None = None,
     dtype: str | None = None,
     engine_version: str | None = None,
     engine_platform: str | None = None,
+    dequantise: bool = False,
     allow_overflow: bool = False,
     jobs: int | None = None,
     buffer: int = BUFFER,
-    **options,
+    **options: Any,
 ) -> Mapping[str, "object"]:
     """The tensors of one rank of (`format`, mesh), as {stored name: torch tensor} on `device` (cpu by default, cuda, cuda:N).
 
     The rank is one by number, or stands `at` (tp, pp) or (tp, pp, ep). Reads this rank's bytes only. Constants that the engine demands are
-    among the tensors. `into`: {stored name: tensor} to be filled in place instead, each on its device and in its dtype: all that the rank
-    has must be there, and nothing else (constants may be left out). `jobs` threads read, within `buffer` bytes of buffers; on the way to a
-    device as many again stage them, page-locked where the system has such memory: the host never holds the rank. Raises ReshardError.
+    among the tensors. `dequantise` computes the weights of a quantised checkpoint. `into`: {stored name: tensor} to be filled in place instead,
+    each on its device and in its dtype: all that the rank has must be there, and nothing else (constants may be left out). `jobs` threads read,
+    within `buffer` bytes of buffers; on the way to a device as many again stage them, page-locked where the system has such memory: the host
+    never holds the rank. Raises ReshardError.
     """
     from reshard.executor.devices import device_of
     from reshard.loading import load_into, load_rank
@@ -103,9 +111,9 @@ def load(
         raise TypeError(f"load() got an unexpected option {next(iter(options))!r}")
     if into is not None and (device is not None or dtype is not None):
         raise PlanError(["device or dtype given together with into, whose tensors have their own"], "leave them out")
-    placement = place(ckpt, format, Mesh(tp, pp, ep, etp), engine_version, engine_platform)
+    placement = place(ckpt, format, Mesh(tp, pp, ep, etp), engine_version, engine_platform, dequantise)
     chosen = one_rank(placement.ranks, placement.mesh, rank) if at is None else rank_at(placement, at)
-    limits = {"jobs": jobs, "buffer": buffer, "allow_overflow": allow_overflow}
+    limits: dict[str, Any] = {"jobs": jobs, "buffer": buffer, "allow_overflow": allow_overflow}
     if into is not None:
         return load_into(ckpt, placement, chosen, into, **limits)
     return load_rank(ckpt, placement, chosen, dtype, device_of(device or "cpu"), **limits)
@@ -141,8 +149,8 @@ def open_pair(
     a: Checkpoint | str | Path,
     b: Checkpoint | str | Path,
     *,
-    layout=None,
-    config=None,
+    layout: str | Path | None = None,
+    config: str | Path | None = None,
     formats: tuple[str | None, str | None] = (None, None),
 ) -> tuple[Checkpoint, Checkpoint]:
     """Two checkpoints to be compared, opened; one without a config.json has `config`, or else the other's."""
@@ -157,14 +165,14 @@ def open_pair(
     return opened(a, b, formats[0]), opened(b, a, formats[1])
 
 
-def pull(source: str, destination: str | Path, **options):
+def pull(source: str, destination: str | Path, **options: Any) -> "Pulled":
     """Fetch hf://ORG/NAME[@REV][/SUBDIR] into a folder, its files as they are; ``convert`` takes such a source too. See ``hub.pull``."""
     from reshard.publish.pull import pull as run
 
     return run(source, destination, **options)
 
 
-def push(folder: str | Path, destination: str, **options):
+def push(folder: str | Path, destination: str, **options: Any) -> "Pushed":
     """Publish the checkpoint in `folder` as hf://ORG/NAME[@BRANCH][/SUBDIR], in one commit. See ``hub.push``."""
     from reshard.publish.push import push as run
 

@@ -82,7 +82,7 @@ def load_into(
     kinds = torch_dtypes()
     words = {kind: word for word, kind in kinds.items() if word in FLOATS}
     wanted = {name: words[tensor.dtype] for name, tensor in into.items() if tensor.dtype in words}
-    cut = [replace(s, entry=replace(s.entry, dtype=wanted.get(s.name, s.entry.dtype))) for s in placement.stored([rank])]
+    cut = [s._replace(entry=replace(s.entry, dtype=wanted.get(s.name, s.entry.dtype))) for s in placement.stored([rank])]
     plan = join_to(source, placement, None, [rank], complete=False, cut=cut)
     constants = dict(placement.constants(rank))
     due = {s.name: (s.shape, kinds[s.dtype]) for s in plan.destinations} | {

@@ -13,7 +13,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER, PAGE = ROOT / "docs" / "architectures", ROOT / "docs" / "architectures.md"
-FORMATS = ("tp", "rank-pt", "vllm", "sglang", "megatron")
+FORMATS = ("dcp", "tp", "rank-pt", "vllm", "sglang", "megatron")
 
 
 def rows(name: str) -> list[dict]:

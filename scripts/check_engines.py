@@ -140,10 +140,10 @@ def main() -> int:
             ]
             print(table(own), flush=True)
             rows += own
+            if args.out:
+                keep(own, args.out / f"{args.engine}.json")
             if not args.scratch:
                 shutil.rmtree(folder)
-    if args.out:
-        keep(rows, args.out / f"{args.engine}.json")
     counts = {status: sum(r["status"] == status for r in rows) for status in dict.fromkeys(r["status"] for r in rows)}
     print(", ".join(f"{count} {status}" for status, count in counts.items()), f"({time.monotonic() - began:.0f} s)")
     return int(any(r["status"] in FAULTS for r in rows))

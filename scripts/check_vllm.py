@@ -127,10 +127,99 @@ def check(name: str, family: dict, folder: Path, quick: bool) -> list[dict]:
     return rows
 
 
+def odd_cases(folder: Path) -> list[dict]:
+    """What is not a family: casts, an architecture that reshard does not know, another model's weights, plug-ins that are not wanted."""
+    llama = families(TABLE)["llama"]["config"]
+    made = [forked(saved, config, folder / name)() for name, config in (
+        ("llama", llama), ("stablelm", {**llama, "model_type": "stablelm"}), ("small", {**llama, "intermediate_size": 64}))]  # fmt: skip
+    failed = [error for _, error in made if error]
+    cases = {
+        "bf16 files in a float32 engine": (cast, folder), "unknown architecture: vLLM's own loader": (unknown, folder),
+        "unknown architecture, strict: refused": (strict, folder), "weights of another model: refused": (other, folder),
+        "a draft has its own files, whatever the source": (draft, folder), "VLLM_PLUGINS without reshard": (unwanted, folder),
+    }  # fmt: skip
+    rows = []
+    for name, (work, *args) in cases.items():
+        (folder / work.__name__).mkdir()
+        lines, error = forked(work, *args)() if not failed else (None, failed[0])
+        detail = error[1].strip().splitlines()[-8:] if error else lines
+        rows.append(
+            {"family": "(llama)", "mesh": name, "source": "", "status": FAILED if error else DIFFERS if lines else EQUAL, "detail": detail}
+        )
+    return rows
+
+
+def saved(config: dict, folder: Path) -> None:
+    make(config, folder)
+
+
+def cast(folder: Path) -> list[str]:
+    return beside(folder / "cast", folder / "llama", {"strict": True}, dtype="float32")
+
+
+def unknown(folder: Path) -> list[str]:
+    return beside(folder / "unknown", folder / "stablelm", {})
+
+
+def strict(folder: Path) -> list[str]:
+    return refused("no layout descriptor", lambda: beside(folder / "strict", folder / "stablelm", {"strict": True}))
+
+
+def other(folder: Path) -> list[str]:
+    return refused("mlp.down_proj.weight", lambda: beside(folder / "other", folder / "llama", {"source": str(folder / "small")}))
+
+
+def draft(folder: Path) -> list[str]:
+    """A second model beside the one that is served: `source` is not its."""
+    work = folder / "draft"
+    wanted, _, _ = whole_state(folder / "small", {"tp": 1}, 0, 1, work, "auto")
+    extra = {"model_loader_extra_config": {"source": str(folder / "llama")}}
+    with vllm_side.building(folder / "small", {"tp": 1}, 0, 1, work, "auto") as (model, small):
+        with vllm_side.building(folder / "llama", {"tp": 1}, 0, 1, work, "reshard", **extra) as (_, config):
+            from vllm.model_executor.model_loader import get_model_loader
+
+            get_model_loader(config.load_config).load_weights(model, small.model_config)
+            return differences(wanted, dict(model.state_dict()))
+
+
+def unwanted(folder: Path) -> list[str]:
+    import vllm.plugins
+    from vllm.model_executor.model_loader import _LOAD_FORMAT_TO_MODEL_LOADER
+
+    os.environ["VLLM_PLUGINS"] = "another"
+    vllm.plugins.plugins_loaded = False
+    vllm.plugins.load_general_plugins()
+    without = "reshard" in _LOAD_FORMAT_TO_MODEL_LOADER
+    os.environ["VLLM_PLUGINS"] = "reshard"
+    vllm.plugins.plugins_loaded = False
+    vllm.plugins.load_general_plugins()
+    return ["registered although not allowed"] * without + ["not registered although allowed"] * (
+        "reshard" not in _LOAD_FORMAT_TO_MODEL_LOADER
+    )
+
+
+def beside(work: Path, path: Path, extra: dict, **more) -> list[str]:
+    """What `path` loaded by reshard and by vLLM's own loader differs in."""
+    own, before, _ = whole_state(path, {"tp": 1}, 0, 1, work, "auto", **more)
+    state, _, _ = whole_state(path, {"tp": 1}, 0, 1, work, "reshard", model_loader_extra_config=extra, **more)
+    return differences(own, state, before)
+
+
+def refused(words: str, work) -> list[str]:
+    import reshard
+
+    try:
+        work()
+    except reshard.ReshardError as error:
+        return [] if words in str(error) else [f"refused, but with: {error}"]
+    return ["loaded"]
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--family", action="append", default=[])
     parser.add_argument("--quick", action="store_true", help="TP 2, and EP 2 with experts")
+    parser.add_argument("--odd", action="store_true", help="no family, only the cases that are not of one")
     parser.add_argument("--out", type=Path, help="folder for loader.json")
     args = parser.parse_args()
     every = families(TABLE)
@@ -138,7 +227,7 @@ def main() -> int:
     rows = []
     with tempfile.TemporaryDirectory() as scratch:
         entry_points(Path(scratch) / "site")
-        for name in args.family or every:
+        for name in [] if args.odd else args.family or every:
             if "vllm" not in every[name].get("only", ["vllm"]):
                 continue
             folder = Path(scratch) / name
@@ -150,9 +239,16 @@ def main() -> int:
                 )
                 print("".join(f"    {line}\n" for line in r["detail"]), end="", flush=True)
             rows += own
+            if args.out:
+                keep(own, args.out / "loader.json")
             shutil.rmtree(folder)
-    if args.out:
-        keep(rows, args.out / "loader.json")
+        if not args.family:
+            (Path(scratch) / "odd").mkdir()
+            own = [{**r, "engine": vllm_side.release()} for r in odd_cases(Path(scratch) / "odd")]
+            print("".join(f"{r['mesh']:<52} {r['status']}\n" + "".join(f"    {line}\n" for line in r["detail"]) for r in own), end="")
+            rows += own
+            if args.out:
+                keep(own, args.out / "loader.json")
     counts = {status: sum(r["status"] == status for r in rows) for status in dict.fromkeys(r["status"] for r in rows)}
     print(", ".join(f"{count} {status}" for status, count in counts.items()))
     return int(any(r["status"] in FAULTS for r in rows))

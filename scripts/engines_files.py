@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 FORMAT = "files"
-TARGETS = ({"format": "tp", "tp": 3}, {"format": "rank-pt", "tp": 2}, {"format": "vllm", "tp": 2}, {"format": "vllm", "tp": 4},
+TARGETS = ({"format": "dcp", "tp": 2}, {"format": "tp", "tp": 3}, {"format": "rank-pt", "tp": 2}, {"format": "vllm", "tp": 2}, {"format": "vllm", "tp": 4},
            {"format": "vllm", "tp": 2, "ep": 2}, {"format": "sglang", "tp": 2}, {"format": "megatron", "tp": 2},
            {"format": "megatron", "tp": 2, "pp": 2}, {"format": "megatron", "tp": 2, "ep": 2, "etp": 1})  # fmt: skip
 

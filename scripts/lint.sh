@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# What CI demands of the code before it runs: ruff's rules, imports that go one way, types from the bottom of the house up to a conversion.
+# What CI demands of the code before it runs: ruff's rules, imports that go one way, strict types in most rooms.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 [ -x .venv/bin/python ] || python3 -m venv .venv

@@ -52,7 +52,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as scratch:
         entry_points(Path(scratch) / "site")
         os.environ["PYTHONPATH"] = os.pathsep.join([str(HERE.parent), f"{scratch}/site"])  # the engine's own processes find it there
-        os.environ |= {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"}
+        os.environ |= {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
         reshard.convert(args.folder, f"{scratch}/megatron", format="megatron", tp=args.megatron_tp, fsync=False)
         wanted = expected(args.folder, args.dtype, args.tokens)
         from vllm import LLM, SamplingParams

@@ -9,6 +9,7 @@ import numpy as np
 
 from reshard import formats
 from reshard.layout import Layout, Mesh, Placement, load_descriptor
+from reshard.planner.values import bare
 
 GATED = """
 extends = "decoder"
@@ -111,9 +112,9 @@ def arrays(layout: Layout, format: str, mesh: Mesh = Mesh(), **options) -> list[
         flat = np.zeros(stored.size, int)
         for key, block in stored.blocks:
             strides = [step * flat.itemsize for step in block.strides]
-            np.lib.stride_tricks.as_strided(flat[block.offset :], block.shape, strides)[...] = base[
-                (layout.tensor_of(key[0]).name, *key[1:])
-            ][tuple(slice(*edge) for edge in block.box)]
+            np.lib.stride_tricks.as_strided(flat[block.offset :], block.shape, strides)[...] = base[bare(key[0]), *key[1:]][
+                tuple(slice(*edge) for edge in block.box)
+            ]
         assert int((flat == 0).sum()) == stored.pad == stored.padding
         out[stored.rank][stored.name] = flat.reshape(stored.shape)
     assert not placement.problems, placement.problems

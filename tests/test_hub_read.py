@@ -350,11 +350,28 @@ def test_dry_run_plan_and_inspect_read_headers_only(hub, large, tmp_path):
     assert "hf tp1, LlamaForCausalLM" in command(hub, tmp_path, "inspect", "hf://org/name").stdout
 
 
-def test_a_config_on_the_hub_for_shards_that_are_here(hub, model, tmp_path):
-    """Its companions are on the Hub too: asked for their real paths on this machine, they ended in a traceback."""
+@pytest.fixture
+def shards(hub, model, tmp_path):
+    """A Megatron folder, which has no config.json of its own; that is on the Hub."""
     hub.add_folder("org/name", model)
+    hub.add("org/name", {"tokenizer.json": b"{}"})
     reshard.convert(model, tmp_path / "megatron", format="megatron", tp=3, fsync=False)
-    (tmp_path / "megatron" / "config.json").unlink()
-    report = reshard.convert(tmp_path / "megatron", tmp_path / "out", format="hf", config="hf://org/name", fsync=False)
+    for name in ("config.json", "reshard.json"):
+        (tmp_path / "megatron" / name).unlink()
+    return tmp_path / "megatron"
+
+
+def test_a_config_on_the_hub_for_shards_that_are_here(model, shards, tmp_path):
+    """Its companions are on the Hub too: asked for their real paths on this machine, they ended in a traceback."""
+    report = reshard.convert(shards, tmp_path / "out", format="hf", config="hf://org/name", fsync=False)
     assert (tmp_path / "out" / "config.json").read_bytes() == (model / "config.json").read_bytes()
     assert report.files and reshard.diff(model, tmp_path / "out")
+
+
+def test_the_same_pushed(hub, model, shards):
+    reshard.convert(shards, "hf://ada/name", format="hf", config="hf://org/name")
+    assert hub.files("ada/name")["config.json"] == (model / "config.json").read_bytes() and reshard.diff(model, "hf://ada/name")
+
+
+def test_a_comparison_takes_the_config_of_an_opened_checkpoint_on_the_hub(shards):
+    assert reshard.diff(shards, reshard.open("hf://org/name"))

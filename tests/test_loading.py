@@ -97,7 +97,7 @@ def on(device, folder, *, format="vllm", rank=0, jobs=1, buffer=1, dtype=None, *
     """What ``load`` gives on a stub of a device; with one thread and `buffer` bytes, which means two buffers of the smallest size."""
     source = open_checkpoint(folder)
     placement = place(source, format, Mesh(**mesh))
-    return loading.load_rank(source, placement, one_rank(placement, rank), dtype, device, jobs=jobs, buffer=buffer)
+    return loading.load_rank(source, placement, one_rank(placement.ranks, placement.mesh, rank), dtype, device, jobs=jobs, buffer=buffer)
 
 
 def same(a: dict, b: dict) -> bool:

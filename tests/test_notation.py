@@ -293,3 +293,12 @@ def test_a_table_of_several_formats_and_a_pad_of_all_entries(tmp_path):
     ):
         with pytest.raises(LayoutError, match=says):
             child(tmp_path, text)
+
+
+def test_releases_before_a_formats_first_are_refused(tmp_path):
+    section = child(tmp_path, '[vllm]\nsince = "0.32"\n').section("vllm")
+    for version in ((0, 31, 9), (0, 31), (0, 24, 0)):
+        with pytest.raises(LayoutError, match="only since 0.32"):
+            section.for_version(version)
+    assert section.for_version((0, 32, 0)).entries == section.for_version(None).entries == section.for_version((0, 33)).entries
+    assert child(tmp_path, '[vllm]\nsince = "0.32"\n').section("sglang").since is None

@@ -13,7 +13,7 @@ import torch
 
 import reshard
 from reshard.checkpoint import open_checkpoint
-from reshard.conversion.job import one_rank, place
+from reshard.conversion.job import place, rank_at
 from reshard.demo import CONFIG, make_model
 from reshard.layout import Mesh
 from reshard.loading import load_into
@@ -94,7 +94,7 @@ class Engine(torch.nn.Module):
 def placed(model):
     source = open_checkpoint(model)
     placement = place(source, "vllm", Mesh(3), "0.32")
-    return source, placement, one_rank(placement, 1)
+    return source, placement, rank_at(placement, (1, 0))
 
 
 def filled(model, tensors):

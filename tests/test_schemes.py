@@ -5,11 +5,12 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from reshard import api
-from reshard.errors import FormatError, LayoutError, PlanError
+from reshard.errors import CastError, FormatError, LayoutError, PlanError
 from reshard.layout.schemes import load_scheme
 
 SAMPLES = Path(__file__).parent.parent.parent / "shared/samples"
@@ -145,3 +146,82 @@ def test_a_page_that_is_wrong_names_itself(tmp_path, text, message):
     with pytest.raises(LayoutError, match=message) as caught:
         load_scheme(path)
     assert "mine" in str(caught.value)
+
+
+def test_a_weight_that_its_dtype_has_no_room_for_is_refused(tmp_path):
+    def enlarged(state):
+        state["model.layers.1.mlp.experts.2.up_proj.weight_scale_inv"] *= 1e9
+
+    folder = copied(tmp_path, enlarged)
+    with pytest.raises(CastError, match="up of layer 1, expert 2|up_proj.*do not fit F16"):
+        api.convert(folder, tmp_path / "out", format="hf", dequantise=True, dtype="fp16")
+    report = api.plan(folder, format="hf", dequantise=True, dtype="fp16", allow_overflow=True)
+    assert report.casts is not None
+    api.convert(folder, tmp_path / "wide", format="hf", dequantise=True, dtype="fp32")
+    assert {at[0] for at in raw(tmp_path / "wide").values()} == {"F32"}
+
+
+def quantised_llama(tmp_path, strategy, block):
+    """A Llama of one's own in FP8 as compressed-tensors writes it, and its weights computed by torch, tensor by tensor."""
+    torch.manual_seed(0)
+    source, folder = VLLM / "hf/llama-fp8", tmp_path / "ct"
+    folder.mkdir()
+    config = json.loads((source / "config.json").read_text())
+    weights = {"strategy": strategy, "num_bits": 8, "type": "float", "block_structure": block}
+    config["quantization_config"] = {
+        "quant_method": "compressed-tensors",
+        "format": "float-quantized",
+        "config_groups": {"group_0": {"weights": weights}},
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    state, plain = {}, {}
+    for name, tensor in load_file(source / "model.safetensors").items():
+        if name.endswith("_scale_inv"):
+            continue
+        state[name] = plain[name] = tensor
+        if tensor.dtype == torch.float8_e4m3fn:
+            rows, columns = tensor.shape
+            bo, bi = block or (1, columns)
+            scale = torch.rand(-(-rows // bo), -(-columns // bi)) + 0.5
+            state[f"{name}_scale"] = scale.bfloat16()
+            spread = scale.bfloat16().float().repeat_interleave(bo, 0)[:rows].repeat_interleave(bi, 1)[:, :columns]
+            plain[name] = (tensor.float() * spread).bfloat16()
+    save_file(state, folder / "model.safetensors", {"format": "pt"})
+    return folder, plain
+
+
+@pytest.mark.parametrize(("strategy", "block"), [("channel", None), ("block", [64, 32])])
+def test_compressed_tensors_fp8(tmp_path, strategy, block):
+    folder, plain = quantised_llama(tmp_path, strategy, block)
+    api.convert(folder, tmp_path / "plain", format="hf", dequantise=True)
+    made = load_file(tmp_path / "plain/model.safetensors")
+    assert made.keys() == plain.keys() and all(torch.equal(made[name], plain[name]) for name in plain)
+    job = api.plan(folder, format="vllm", tp=4)  # a head of 64 is whole rows, and whole blocks
+    assert {s.dtype for s in job.plan.destinations if s.name.endswith("_scale")} == {"F32"}
+    api.convert(folder, tmp_path / "vllm", format="vllm", tp=4)
+    own = [load_file(path) for path in sorted((tmp_path / "vllm").glob("*.safetensors"))]
+    state = load_file(folder / "model.safetensors")
+    at = "model.layers.1.self_attn."
+    for rank, held in enumerate(own):
+        wanted = [state[f"{at}{x}_proj.weight_scale"].float().chunk(4)[rank] for x in "qkv"]
+        assert torch.equal(held[f"{at}qkv_proj.weight_scale"], torch.cat(wanted))
+        o = state[f"{at}o_proj.weight_scale"].float()
+        assert torch.equal(held[f"{at}o_proj.weight_scale"], o.chunk(4, 1)[rank] if block else o)  # rows whole on every rank
+    api.convert(tmp_path / "vllm", tmp_path / "back", format="hf")
+    assert raw(tmp_path / "back") == raw(folder)  # and scales in BF16 again
+    loaded = api.load(folder, format="vllm", tp=4, rank=2, dequantise=True)
+    assert torch.equal(loaded[f"{at}o_proj.weight"], plain[f"{at}o_proj.weight"].chunk(4, 1)[2])
+
+
+def test_packed_codes_are_cut_in_whole_groups(tmp_path):
+    """gpt-oss: 96 inputs of a projection are three groups of 32."""
+    source = HF / "gpt_oss-mxfp4"
+    api.convert(source, tmp_path / "tp3", format="tp", tp=3)
+    api.convert(tmp_path / "tp3", tmp_path / "back", format="hf")
+    assert raw(tmp_path / "back") == raw(source)
+    api.convert(tmp_path / "tp3", tmp_path / "plain", format="hf", dequantise=True)
+    assert raw(tmp_path / "plain") == raw(HF / "gpt_oss-mxfp4-dequantized-bf16")
+    with pytest.raises(PlanError, match=r"expert_down, cut over 2 ranks, would be cut inside a block \(32 of input\)"):
+        api.plan(source, format="tp", tp=2)
+    with pytest.raises(PlanError, match="format vllm cannot hold weights quantised as mxfp4"):
+        api.plan(source, format="vllm", tp=1)

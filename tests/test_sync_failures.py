@@ -177,7 +177,7 @@ def test_a_taker_that_stops_between_buckets_is_told_to_all(world, models, how):
     out = world.call(buckets_case, models, how)
     for rank in (0, 1, 2):
         text, seconds, state = out[rank]
-        assert "rank 3: it stopped before the last bucket" in text and seconds < SOON
+        assert "rank 3: it stopped before the last window" in text and seconds < SOON
         assert state == ("mixed" if rank == 2 else "empty")
     assert out[3][0] == ("nothing" if how == "breaks" else "the engine cannot load it") and out[3][2] == "mixed"
 

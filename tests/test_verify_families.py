@@ -45,15 +45,10 @@ megatron = false
 [conditions]
 qkv_bias = "use_bias"
 o_bias = "use_bias"
+norm_bias = "true"
 
-[place.model]
-parts = ["ends", "last_norm_bias"]
 [place.layer]
 parts = ["gqa", "block"]
-
-[part.last_norm_bias]
-tensors.norm_bias = "hidden"
-hf.norm_bias = "norm.bias"
 
 [part.block]
 at = "mlp"
@@ -64,7 +59,6 @@ up = "ffn* hidden"
 up_bias = "ffn*"
 down = "hidden ffn*"
 down_bias = "hidden"
-attn_norm_bias = "hidden"
 mlp_norm = "hidden"
 mlp_norm_bias = "hidden"
 [part.block.hf]
@@ -72,7 +66,6 @@ up = ".c_fc.weight"
 up_bias = ".c_fc.bias"
 down = ".c_proj.weight"
 down_bias = ".c_proj.bias"
-attn_norm_bias = "input_layernorm.bias"
 mlp_norm = "post_attention_layernorm.weight"
 mlp_norm_bias = "post_attention_layernorm.bias"
 """

@@ -16,6 +16,7 @@ from reshard.dtypes import DTYPE_SIZE
 from reshard.errors import LayoutError, PlanError
 from reshard.geometry.block import Stored
 from reshard.layout import Descriptor, Layout, Mesh, Placement, parse_version
+from reshard.registry import FORMATS
 
 #: tried of every format, as far as it has such ranks
 MESHES = (Mesh(), Mesh(2), Mesh(4), Mesh(8), Mesh(1, 2), Mesh(2, 2), Mesh(2, ep=2))
@@ -39,11 +40,15 @@ def review(descriptor: Descriptor, config: Mapping[str, object]) -> list[Finding
     layout = descriptor.bind(model_config(config))
     source = pretended(layout)
     out = []
-    for kind in formats.formats().values():
+    for kind in map(formats.get, FORMATS):
         if kind.section in descriptor.formats:
             section = descriptor.section(kind.section)
             releases = [until for _, until, _ in section.variants if until] if kind.newest else []
-            meshes = [mesh for mesh in MESHES if (mesh.ep == 1 or layout.sizes.get("expert")) and (kind.name != "hf" or mesh == Mesh())]
+            meshes = [
+                mesh
+                for mesh in MESHES
+                if (mesh.ep == 1 or layout.sizes.get("expert")) and (mesh == Mesh() or not kind.whole and kind.name != "hf")
+            ]
             out += [_found(source, kind, mesh, None) for mesh in meshes]
             out += [_found(source, kind, Mesh(2), release) for release in releases if parse_version(release) >= parse_version(kind.oldest)]
     return out

@@ -1,22 +1,23 @@
 """The model's config.json: where it is, and the numbers of its language model."""
 
 from collections.abc import Mapping
-from pathlib import Path
 
 from reshard.errors import FormatError
 from reshard.hub import folder_of
 from reshard.stores.files import AnyPath, read_json
 
 
-def find_config(folder: AnyPath, config: str | Path | None) -> AnyPath:
+def find_config(folder: AnyPath, config: str | AnyPath | None) -> AnyPath:
     if config is not None:
         path = folder_of(config)
         path = path / "config.json" if path.is_dir() else path
         if not path.is_file():
             raise FormatError(f"--config: {path} does not exist")
         return path
-    path = folder / "config.json"
-    if not path.is_file():
+    path = next(
+        (path for path in (folder / "config.json", folder / "huggingface" / "config.json") if path.is_file()), None
+    )  # the latter: verl
+    if path is None:
         raise FormatError(f"{folder} has no config.json, which gives the model's sizes", "name the original model's with --config FILE|DIR")
     return path
 

@@ -25,7 +25,7 @@ def open_checkpoint(
     *,
     format: str | None = None,
     layout: str | Path | None = None,
-    config: str | Path | None = None,
+    config: str | AnyPath | None = None,
     cache: bool = False,
 ) -> Checkpoint:
     """Read the headers of the checkpoint in folder `path`, and match them with its layout.

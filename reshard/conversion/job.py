@@ -18,15 +18,16 @@ from reshard.formats.manifest import NAME as MANIFEST
 from reshard.formats.manifest import manifest_bytes
 from reshard.formats.pieces import placed
 from reshard.geometry.block import Stored
-from reshard.layout import Layout, Mesh, Placement, Rank
+from reshard.layout import Entry, Layout, Mesh, Placement, Rank
 from reshard.layout.check import omitted, refuse_unheld
-from reshard.layout.transforms import transforms
+from reshard.layout.transforms import values_of
 from reshard.planner.batches import GAP, JOBS, Batch, batches, workers
 from reshard.planner.batches import peak as peak_of_fetching
 from reshard.planner.copies import Copy
 from reshard.planner.plan import Plan
 from reshard.planner.plan import plan as make_plan
 from reshard.planner.tiles import BUFFER, Portion, peak_buffer, portions
+from reshard.planner.values import bare
 from reshard.stores.beside import is_side_file
 from reshard.stores.files import AnyPath
 from reshard.stores.identity import Identity, identity
@@ -93,6 +94,12 @@ class Job:
         """Names of weights in the source that no conversion carries."""
         return left_out(self.source, self.not_held)["tensors"]
 
+    def what_is_computed(self) -> str:
+        """The tensors that are not copied but computed, and by which functions."""
+        names = self.plan.computes
+        number = sum(run.count for run in self.plan.join.runs if self.plan.join.patterns[run.pattern].value)
+        return f"computed: {count(number, 'tensor')} ({', '.join(sorted(set(names.values())))}): {some(sorted(names))}"
+
     def what_is_left_out(self) -> str | None:
         """The weights that the result will lack, in words; None where it lacks none."""
         names = self.left_out
@@ -122,6 +129,7 @@ class Job:
             f"writes {human(self.bytes_written)}, {_above(self.bytes_written, plan.bytes_held, 'headers')}",
         ]
         computed = sorted(set(self.dropped) - set(self.left_out))
+        lines += [self.what_is_computed()] if self.plan.computes else []
         left = self.what_is_left_out()
         lines += [left] if left else []
         if computed:
@@ -165,6 +173,7 @@ class Job:
             "left_out": self.left_out,
             "left_out_bytes": left_out(source, self.not_held)["bytes"],
             "beside": {key: {"tensors": number, "bytes": size} for key, (number, size) in source.beside.items()},
+            "computed": self.plan.computes,
             "padded": self.plan.padded,
         }
 
@@ -201,6 +210,8 @@ def prepare(
     """
     kind = formats.get(format)
     jobs = jobs or default_jobs(source)
+    if kind.write is None:
+        raise PlanError([f"format {format} is read, not written"], "dcp, transformers and hf are written for the same readers")
     if format == "hf" and (mesh.tp, mesh.pp, mesh.ep) != (1, 1, 1):
         raise PlanError([f"format hf is whole: it has no {mesh}"], "leave --tp, --pp and --ep out, or use --to tp")
     placement = place(source, format, mesh, engine_version, engine_platform, dequantise)
@@ -341,6 +352,7 @@ def join_to(
     if placement.problems:
         raise PlanError(placement.problems, split_hint(placement))
     keep = [t.name for t in source.layout.descriptor.tensors.values() if t.dtype]
+    held = (s.entry for s in source.stored if isinstance(s.entry, Entry) and s.entry.transform)
     return make_plan(
         source.stored,
         destinations,
@@ -351,18 +363,17 @@ def join_to(
         omitted=omitted(placement),
         complete=complete,
         check=complete,
-        values={**source.layout.values, **transforms(source.layout)},
+        values={**source.layout.values, **values_of(placement.layout, dict.fromkeys((*held, *placement.section.entries)))},
     )
 
 
 def native_dtypes(source: Checkpoint, plan: Plan) -> dict[str, str]:
     """The model's own dtype of each tensor that the destination's engine wants in another: noted, so that it comes back."""
-    name_of = source.layout.tensor_of
-    wanted = {name_of(key[0]).name: s.entry.dtype for s in plan.destinations if s.entry and s.entry.dtype for key, _ in s.blocks}
+    wanted = {bare(key[0]): s.entry.dtype for s in plan.destinations if s.entry and s.entry.dtype for key, _ in s.blocks}
     if not wanted:
         return {}
-    held = {name: s.dtype for s in source.stored for key, _ in s.blocks if (name := name_of(key[0]).name) in wanted}
-    return {name: own for name in wanted for own in [source.native.get(name, held[name])] if own != wanted[name]}
+    held = {bare(key[0]): s.dtype for s in source.stored for key, _ in s.blocks if bare(key[0]) in wanted}
+    return {name: own for name in held for own in [source.native.get(name, held[name])] if own != wanted[name]}
 
 
 def split_hint(placement: Placement) -> str:

@@ -10,11 +10,14 @@ from collections.abc import Callable
 import numpy as np
 
 from reshard.dtypes import DTYPE_SIZE, words_of
+from reshard.errors import FormatError
 from reshard.executor.casts import Casts
 from reshard.executor.sources import InMemory, Source, Workspace
-from reshard.executor.values import Array, Given, evaluate, numbers
+from reshard.executor.values import Array, Given, evaluate, numbers, undefined
 from reshard.geometry.block import Block, Box, Stored, end, row_major
+from reshard.geometry.coverage import label
 from reshard.planner.copies import Computed, Copy, Move, abreast
+from reshard.planner.plan import where
 from reshard.planner.tiles import Tile
 
 #: elements of a result at a time: a few arrays of four bytes each are held of them
@@ -33,7 +36,13 @@ def compute(tile: Tile, source: Source | InMemory, write: Write, space: Workspac
         for part in parts:
             size, arrays = _operands(part, source, space, held)
             read += size
-            result, dtype = evaluate(Given(part.value, part.box, part.operands, arrays))
+            given = Given(part.value, part.box, part.operands, arrays)
+            result, dtype = evaluate(given)
+            if result.dtype.kind == "f" and (lost := undefined(given, result)):
+                raise FormatError(
+                    f"{where(part.takers[0].stored)}: {lost} values of {label(part.key)} have no {part.value.function}",
+                    "is the source damaged?",
+                )
             for stored, block in part.takers:
                 made[stored.rank, stored.name, stored.file, stored.start].append((stored, block, _cast(part, result, dtype, stored, casts)))
         for blocks in made.values():

@@ -175,4 +175,5 @@ def whole_loss(plan: Plan, source: Source, found: Casts) -> list[Loss]:
                 move = copy.move
                 words = mapped(source, copy.src, move.src_offset, end(move.src_offset, move.shape, move.src_strides))
                 whole.cast(copy, strided(words, move.box, move.src_strides), counted)
-    return list(whole.lost.values())
+    computed = [loss for key, loss in found.lost.items() if key not in whole.lost]  # as far as it was computed
+    return [*whole.lost.values(), *computed]

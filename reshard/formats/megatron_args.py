@@ -109,6 +109,9 @@ def _scope(layout: Layout) -> dict[str, object]:
     kinds = config.get("layer_types") or ()
     if not isinstance(kinds, (list, tuple)):
         raise LayoutError(f"config.json: layer_types is {quote(repr(kinds))}, expected a list of names")
+    rotated = config.get("no_rope_layers") or ()  # 1 where a layer has rotary positions, in spite of its name
+    if not isinstance(rotated, (list, tuple)):
+        raise LayoutError(f"config.json: no_rope_layers is {quote(repr(rotated))}, expected a list of 0 and 1")
     sliding = [kind == "sliding_attention" for kind in kinds]
     router = layout.descriptor.tensors.get("router")
     sparse = [int(layout.exists(router, i)) for i in range(layout.layers)] if router else []
@@ -119,6 +122,7 @@ def _scope(layout: Layout) -> dict[str, object]:
         "rope": rope,
         "windowed": bool(config.get("sliding_window") and config.get("use_sliding_window", True) and (any(sliding) or not sliding)),
         "window_layers": [int(flag) for flag in sliding] if any(sliding) and not all(sliding) else None,
+        "unrotated_layers": [int(not flag) for flag in rotated] if not all(rotated) else None,
         "sparse_layers": 1 if all(sparse) else sparse,
     }  # fmt: skip
 

@@ -29,8 +29,10 @@ def is_remote(path: object) -> bool:
     return "://" in str(path)
 
 
-def folder_of(path: str | Path, cache: bool = False) -> AnyPath:
-    """`path` as a pathlib.Path, or as a HubPath if it names a place on the Hub. `cache`: its files are put into the Hub's cache first."""
+def folder_of(path: str | AnyPath, cache: bool = False) -> AnyPath:
+    """`path` as a pathlib.Path, or as a HubPath if it names a place on the Hub (or is one). `cache`: its files are put into the Hub's cache first."""
+    if not isinstance(path, str):
+        return path
     if not is_remote(path):
         return Path(path)
     from reshard.hub.folder import open_folder

@@ -13,7 +13,7 @@ from reshard.errors import LayoutError
 from reshard.foreign import quote
 from reshard.layout.expressions import evaluate, holds, names_in
 from reshard.layout.model import Descriptor, Section, Tensor
-from reshard.planner.values import Operand, Value
+from reshard.planner.values import Operand, Value, bare
 
 #: layers, or experts of a layer: no model comes near, and a wrong config.json must not keep us busy for hours
 MOST_NUMBERED = 4096
@@ -156,17 +156,13 @@ class Layout:
         return tuple(scope[axis] for axis in tensor.axes)
 
     def shape_of(self, key: tuple) -> tuple[int, ...]:
-        """Size per axis of the tensor `key` names: its name, its place's number, its expert's, where it has them."""
-        tensor = self.tensor_of(key[0])
+        """Size per axis of the tensor `key` names: its name (or a function's of it), its place's number, its expert's, where it has them."""
+        tensor = self.descriptor.tensors[bare(key[0])]
         number = key[1] if tensor.index and tensor.index[0] == tensor.place else None
         at = "shape", key[0], number
         if at not in self._cache:
             self._cache[at] = self.shape(tensor, number)
         return self._cache[at]
-
-    def tensor_of(self, name: str) -> Tensor:
-        """The tensor of the model that `name` is, or is a stored function of."""
-        return self.descriptor.tensors.get(name) or self.descriptor.tensors[name.rpartition(".")[0]]
 
     def exists(self, tensor: Tensor, number: int | None = None) -> bool:
         """Whether the model has `tensor` (in layer `number`)."""

@@ -8,7 +8,7 @@ from typing import NamedTuple
 from reshard.errors import LayoutError
 from reshard.foreign import quote
 from reshard.layout.fusion import Group, parse
-from reshard.layout.model import Dims
+from reshard.layout.model import TRANSFORMS, Dims
 from reshard.layout.values import (
     dtype_of,
     expression,
@@ -23,8 +23,6 @@ from reshard.layout.values import (
     when_of,
 )
 
-#: functions of a value that an entry may name
-TRANSFORMS = ("minus_exp", "minus_one", "plus_one")
 _TENSOR_KEYS = {"dims", "when", "stage", "dtype", "optional"}
 _ENTRY_KEYS = {
     "name", "of", "dims", "cut", "split", "pad", "align", "when", "stage", "only_rank0", "view", "dtype", "copy", "omit", "until",

@@ -35,7 +35,7 @@ _PART_KEYS = {"description", "at", "replicate", "defaults", "conditions", "axes"
 _FILE_KEYS = (_PART_KEYS - {"at"}) | {"architectures", "extends", "place", "part"}
 _PLACE_KEYS = {"count", "parts", "optional", "carry", *FORMATS}
 _USE_KEYS = {"part", "when", "at"}
-_SECTION_KEYS = {"like", "drop", "omit", "args", "pad", "stage"}
+_SECTION_KEYS = {"like", "drop", "omit", "args", "pad", "stage", "since"}
 _LIMIT = 1_000_000  # bytes of a descriptor
 
 
@@ -50,6 +50,7 @@ class Table(NamedTuple):
     entries: Mapping[str, "tuple[RawEntry, ...] | bool"] = {}
     pad: Mapping[str, str] = {}  # of every entry that has the axis and says nothing of it
     stage: str | None = None  # of every entry that no number tells apart
+    since: str | None = None  # the oldest release whose names these are
 
 
 class Prefixes(NamedTuple):
@@ -280,4 +281,5 @@ def _format(where: str, format: str, value: object) -> Table | bool:
         expressions(where, f"{format}.pad", table.get("pad", {}), False),
     )
     stage = stage_of(at, table["stage"]) if "stage" in table else None
-    return Table(at, like, drop, omit, args, entries, pad, stage)
+    since = until_of(at, table["since"], "since") if "since" in table else None
+    return Table(at, like, drop, omit, args, entries, pad, stage, since)

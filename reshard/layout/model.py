@@ -14,6 +14,9 @@ from reshard.foreign import quote
 from reshard.layout.expressions import names_in
 from reshard.layout.fusion import Group, fused_dim, stored_dims
 
+#: the functions of a tensor that an entry may hold, each with its inverse; ``executor/values.py`` runs them
+TRANSFORMS = {"minus_exp": "log_minus", "minus_one": "plus_one", "plus_one": "minus_one"}
+
 Dims = tuple[tuple[str, ...], ...]
 
 
@@ -90,11 +93,6 @@ class Entry:
         return fused_dim(tensors[self.of[0]].dims, self.dims_of(tensors[self.of[0]]))
 
 
-def transformed(name: str, transform: str | None) -> str:
-    """What the stored value of tensor `name` is called, where a format holds a function of it."""
-    return f"{name}.{transform}" if transform else name
-
-
 class Constant(NamedTuple):
     """A tensor that an engine demands beside the weights, the same in every model: a template of names and one value."""
 
@@ -116,7 +114,7 @@ class Section:
     places. `args` are settings, as expressions over config.json, that the format keeps beside the weights (Megatron's
     args). `drop` are patterns of names of buffers that can be computed again, `omit` of weights that the descriptor does not
     describe: they are left out, and the user is told so. `without` are places that the format does not hold, `carried` those
-    that it holds as they are, each with its prefix.
+    that it holds as they are, each with its prefix. `since` is the oldest engine release whose names these are.
     """
 
     entries: tuple[Entry, ...] = ()
@@ -127,6 +125,7 @@ class Section:
     variants: tuple[tuple[str, str | None, "Section"], ...] = ()
     prefixes: tuple["Section", ...] = ()
     without: tuple[str, ...] = ()
+    since: str | None = None
     carried: tuple[tuple[str, str], ...] = ()
 
     def overlaid(self, other: "Section") -> "Section":
@@ -146,7 +145,10 @@ class Section:
         return replace(out, entries=tuple([replace(entry, alias=False) for entry in out.entries])) if forms else out
 
     def for_version(self, version: tuple[int, ...] | None) -> "Section":
-        """As engine release `version` wants it; None is the newest known."""
+        """As engine release `version` wants it; None is the newest known. Raises LayoutError for one whose names nobody looked up."""
+        if version is not None and self.since and version < parse_version(self.since)[: len(version)]:
+            raise LayoutError(f"names of {'.'.join(map(str, version))} are not known for this model, only since {self.since}",
+                              f"use --engine-version {self.since}, if its tensors are still named so")  # fmt: skip
         fitting = [variant for _, until, variant in self.variants if until and version is not None and not _newer(version, until)]
         return self.overlaid(fitting[-1]) if fitting else self  # the oldest of those not older than `version`
 

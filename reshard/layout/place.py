@@ -14,12 +14,12 @@ from reshard.foreign import quote
 from reshard.geometry.block import Part, Stored, chunk
 from reshard.geometry.regions import slice_dim
 from reshard.layout.bound import Layout, Scope
-from reshard.layout.entries import TRANSFORMS
 from reshard.layout.expressions import evaluate, holds
 from reshard.layout.fusion import Item, fuse
 from reshard.layout.mesh import Mesh, Rank, Rules, expert_cut
-from reshard.layout.model import Constant, Entry, Section, Tensor, transformed
+from reshard.layout.model import Constant, Entry, Section, Tensor
 from reshard.layout.values import PLATFORMS
+from reshard.planner.values import formed
 
 #: tensors in order, as (the numbers of the first, how many count up from its last number)
 Runs = list[tuple[tuple[int, ...], int]]
@@ -51,8 +51,7 @@ class Pattern:
 
 @dataclass
 class Placement:
-    """All stored tensors of a format on a mesh. `pads` overrides padded sizes, for a source that was padded otherwise.
-    `transforms` are the functions of values that the caller can run: an entry that names another one is a problem."""
+    """All stored tensors of a format on a mesh. `pads` overrides padded sizes, for a source that was padded otherwise."""
 
     layout: Layout
     section: Section
@@ -62,7 +61,6 @@ class Placement:
     engine: tuple[int, ...] | None = None  # the engine's release; None is the newest known
     platform: str | None = None  # what the engine runs on: one of PLATFORMS; None is the first
     problems: list[str] = field(default_factory=list)
-    transforms: frozenset[str] = frozenset(TRANSFORMS)
     _patterns: dict = field(default_factory=dict, repr=False)
 
     def __post_init__(self):
@@ -135,8 +133,6 @@ class Placement:
             if varying:
                 scope = self.scope(entry.place, number)
                 numbers[number] = tuple(scope[axis] for axis in axes), tuple(evaluate(text, scope) for text in texts)
-        if numbers and entry.transform and entry.transform not in self.transforms:
-            self._problem(entry, f"holds {entry.transform} of {', '.join(entry.of)}, a transform that cannot be run here")
         return Pattern(entry, tensors, numbers, varying)
 
     def _holds(self, condition: str, place: str, number: int | None) -> bool:
@@ -264,7 +260,7 @@ class Placement:
                 if not entry.pad:
                     pad += prod(shape) - sum(block.size for _, block in filled)
             if entry.transform:
-                blocks = [(transformed(name, entry.transform), block) for name, block in blocks]
+                blocks = [(formed(name, entry.transform), block) for name, block in blocks]
             pattern.geometry[at] = shape, blocks, pad
         return pattern.geometry[at]
 
@@ -327,7 +323,7 @@ class Placement:
         ranges = [over.extent(box) for over in operand.axes] if all(start < stop for start, stop in box) else [(0, 0)] * len(operand.axes)
         if not all(over.whole(box) for over in operand.axes) or (entry.cut == "whole" and self.mesh.tp > 1):
             self._problem(
-                entry, f"{name} cut over {count} ranks is cut inside the blocks of {tensor.name.removeprefix(f'{name}.')}, {operand.grain}"
+                entry, f"{name}, cut over {count} ranks, would be cut inside a block ({operand.grain}) that shares one {operand.label}"
             )
         sizes = {axis: (extent, over.size) for axis, extent, over in zip(tensor.axes, ranges, operand.axes)}
         return Item(tensor.name, tensor.dims, tensor.axes, sizes)

@@ -223,8 +223,10 @@ class Sections:
             variants.append((form, None, _gathered(self._named(formats, labelled, newest._replace(form=form)))))
         drop, omit = (self._patterns(key, format, formats, newest) for key in ("drop", "omit"))
         carried = [(place, self._prefix(place, formats, newest)) for place, keys in self.places.items() if keys.get("carry")]
+        since = next((t.since for file in reversed(self.chain) if (t := file.own.formats.get(format)) and t.since), None)
         return replace(
             _gathered(base),
+            since=since,
             drop=drop,
             omit=omit,
             args=self._args(format),

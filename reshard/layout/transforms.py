@@ -1,34 +1,25 @@
-"""Tensors that a format stores as a named function of the model's: what is stored is a tensor of its own, computed either way.
+"""Entries that hold a function of a tensor: ``transform = "minus_exp"`` holds -exp(x) of what the model calls x.
 
-``executor/values.py`` has the functions. Their names here, and which undoes which; the result of one and back may differ in its last bits.
+What such an entry holds goes under a key of its own, ``minus_exp(x)``: between two formats that hold the same function nothing is
+computed. Where only one side does, ``values_of`` says how either is computed from the other.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable
 
-from reshard.errors import LayoutError
 from reshard.layout.bound import Layout
-from reshard.layout.entries import TRANSFORMS
-from reshard.layout.model import transformed
-from reshard.planner.values import Operand, Value
-
-INVERSE = {"minus_exp": "log_minus", "minus_one": "plus_one", "plus_one": "minus_one"}
-assert set(INVERSE) == set(TRANSFORMS)
+from reshard.layout.model import TRANSFORMS, Entry
+from reshard.planner.values import Operand, Value, formed
 
 
-def transforms(layout: Layout) -> Mapping[str, Value]:
-    """How tensors that some format stores transformed are computed, and how their own values come back. Raises LayoutError."""
+def values_of(layout: Layout, entries: Iterable[Entry]) -> dict[str, Value]:
+    """How what `entries` hold is computed from the tensors, and these from that."""
     out = {}
-    for section in layout.descriptor.formats.values():
-        for entry in (e for e in section.entries if e.transform):
-            for name in entry.of:
-                tensor = layout.descriptor.tensors[name]
-                shapes = {layout.shape(tensor, n) for n in layout.numbers(tensor.place) if layout.exists(tensor, n)}
-                if len(shapes) > 1:
-                    raise LayoutError(
-                        f"layout {layout.name}: {entry.name}: {entry.transform} of {name}, whose size differs from layer to layer"
-                    )
-                for shape in shapes:
-                    stored = transformed(name, entry.transform)
-                    out[stored] = Value(entry.transform, (Operand.alike(name, shape),))
-                    out[name] = Value(INVERSE[entry.transform], (Operand.alike(stored, shape),))
+    for entry in entries:
+        for name in entry.of if entry.transform else ():
+            tensor = layout.descriptor.tensors[name]
+            shapes = [layout.shape(tensor, n) for n in layout.numbers(tensor.place) if layout.exists(tensor, n)]
+            if shapes:
+                shape, there = tuple(map(max, *shapes)) if len(shapes) > 1 else shapes[0], formed(name, entry.transform)
+                out[there] = Value(entry.transform, (Operand.alike(name, shape),))
+                out[name] = Value(TRANSFORMS[entry.transform], (Operand.alike(there, shape),))
     return out

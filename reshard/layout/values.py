@@ -95,9 +95,9 @@ def expressions(where: str, key: str, value: object, removable: bool = True) -> 
     return {name: given if given is False and removable else expression(f"{where}: [{key}] {name}", given) for name, given in table.items()}
 
 
-def until_of(where: str, value: object) -> str:
+def until_of(where: str, value: object, key: str = "until") -> str:
     if not isinstance(value, str) or not re.fullmatch(r"[0-9]{1,9}(\.[0-9]{1,9}){1,2}", value):
-        raise LayoutError(f"{where}: until = {quote(repr(value))} is not a version", "write it like 0.32")
+        raise LayoutError(f"{where}: {key} = {quote(repr(value))} is not a version", "write it like 0.32")
     return value
 
 

@@ -19,7 +19,7 @@ from reshard.geometry.coverage import faults_of, label, unlike
 from reshard.geometry.pieces import union_volume
 from reshard.planner.copies import Computed, Copy, Lying, Move
 from reshard.planner.join import Join, Pattern, Run, Slot, join
-from reshard.planner.values import Value, operand_key
+from reshard.planner.values import Value, bare, operand_key
 
 
 def move_between(source: Slot, destination: Slot, box: Box) -> Move:
@@ -181,6 +181,14 @@ class Plan:
             for rank in {slot.rank for slot in pattern.destinations}:
                 read[rank] += work.read(pattern, checks=False, rank=rank) * count
         return [{"rank": rank, "bytes_read": read[rank], "bytes_held": held[rank]} for rank in sorted(held)]
+
+    @property
+    def computes(self) -> dict[str, str]:
+        """The tensors that are computed, of whatever layer, each with its function."""
+        found = {
+            bare(run.first[0]): value.function for run in self.join.runs if (value := self.join.patterns[run.pattern].value) is not None
+        }
+        return dict(sorted(found.items()))
 
     @cached_property
     def fingerprint(self) -> str:

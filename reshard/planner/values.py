@@ -82,6 +82,10 @@ class Operand:
     axes: tuple[Over, ...]
     grain: str = ""  # how many elements of each dimension share one, for people
 
+    @property
+    def label(self) -> str:
+        return self.name.rpartition(".")[2]
+
     @classmethod
     def alike(cls, name: str, shape: tuple[int, ...]) -> "Operand":
         """One whose elements stand where those of the result do."""
@@ -140,3 +144,13 @@ class Need:
 def operand_key(operand: str, key: Key) -> Key:
     """The operand of the instance `key` of a result."""
     return (operand, *key[1:])
+
+
+def formed(name: str, transform: str | None) -> str:
+    """What a tensor is called where `transform` of it is held."""
+    return f"{transform}({name})" if transform else name
+
+
+def bare(name: str) -> str:
+    """The tensor that ``formed`` made `name` of."""
+    return name.partition("(")[2].removesuffix(")") if name.endswith(")") else name

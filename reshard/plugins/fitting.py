@@ -23,8 +23,8 @@ def release(engine: str, version: str) -> str:
 def fitted(model: torch.nn.Module, placement: Placement, rank: Rank) -> tuple[dict[str, torch.Tensor], list[tuple[str, torch.Tensor]]]:
     """The model's tensors by the names of the placement, and copies to be made after: (name, tensor). Raises PlanError with all problems.
 
-    A tensor of several names is found by any of them. Where the engine made a tensor longer than the placement has it (room for adapters,
-    for a kernel), what is beyond becomes zero. Two tensors of one parameter (vLLM unties embedding and head where files hold a head) are
+    A tensor of several names is found by any of them. Where the engine padded the vocabulary further than the placement (room for
+    adapters), what is beyond becomes zero; any other shape is refused, by ``load_into``. Two tensors of one parameter (vLLM unties embedding and head where files hold a head) are
     filled alike.
     """
     state = {name: t.data for name, t in model.state_dict(keep_vars=True).items() if isinstance(t, torch.Tensor) and t.numel()}
@@ -39,9 +39,10 @@ def fitted(model: torch.nn.Module, placement: Placement, rank: Rank) -> tuple[di
         if tensor is None:
             problems.append(f"{name} {list(shape)} is in no parameter of {type(model).__name__}")
             continue
-        if tuple(tensor.shape) != shape and len(shape) == tensor.dim() and all(map(int.__ge__, tensor.shape, shape)):
-            _log.info("%s is %s here, %s in the checkpoint: the rest is zero", name, list(tensor.shape), list(shape))
-            tensor = tensor.zero_()[tuple(map(slice, shape))]
+        if name in stored and stored[name].entry.pad and tuple(tensor.shape[1:]) == shape[1:] and tensor.shape[0] > shape[0]:
+            _log.info("%s is %s here, %s by its layout: the rest is zero", name, list(tensor.shape), list(shape))
+            tensor.zero_()
+            tensor = tensor[: shape[0]]
         into[name] = tensor
         filled.update(names[storage(state[name])])
     copies = []

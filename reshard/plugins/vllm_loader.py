@@ -24,7 +24,7 @@ from reshard import formats
 from reshard.checkpoint import Checkpoint, open_checkpoint
 from reshard.checkpoint.config import folder_of
 from reshard.conversion.job import place, rank_at
-from reshard.errors import LayoutError, PlanError, ReshardError
+from reshard.errors import FormatError, LayoutError, PlanError, ReshardError
 from reshard.layout import Mesh, Placement, Rank
 from reshard.layout.values import PLATFORMS
 from reshard.loading import load_into
@@ -53,12 +53,12 @@ class ReshardModelLoader(BaseModelLoader):
         try:
             checkpoint, placement, rank = self.placed(model_config)
             into, copies = fitted(model, placement, rank)
-        except ReshardError as error:
+            load_into(checkpoint, placement, rank, into, jobs=self.jobs)
+        except (LayoutError, PlanError, FormatError) as error:  # raised before the first byte is written
             if self.strict or self.of_main(model_config, self.source) or not whole(model_config):
                 raise
             logger.warning("reshard cannot load %s, vLLM's own loader does: %s", model_config.model, error)
             return self.default().load_weights(model, model_config)
-        load_into(checkpoint, placement, rank, into, jobs=self.jobs)
         for name, tensor in copies:
             tensor.copy_(into[name])
         logger.info("reshard filled %d tensors of rank tp %d, pp %d from %s (%s %s)", len(into), rank.tp, rank.pp, checkpoint.path,
@@ -81,7 +81,7 @@ class ReshardModelLoader(BaseModelLoader):
     @staticmethod
     def of_main(model_config: ModelConfig, option):
         """`option`, which is of the model that is served, and of no draft beside it."""
-        return option if model_config is get_current_vllm_config().model_config else None
+        return option if model_config is get_current_vllm_config().model_config and model_config.runner != "draft" else None
 
     def opened(self, model_config: ModelConfig) -> Checkpoint:
         path = self.of_main(model_config, self.source) or located(model_config)
@@ -98,6 +98,9 @@ class ReshardModelLoader(BaseModelLoader):
             raise LayoutError(
                 f"vLLM builds {', '.join(built)}, config.json is of {checkpoint.architecture}"
             )  # a draft in the model's files
+        words, own = model_config.get_vocab_size(), checkpoint.layout.sizes.get("vocab")
+        if own not in (None, words):
+            raise PlanError([f"{checkpoint.config_path} is of a model of {own} words, {model_config.model} of one of {words}"])
         parallel = get_current_vllm_config().parallel_config
         experts = bool(checkpoint.layout.sizes.get("expert"))
         if experts and parallel.data_parallel_size > 1:

@@ -4,17 +4,19 @@ import html
 import json
 import re
 from collections.abc import Mapping
+from typing import Any
 
 from reshard import formats
 from reshard.checkpoint import Checkpoint
 from reshard.foreign import quote
+from reshard.layout import Mesh
 from reshard.text import count, human, some
 
 MARK = "<!-- written by reshard -->"
 
 
-def card(repo: str, folder: str, format: str, mesh, engine_version: str | None, source: Checkpoint, base_model: str | None = None,
-         left_out: Mapping = {}) -> bytes:  # fmt: skip
+def card(repo: str, folder: str, format: str, mesh: Mesh, engine_version: str | None, source: Checkpoint, base_model: str | None = None,
+         left_out: Mapping[str, Any] = {}) -> bytes:  # fmt: skip
     """README.md for `repo`/`folder`. `source` tells architecture and origin; `base_model` says the origin's name where files don't; `left_out`
     are, under "tensors" and "bytes", weights of the origin that are not here."""
     origin = source.origin or {}

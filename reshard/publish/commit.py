@@ -7,10 +7,11 @@ to something else, then somebody else was faster. Of a pull request, those that 
 
 import logging
 import time
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, constants
+from huggingface_hub import CommitOperationAdd, CommitOperationCopy, CommitOperationDelete, constants
 from huggingface_hub import errors as hub_errors
 from huggingface_hub.utils import disable_progress_bars, enable_progress_bars
 
@@ -51,7 +52,10 @@ def commit(target: Target, adds: list[CommitOperationAdd], gone: list[str]) -> M
     if not adds and not gone:
         return Made(target.head)
     known = pull_requests(api, location.repo) if target.create_pr else {}
-    operations = [*adds, *(CommitOperationDelete(target.path(name), is_folder=False) for name in gone)]
+    operations: list[CommitOperationAdd | CommitOperationCopy | CommitOperationDelete] = [
+        *adds,
+        *(CommitOperationDelete(target.path(name), is_folder=False) for name in gone),
+    ]
     for tries in range(1, patience.TRIES + 1):
         try:
             with quietly():
@@ -148,13 +152,15 @@ def _is(entry: Entry | None, add: CommitOperationAdd) -> bool:
     if entry.sha256:
         return entry.sha256 == add.upload_info.sha256.hex()
     digest, wanted = entry.digest()
+    if digest is None:
+        return False
     with add.as_file() as file:
         digest.update(file.read())
     return digest.hexdigest() == wanted
 
 
 @contextmanager
-def quietly():
+def quietly() -> Iterator[None]:
     """Without the client's own progress bars and remarks."""
     logger = logging.getLogger("huggingface_hub")
     level = logger.level

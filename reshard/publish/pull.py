@@ -19,7 +19,7 @@ from pathlib import Path
 
 from reshard.conversion.destination import Place, sync_folder
 from reshard.conversion.journal import NAME as JOURNAL
-from reshard.conversion.journal import Done, Journal, notes_in, opened
+from reshard.conversion.journal import Done, Journal, Note, notes_in, opened
 from reshard.conversion.lock import told
 from reshard.errors import DestinationError, HubError
 from reshard.executor.sources import Workspace
@@ -61,7 +61,7 @@ def wanted(folder: HubPath) -> dict[str, int]:
     entries = folder.repository.entries
     start = folder.path + "/" if folder.path else ""
     names = {path[len(start) :]: entry.size for path, entry in entries.items() if path.startswith(start)}
-    skipped = _SKIPPED
+    skipped: tuple[str, ...] = _SKIPPED
     if any(name.endswith(".safetensors") for name in names):
         skipped += (".bin", ".bin.index.json", ".pth")
     return {
@@ -101,7 +101,8 @@ def pull(
             f"{folder.repository.location} holds no file of a model at {folder.revision[:12]}",
             f"it holds {some(sorted(left_out(folder))) or 'nothing'}",
         )
-    place, notes = Place.of(destination), []
+    place = Place.of(destination)
+    notes: list[str] = []
     work = Work(folder, names, place)
     healed = place.heal(notes)
     if healed and healed["fingerprint"] == work.first["fingerprint"]:  # this very pull was killed after its folder got its name
@@ -141,14 +142,14 @@ class Work:
         return self.folder.repository.entries[self.path(name)]
 
     @property
-    def first(self) -> dict:
+    def first(self) -> Note:
         """The journal's first line: continued by the same pull only."""
         rows = [(name, entry.size, entry.sha256, entry.blob) for name in self.names for entry in [self.entry(name)]]
         digest = hashlib.sha256(json.dumps(["pull", CHUNK, self.folder.pinned, rows]).encode()).hexdigest()
         return {"fingerprint": digest, "source": self.folder.pinned, "pull": True}
 
 
-def _check_leftover(notes: list[dict], work: Work, overwrite: bool) -> None:
+def _check_leftover(notes: list[Note], work: Work, overwrite: bool) -> None:
     """Raises DestinationError where an unfinished run of something else is in the way."""
     earlier = notes[0] if notes else {}
     if (

@@ -7,10 +7,12 @@ Only files that ``selection.py`` knows are published; what is left out is told.
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import CommitOperationAdd
 
@@ -28,6 +30,7 @@ from reshard.publish.card import card
 from reshard.publish.commit import commit, quietly
 from reshard.publish.selection import CARD, Selection, check_links, goes_along, left_out, select
 from reshard.publish.target import Target, prepare
+from reshard.stores.files import AnyPath
 
 _REGULAR = 32 << 20  # bytes: the Hub keeps larger files in LFS; those that it does not wait for the commit in memory
 
@@ -58,7 +61,7 @@ def push(
     include_code: bool = False,
     base_model: str | None = None,
     progress: Callable[[int], None] = lambda size: None,
-    **options,
+    **options: Any,
 ) -> Pushed:
     """Publish the checkpoint in `folder` as `destination`, hf://ORG/NAME[@BRANCH][/SUBDIR]. `progress` is told bytes of files dealt with.
 
@@ -106,10 +109,12 @@ def convert_and_push(
     location = parse_target(destination)
     beside = {name: path for name, path in job.companions.items() if goes_along(name, include_code)}
     others = {}
-    if not job.source.remote:
+    source = job.source.path
+    if isinstance(source, Path):
         goes = {*beside, *job.folder.small, *job.source.files, *formats.get(job.source.format).small, CARD}
-        others = left_out(job.source.path, goes)
-        check_links((path for path in beside.values() if path != job.source.config_path or path.parent == job.source.path), job.source.path)
+        others = left_out(source, goes)
+        here = [path for path in beside.values() if isinstance(path, Path)]  # a config.json on the Hub has its companions there
+        check_links([path for path in here if path != job.source.config_path or path.parent == source], source)
     names = {file.path for file in job.folder.files} | set(beside) | set(job.folder.small)
     with told(location), tempfile.TemporaryDirectory(prefix="reshard-push-", dir=scratch) as made:
         room = Path(made)
@@ -144,7 +149,7 @@ def _written(job: Job, scratch: Path, jobs: int | None, buffer: int, progress: C
         (scratch / file.path).unlink()
 
 
-def _copied(files: dict[str, Path], scratch: Path) -> Iterator[tuple[str, Path]]:
+def _copied(files: Mapping[str, AnyPath], scratch: Path) -> Iterator[tuple[str, Path]]:
     """Each file, of a folder or of another repository, copied alone."""
     for name, path in files.items():
         copy = scratch / name
@@ -162,7 +167,7 @@ def _upload(target: Target, files: Iterable[tuple[str, Path]], progress: Callabl
             add = CommitOperationAdd(target.path(name), path)
             with quietly():
                 asked(f"/api/models/{target.location.repo}/preupload/{target.branch}",
-                      lambda add=add: api.preupload_lfs_files(target.location.repo, [add], revision=target.branch, create_pr=target.create_pr))  # fmt: skip
+                      partial(api.preupload_lfs_files, target.location.repo, [add], revision=target.branch, create_pr=target.create_pr))  # fmt: skip
             if add.path_or_fileobj != b"":  # it goes with the commit itself, and may be gone by then
                 waiting += size
                 if waiting > _REGULAR:

@@ -7,9 +7,10 @@ never shown. What is left out is listed, with its size.
 
 import os
 import stat
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import constants
 
@@ -42,7 +43,7 @@ def goes_along(name: str, include_code: bool = False) -> bool:
     return name in (MANIFEST, CARD) or is_side_file(name, include_code)
 
 
-def select(folder: str | Path, include_code: bool = False, **options) -> Selection:
+def select(folder: str | Path, include_code: bool = False, **options: Any) -> Selection:
     """What of `folder` a push publishes; `options` are those of ``open``. Raises DestinationError for a link that leads elsewhere."""
     folder = Path(folder)
     checkpoint = open_checkpoint(folder, **options)
@@ -55,7 +56,7 @@ def select(folder: str | Path, include_code: bool = False, **options) -> Selecti
     return Selection(checkpoint, files, left_out(folder, names))
 
 
-def check_links(paths, folder: Path) -> None:
+def check_links(paths: Iterable[Path], folder: Path) -> None:
     """Raises DestinationError, by name, for what is no file or lies outside of `folder` and of the Hub's cache, links followed."""
     home, bad = Path(os.path.realpath(folder)), []
     for path in paths:

@@ -71,6 +71,8 @@ def is_same(there: Entry, content: Path | bytes) -> bool:
     if there.size != (len(content) if isinstance(content, bytes) else content.stat().st_size):
         return False
     digest, wanted = there.digest()
+    if digest is None:
+        return False
     if isinstance(content, bytes):
         digest.update(content)
         return digest.hexdigest() == wanted

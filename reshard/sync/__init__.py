@@ -15,6 +15,8 @@ begins at ``tensors.py`` (binding), ``staging.py``, ``transport.py`` and ``mappi
 accelerator), ``checks.py``, ``fp8.py``, ``groups.py`` and ``session.py`` (the object that runs steps).
 """
 
+from importlib import import_module
+
 from reshard.errors import PeerLost, SyncError
 from reshard.sync.cost import Cost
 from reshard.sync.fp8_blocks import Fp8
@@ -33,6 +35,7 @@ __all__ = [
     "SyncError",
     "SyncPlan",
     "adapter",
+    "dtypes",
     "fsdp",
     "joined",
     "layout",
@@ -41,17 +44,11 @@ __all__ = [
 ]
 
 
+#: names whose modules import torch, which a plan does not need
+_WITH_TORCH = {"Sync": "session", "dtypes": "tensors", "joined": "groups", "shardings": "tensors"}
+
+
 def __getattr__(name: str):
-    if name == "Sync":
-        from reshard.sync.session import Sync
-
-        return Sync
-    if name == "joined":
-        from reshard.sync.groups import joined
-
-        return joined
-    if name == "shardings":
-        from reshard.sync.tensors import shardings
-
-        return shardings
-    raise AttributeError(f"module 'reshard.sync' has no attribute {name!r}")
+    if name not in _WITH_TORCH:
+        raise AttributeError(f"module 'reshard.sync' has no attribute {name!r}")
+    return getattr(import_module(f"reshard.sync.{_WITH_TORCH[name]}"), name)

@@ -15,7 +15,8 @@ if TYPE_CHECKING:
     from reshard.sync.transport import Wire
 
 _TEXT = 480  # bytes of a refusal that all ranks get to read
-MODES = ("tensors", "buckets")
+#: how ranks take: all tensors at once, or windows of them
+MODES = ("tensors", "windows")
 TRANSPORTS = ("auto", "p2p", "mapped")
 _LARGEST = 1 << 62
 
@@ -30,6 +31,7 @@ class Intent:
     transport: int = 0  # number of TRANSPORTS
     verify: int = 0
     mode: int = 0  # 0: takes nothing, else 1 + the number of MODES
+    streams: int = 0  # whether it gives its tensors one after another
     source_place: int = -1
     into_place: int = -1
     fresh: int = 0  # its tensors, plan or mapping are new: others may have to map its memory, or it theirs
@@ -87,7 +89,7 @@ def failures(table: torch.Tensor) -> list[str]:
 def words(error: BaseException) -> str:
     """An error as all ranks get to read it."""
     if isinstance(error, GeneratorExit):
-        return "it stopped before the last bucket"
+        return "it stopped before the last window"
     if isinstance(error, ReshardError):
         return str(error) + (f"; {error.hint}" if error.hint else "")
     return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
@@ -129,8 +131,16 @@ def check(table: torch.Tensor) -> None:
         raise SyncError(f"ranks are at different versions: {at}", "call send and recv with the step's number")
     if max(held) >= versions[0]:
         raise SyncError(f"version {versions[0]} is stale: rank {held.index(max(held))} already holds {max(held)}", "versions must grow")
-    if len(set(modes) - {0}) != 1:
-        raise SyncError("some ranks take buckets, others tensors" if len(set(modes)) > 1 else "no rank takes anything")
+    if not any(modes):
+        raise SyncError("no rank takes anything")
+
+
+def layout_of(table: torch.Tensor) -> str:
+    """How messages are laid out in the step that ranks have agreed on: all at once, or in windows of the destinations' tensors, or of
+    the source's where these come one after another."""
+    if any(Intent.column(table, "streams")):
+        return "stream"
+    return "windows" if 2 in Intent.column(table, "mode") else "tensors"
 
 
 def _text(own: torch.Tensor) -> str:

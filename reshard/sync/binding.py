@@ -57,8 +57,8 @@ class Bindings:
     def devices(self) -> frozenset[torch.device]:
         return self.source.devices | self.into.devices
 
-    @property
-    def lies(self) -> int:
-        """Where the tensors are: 0 nowhere, 1 where the host is, 2 on one accelerator, 3 on several devices."""
-        fast = [self._devices.accelerated(device) for device in self.devices]
+    def lies(self, coming: frozenset[torch.device]) -> int:
+        """Where the tensors are, and those that are `coming`: 0 nowhere, 1 where the host is, 2 on one accelerator, 3 on several
+        devices."""
+        fast = [self._devices.accelerated(device) for device in self.devices | coming]
         return 0 if not fast else 1 if not any(fast) else 2 if len(fast) == 1 else 3

@@ -236,15 +236,18 @@ def sent_and_taken(part: RankPlan) -> tuple[dict[tuple[int, int], list[Item]], d
     return dict(sent), dict(taken)
 
 
-def replicated(plan: SyncPlan, process: int) -> dict[tuple[int, int], list[Item]]:
-    """What this process holds of the weights and others hold too, per (replica, first holder): replicas compare with the first."""
+def replicated(plan: SyncPlan, part: RankPlan) -> dict[tuple[int, int], list[Item]]:
+    """What this process holds of the weights and others hold too, per (replica, first holder): replicas compare with the first. Of
+    a window of the source, what belongs to it, among processes that hold the same tensors."""
     found: dict[tuple[int, int], list[Item]] = defaultdict(list)
-    for (key, box), (holders, stored, block) in plan.shared(process).items():
-        first = holders[0]
+    here = None if part.gives is None else {s.id for s in part.gives}
+    for (key, box), (holders, stored, block) in plan.shared(part.process).items():
+        if here is not None:
+            holders = tuple(p for p in holders if p in plan.source.at(stored.rank)) if stored.id in here else ()
         item = Item(key, box, stored.dtype, stored, block.offset, block.strides)
         for other in holders[1:]:
-            if process in (first, other):
-                found[other, first].append(item)
+            if part.process in (holders[0], other):
+                found[other, holders[0]].append(item)
     return dict(found)
 
 

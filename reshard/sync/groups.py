@@ -1,5 +1,6 @@
 """One process group of processes that have default groups of their own."""
 
+import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,12 +16,15 @@ def joined(address: str, rank: int, size: int, *, backend: str = "nccl", timeout
     `address` (``tcp://host:port``) is rank 0's; every process calls this with its own `rank` of `size`. Called again with the
     same `address` it makes another group. Leave it by ``torch.distributed.destroy_process_group(group)``. `timeout` in seconds.
     """
-    store, rank, size = next(dist.rendezvous(address, rank, size, timeout=timedelta(seconds=timeout)))
+    until = time.monotonic() + timeout
+    while True:
+        try:
+            store, own = _met(address, rank, size, name, until - time.monotonic())
+            break
+        except (dist.DistNetworkError, dist.DistStoreError):  # the store of a group that another rank was about to leave
+            if time.monotonic() > until:
+                raise
     store.set_timeout(timedelta(seconds=timeout))
-    turn = store.add(f"{name}/joined/{rank}", 1)  # the same for all: which of the groups that meet at this address
-    if rank == 0:
-        store.set(f"{name}/own/{turn}", uuid.uuid4().hex)
-    own = f"{name}/{store.get(f'{name}/own/{turn}').decode()}"  # a name that none of these processes has given a group before
     with _own_communicator():
         group, _ = c10d._new_process_group_helper(  # what torch has no public call for; frameworks carry copies of this
             size,
@@ -33,6 +37,16 @@ def joined(address: str, rank: int, size: int, *, backend: str = "nccl", timeout
         )
     c10d._world.pg_group_ranks[group] = {i: i for i in range(size)}
     return group
+
+
+def _met(address: str, rank: int, size: int, name: str, timeout: float) -> tuple[dist.Store, str]:
+    """The store at `address`, and a name for the group that none of these processes has given a group before."""
+    store, _, _ = next(dist.rendezvous(address, rank, size, timeout=timedelta(seconds=timeout)))
+    store.set_timeout(timedelta(seconds=timeout))
+    turn = store.add(f"{name}/joined/{rank}", 1)  # the same for all: which of the groups that meet at this address
+    if rank == 0:
+        store.set(f"{name}/own/{turn}", uuid.uuid4().hex)
+    return store, f"{name}/{store.get(f'{name}/own/{turn}').decode()}"
 
 
 @contextmanager

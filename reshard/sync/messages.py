@@ -5,6 +5,7 @@ travels, and no padding. Small copies share a staging buffer; a large one that i
 its own, and that side needs no buffer for it. Messages go in rounds, which bound what a rank stages at a time.
 """
 
+import sys
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field, replace
@@ -12,11 +13,12 @@ from functools import lru_cache, partial
 from math import prod
 
 from reshard.dtypes import DTYPE_SIZE
-from reshard.geometry.block import row_major
+from reshard.geometry.block import Id, Stored, row_major
 from reshard.geometry.pieces import halved
 from reshard.planner.copies import Copy, Move
 from reshard.sync.fp8_blocks import block_grid, grain, scale_place
 from reshard.sync.plan import SyncPlan, Transfer
+from reshard.sync.side import Side
 
 #: a copy of at least so many bytes that is one run on a side goes without a buffer there
 DIRECT = 256 << 10
@@ -49,6 +51,9 @@ class RankPlan:
     takes: list[Message] = field(default_factory=list)
     local: list[Transfer] = field(default_factory=list)
     pairs: dict[tuple[int, int], list[Transfer]] = field(default_factory=dict)  # not cut, for peers whose memory is mapped
+    gives: tuple[Stored, ...] | None = None  # where windows are of the source's tensors, those of this one
+    opens: tuple[Stored, ...] = ()  # tensors of the destination to which nothing came before it
+    completes: tuple[Stored, ...] = ()  # those to which nothing comes after it
 
     @property
     def rounds(self) -> int:
@@ -82,24 +87,57 @@ def rank_plan(plan: SyncPlan, process: int, transfers: Iterable[Transfer] | None
     return out
 
 
-def windows(plan: SyncPlan, process: int, staged: Collection[int] = ()) -> list[RankPlan]:
-    """`process`' part of a plan whose destinations are filled a bucket at a time: one RankPlan per bucket, in the same order
-    on every rank. A bucket is as many of a destination's tensors, in its order, as fit `bucket_bytes` (one may be larger)."""
-    number: dict[tuple[int, int], int] = {}
-    for i, side in enumerate(plan.destinations):
-        place = 0
-        for member in side.members:
-            window, filled = 0, 0
-            for s in member:
-                size = s.size * DTYPE_SIZE[s.dtype]
-                if filled and filled + size > plan.bucket_bytes:
-                    window, filled = window + 1, 0
-                number[i, place] = window
-                filled, place = filled + size, place + 1
-    parts: list[list[Transfer]] = [[] for _ in range(1 + max(number.values()))]
+def windows(plan: SyncPlan, process: int, staged: Collection[int] = (), by: str = "windows") -> list[RankPlan]:
+    """`process`' part of a plan that moves a window at a time: one RankPlan for each, in the same order on every rank.
+
+    A window is as many of a destination's tensors, in their model's order, as fit `bucket_bytes` (one may be larger). `by` ``stream``: of the
+    source's tensors, for a source that is not there as a whole; ``tensors``: one window is all.
+    """
+    by_source = by == "stream"
+    sides = (plan.source,) if by_source else plan.destinations
+    numbers = [_numbered(side, sys.maxsize if by == "tensors" else plan.bucket_bytes) for side in sides]
+    parts: list[list[Transfer]] = [[] for _ in range(1 + max(n for own in numbers for n in own.values()))]
+    first: dict[Id, int] = {}
+    last: dict[Id, int] = {}
     for t in plan.transfers(process):
-        parts[number[t.place]].append(t)
-    return [rank_plan(plan, process, part, staged) for part in parts]
+        number = numbers[0][t.copy.src.id] if by_source else numbers[t.place[0]][t.copy.dst.id]
+        parts[number].append(t)
+        if t.taker == process:
+            at = t.copy.dst.id
+            first[at], last[at] = min(first.get(at, number), number), max(last.get(at, 0), number)
+    gives = plan.source.held_by(process)
+    takes = [s for side in plan.destinations for s in side.held_by(process)]  # with nothing but padding: in the first window
+    return [
+        replace(
+            rank_plan(plan, process, part, staged),
+            gives=tuple(s for s in gives if numbers[0][s.id] == number) if by_source else None,
+            opens=tuple(s for s in takes if first.get(s.id, 0) == number),
+            completes=tuple(s for s in takes if last.get(s.id, 0) == number),
+        )
+        for number, part in enumerate(parts)
+    ]
+
+
+def _numbered(side: Side, limit: int) -> dict[Id, int]:
+    """The window of each stored tensor, in the order in which models name theirs: embeddings, layer by layer, the rest."""
+    tensors, places = side.layout.descriptor.tensors, list(side.layout.descriptor.places)
+
+    def order(s: Stored) -> tuple[int, ...]:
+        tensor, key = tensors[s.entry.of[0]], s.parts[0].first if s.parts else ()
+        if tensor.index and len(key) > 1:
+            return 1, places.index(tensor.place) if tensor.place in places else 0, key[1]
+        return (0 if tensor.stage == "first" else 2,)
+
+    out: dict[Id, int] = {}
+    for member in side.members:
+        window, filled = 0, 0
+        for s in sorted(member, key=order):
+            size = s.size * DTYPE_SIZE[s.dtype]
+            if filled and filled + size > limit:
+                window, filled = window + 1, 0
+            out[s.id] = window
+            filled += size
+    return out
 
 
 # ------------------------------------------------------------------------------------------------- copies, as few as do

@@ -12,21 +12,9 @@ from reshard.sync.device import Devices
 from reshard.sync.messages import RankPlan
 from reshard.sync.plan import SyncPlan
 from reshard.sync.sharing import Sharing
-from reshard.sync.staging import Copies, Staging, source_view, straight
-from reshard.sync.tensors import DTYPES, Bound, Tensors
+from reshard.sync.staging import Buffers, Copies, Staging, source_view, straight
+from reshard.sync.tensors import Tensors
 from reshard.sync.transport import Wire
-
-
-@dataclass(frozen=True)
-class Bucket:
-    """Some of the weights, whole, under Hugging Face names: views of one flat buffer that nothing writes to again.
-
-    `flat` is uint8; `layout` lists (name, shape, dtype, first byte, past the last), offsets aligned to the dtype.
-    """
-
-    tensors: list[tuple[str, torch.Tensor]]
-    flat: torch.Tensor
-    layout: list[tuple[str, tuple[int, ...], torch.dtype, int, int]]
 
 
 @dataclass
@@ -68,9 +56,11 @@ def make(
     devices: Devices,
     verify: SyncPlan | None,
     first: bool,
+    buffers: Buffers | None = None,
 ) -> Ready:
-    """`verify`: the plan, where sums are to be compared; `first`: of a plan's parts, the one with which replicas compare theirs."""
-    staging = Staging(part, source, into, wire.device, sharing.peers, devices)
+    """`verify`: the plan, where sums are to be compared; `first`: of a plan's parts, the one with which replicas compare theirs,
+    unless they give them window by window. `buffers` of a part that has moved are used again."""
+    staging = Staging(part, source, into, wire.device, sharing.peers, devices, buffers)
     mapped, size = Copies(), 0
     for (sender, taker), copies in part.pairs.items():
         if taker == part.process and sender in sharing.peers.out_of:
@@ -79,23 +69,10 @@ def make(
     sums = None
     if verify is not None:
         sent, taken = sent_and_taken(part)
-        sums = Sums(sent, source), Sums(taken, into), Sums(replicated(verify, part.process) if source and first else {}, source)
+        replicas = replicated(verify, part) if source and (first or part.gives) else {}
+        sums = Sums(sent, source), Sums(taken, into), Sums(replicas, source)
     own = straight(part.local, lambda copy: source_view(copy, source), into)
     return Ready(staging, mapped, own, sums, size, sum(t.bytes for t in part.local))
-
-
-def room(part: RankPlan, device: torch.device) -> tuple[Bucket, Tensors]:
-    """A buffer for the whole tensors that one part brings."""
-    wanted = {t.copy.dst.id: t.copy.dst for t in part.transfers if t.taker == part.process}
-    at, layout = 0, []
-    for s in wanted.values():
-        kind = DTYPES[s.dtype]
-        at = -(-at // 16) * 16
-        layout.append((s.name, s.shape, kind, at, at + s.size * kind.itemsize))
-        at = layout[-1][-1]
-    flat = torch.empty(at, dtype=torch.uint8, device=device)
-    tensors = [(name, flat[low:high].view(kind).view(shape)) for name, shape, kind, low, high in layout]
-    return Bucket(tensors, flat, layout), {s.id: Bound(s, t) for s, (_, t) in zip(wanted.values(), tensors)}
 
 
 def compare(sums: tuple[Sums, Sums, Sums], wire: Wire, devices: Devices, ready: Ready, failed: bool) -> None:

@@ -6,8 +6,10 @@ framework's order of ranks. ``Side.sharded`` is HF tensors cut as DTensors are: 
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from reshard import formats
 from reshard.checkpoint import find_config, model_config, read_config
@@ -17,6 +19,7 @@ from reshard.errors import LayoutError, PlanError
 from reshard.geometry.block import Stored, singles
 from reshard.layout import Layout, Mesh, Placement, Rank, Section, find_descriptor, load_descriptor, parse_version
 from reshard.layout.mesh import stage_order
+from reshard.sync import carried
 from reshard.sync.fp8_blocks import Fp8, linear_tensors, scale_shape, scales_name
 from reshard.sync.sharding import Sharding, local_part, spelled, unsharded
 
@@ -53,6 +56,7 @@ class Side:
     title: str = ""
     fp8: Fp8 | None = None
     partly: frozenset[str] = frozenset()  # names of tensors of which a part is not selected
+    recipe: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)  # what it was made from, for ``to_json``
 
     @property
     def processes(self) -> list[int]:
@@ -69,6 +73,41 @@ class Side:
     def held_by(self, process: int) -> list[Stored]:
         """All that `process` holds on this side."""
         return [s for member, ranks in zip(self.members, self.ranks) if process in ranks for s in member]
+
+    def names(self, process: int) -> list[str]:
+        """All names under which `process` may give what it holds, scales and tied weights' other names among them."""
+        held = self.held_by(process)
+        scales = [found for s in held for found in [self.scales(s)] if found]
+        return [name for s in (*held, *scales) for name in (s.name, *self.other_names.get(s.entry.of, ()))]
+
+    def leaves_out(self, name: str) -> bool:
+        """Whether `name` may be given and is no part of the sync: a constant, or no weight."""
+        return name in self.constants or any(fnmatchcase(name, pattern) for pattern in self.ignored)
+
+    def typed(self, dtypes: Mapping[str, str]) -> "Side":
+        """This side with the dtypes that ``sync.dtypes(model)`` read from tensors, of one process or of several together."""
+        members = []
+        for member in self.members:
+            words = [next((dtypes[n] for n in (s.name, *self.other_names.get(s.entry.of, ())) if n in dtypes), s.dtype) for s in member]
+            members.append(tuple(s if word == s.dtype else replace(s, dtype=word) for s, word in zip(member, words)))
+        known = {name for process in self.processes for name in self.names(process)}
+        if not known & dtypes.keys():
+            raise PlanError([f"{self.title} has none of the tensors whose dtypes are given: {', '.join(list(dtypes)[:3])} …"])
+        recipe = {**self.recipe, "typed": {**self.recipe.get("typed", {}), **{n: w for n, w in dtypes.items() if n in known}}}
+        return replace(self, members=tuple(members), recipe=recipe)
+
+    def to_json(self) -> str:
+        """Who holds what, for a control plane to carry: the model's config, the layout's name, and how this side was made."""
+        return carried.written(self.layout, self.recipe, whole=not self.partly)
+
+    @classmethod
+    def from_json(cls, text: str, descriptor: str | Path | None = None) -> "Side":
+        """The side of which ``to_json`` wrote `text`; `descriptor` is the layout's file, where it is not one of reshard's. Raises
+        PlanError for what is no such text."""
+        kind, layout, made, typed = carried.read(text, descriptor)
+        with carried.reading():
+            side = getattr(cls, kind)(layout, **made)
+            return side.typed(typed) if typed else side
 
     def scales(self, stored: Stored) -> Stored | None:
         """The tensor of scales beside `stored`, where that is held in FP8 blocks."""
@@ -101,13 +140,13 @@ class Side:
         scales. `variants` are names of the layout's other spellings (Megatron's ``local``, ``sequential``).
         Raises PlanError when the mesh cannot cut the model.
         """
+        recipe = {"format": format, "ranks": list(ranks), "tp": tp, "pp": pp, "ep": ep, "etp": etp, "dtype": dtype, "dtypes": dict(dtypes),
+                  "engine_version": engine_version, "variants": list(variants), "fp8": fp8}  # fmt: skip
         quantised = Fp8(linear_tensors(layout)) if fp8 is True else fp8 or None
-        kind, mesh, processes = formats.get(format), Mesh(tp, pp, ep, etp), list(ranks)
+        kind, mesh, processes = formats.get(format), Mesh(tp, pp, ep, etp), recipe["ranks"]
         section = layout.section(kind.section)
         version = parse_version(engine_version) if engine_version else None
-        placement = Placement(
-            layout, spelled(section.for_version(version), section, variants), kind.rules, mesh, engine=version, transforms=frozenset()
-        )
+        placement = Placement(layout, spelled(section.for_version(version), section, variants), kind.rules, mesh, engine=version)
         numbers = _numbers(format, placement, len(processes))
         stored: list[list[Stored]] = [[] for _ in placement.ranks]
         for s in placement.stored():
@@ -133,6 +172,7 @@ class Side:
             layout.buffers(section) + layout.omitted(section),
             f"{format} {mesh}{replicas}",
             quantised,
+            recipe={"placed": recipe},
         )
 
     @classmethod
@@ -191,6 +231,7 @@ class Side:
             frozenset(),
             layout.buffers(section) + layout.omitted(section),
             f"DTensors on {len(processes)} ranks",
+            recipe={"sharded": {"shardings": shardings, "dtype": dtype, "dtypes": dict(dtypes), "variants": list(variants)}},
         )
 
 

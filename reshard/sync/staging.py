@@ -148,8 +148,9 @@ class Staging:
         device: torch.device,
         mapped: "Peers",
         devices: Devices | None = None,
+        buffers: "Buffers | None" = None,
     ):
-        self._devices = devices or Devices()
+        self._made = buffers if buffers is not None else Buffers(devices or Devices())
         sends = [m for m in part.sends if m.taker not in mapped.to]
         takes = [m for m in part.takes if m.sender not in mapped.out_of]
         self.rounds = [Round() for _ in range(1 + max((m.round for m in (*sends, *takes)), default=-1))]
@@ -192,8 +193,9 @@ class Staging:
         made = {}
         for (flight, other), size in sizes.items():
             self.crosses |= other is not None and size > 0
-            own = self._empty(size, device, other)
-            made[flight, other] = own, self._empty(size, other, device) if other else own
+            self.bytes += size * (2 if other else 1)
+            own = self._made.take(size, device, other)
+            made[flight, other] = own, self._made.take(size, other, device) if other else own
         for m, found, ((number, other), at) in zip(messages, lying, places):
             if found.run is not None:
                 yield found.run, found.run
@@ -201,12 +203,33 @@ class Staging:
                 wire, near = (b[at : at + m.bytes] for b in made[number % FLIGHTS, other])
                 yield wire, near if other else wire
 
-    def _empty(self, size: int, device: torch.device, other: "torch.device | None") -> torch.Tensor:
+
+class Buffers:
+    """Staging buffers, which outlive the views of one Staging: those of one that has moved are free for the next."""
+
+    def __init__(self, devices: Devices):
+        self._devices = devices
+        self._free: dict[tuple[torch.device, bool], list[torch.Tensor]] = defaultdict(list)
+        self._used: dict[tuple[torch.device, bool], list[torch.Tensor]] = defaultdict(list)
+
+    def take(self, size: int, device: torch.device, other: "torch.device | None") -> torch.Tensor:
         """`size` bytes on `device`: pinned where that is the host's, and `other` an accelerator that they go to or come from."""
-        self.bytes += size
-        if device.type == "cpu" and other is not None and self._devices.accelerated(other):
-            return self._devices.pinned(size)
-        return torch.empty(size, dtype=torch.uint8, device=device)
+        pinned = device.type == "cpu" and other is not None and self._devices.accelerated(other)
+        free = sorted(self._free[device, pinned], key=len)
+        found = next((b for b in free if len(b) >= size), None)
+        if found is None:
+            if free:
+                free.pop()  # the largest is too small: let go of it before a larger one is made
+            found = self._devices.pinned(size) if pinned else torch.empty(size, dtype=torch.uint8, device=device)
+        self._free[device, pinned] = [b for b in free if b is not found]
+        self._used[device, pinned].append(found)
+        return found[:size]
+
+    def release(self) -> None:
+        """All of them are free: nothing that was made of them moves any more."""
+        for at, used in self._used.items():
+            self._free[at] += used
+        self._used.clear()
 
 
 @dataclass(frozen=True)

@@ -4,8 +4,7 @@ Tensors are used as they lie: a view of the tensor's own storage for every copy.
 once, before a byte moves.
 """
 
-from collections.abc import Iterable, Mapping
-from fnmatch import fnmatchcase
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 
 import torch
@@ -99,6 +98,11 @@ def named(tensors: "Mapping[str, torch.Tensor] | Iterable[tuple[str, torch.Tenso
     return dict(tensors.items() if isinstance(tensors, Mapping) else tensors)
 
 
+def dtypes(tensors) -> dict[str, str]:
+    """{name: dtype} of what a framework holds, for ``Side.typed``."""
+    return {name: WORDS[t.dtype] for name, t in named(tensors).items() if t.dtype in WORDS}
+
+
 def identity(given: Mapping[str, torch.Tensor]) -> list[tuple]:
     """What the tensors are to their views: as long as this is equal, views made of them are good. A parameter made anew may
     lie at the address of the one before, in other strides or dtype."""
@@ -119,10 +123,11 @@ def _identity(name: str, tensor: torch.Tensor) -> tuple:
 _PLAIN = torch.Tensor, torch.nn.Parameter
 
 
-def bind(given, side: Side, process: int, role: str) -> Tensors:
-    """Match `given` with what `process` holds on `side`, scales among it. Raises PlanError with all problems."""
+def bind(given, side: Side, process: int, role: str, part: "Sequence[Stored] | None" = None) -> Tensors:
+    """Match `given` with what `process` holds on `side`, scales among it; of its stored tensors with those of `part` alone, where
+    that is given. Raises PlanError with all problems."""
     tensors = named(given)
-    held = side.held_by(process)
+    held = side.held_by(process) if part is None else part
     scales = {found.id: found for s in held for found in [side.scales(s)] if found}
     problems: list[str] = []
     out: Tensors = {}
@@ -149,13 +154,9 @@ def bind(given, side: Side, process: int, role: str) -> Tensors:
             if _storage(tensors[name]) != _storage(tensor):
                 problems.append(f"{name} and {names[0]} are one tensor in this model, here they lie apart")
     known = {_storage(t) for t in used.values()}
+    used |= {name: tensors[name] for name in side.names(process) if name in tensors} if part is not None else {}
     for name, tensor in tensors.items():
-        if (
-            name in used
-            or name in side.constants
-            or any(fnmatchcase(name, pattern) for pattern in side.ignored)
-            or _storage(tensor) in known
-        ):
+        if name in used or side.leaves_out(name) or _storage(tensor) in known:
             continue
         problems.append(f"{name}: {side.title} has no such tensor on rank {process}")
     if problems:
