@@ -4,9 +4,12 @@ FORMATS = {
     "tp": "tp.FORMAT",
     "transformers": "transformers.FORMAT",
     "dcp": "dcp.FORMAT",
+    "fsdp": "fsdp.FORMAT",
     "vllm": "engine.VLLM",
     "sglang": "engine.SGLANG",
     "megatron": "megatron.FORMAT",
     "rank-pt": "rank_pt.FORMAT",
     "hf": "hf.FORMAT",
 }
+#: read, and not written: their writers have formats that are
+READ_ONLY = ("fsdp",)

@@ -34,6 +34,9 @@ MAMBA2 = {
     "mamba_chunk_size": 16,
 }
 
+TRANSPOSED = {"qwen3_vl_moe": r".*experts\.(gate_up|down)_proj"}
+TOWER = {"depth": 2, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "out_hidden_size": 64, "patch_size": 4, "spatial_merge_size": 2,
+         "temporal_patch_size": 2, "num_position_embeddings": 16, "deepstack_visual_indexes": [0]}  # fmt: skip
 #: keys of config.json that published files have and transformers does not write
 KEPT = ("topk_method", "rotary_dim", "conv_dim", "block_dim", "scoring_func", "use_qk_norm", "qk_norm_type")
 #: where the published files have other names than transformers 5.23 writes
@@ -87,6 +90,12 @@ FAMILIES = {
     "glm_moe_dsa": ("GlmMoeDsaForCausalLM", {**MLA, "index_n_heads": 2, "index_head_dim": 16, "index_topk": 8, "num_nextn_predict_layers": 1}),
     "glm4_moe": ("Glm4MoeForCausalLM", {**COMMON, **MOE, "head_dim": 16, "n_routed_experts": 4, "n_shared_experts": 1, "first_k_dense_replace": 1,
                                         "use_qk_norm": True, "attention_bias": True, "n_group": 1, "topk_group": 1, "num_nextn_predict_layers": 1}),
+    "glm4_moe_lite": ("Glm4MoeLiteForCausalLM", {**MLA, "num_nextn_predict_layers": 1}),
+    "qwen3_vl": ("Qwen3VLForConditionalGeneration", {"text_config": {**COMMON, "head_dim": 16}, "vision_config": TOWER}),
+    "qwen3_vl_moe": ("Qwen3VLMoeForConditionalGeneration", {"text_config": {**COMMON, **MOE, "head_dim": 16, "num_experts": 4}, "vision_config": TOWER}),
+    "qwen3_5_vl": ("Qwen3_5ForConditionalGeneration", {"text_config": QWEN35, "vision_config": TOWER}),
+    "qwen3_5_moe_vl": ("Qwen3_5MoeForConditionalGeneration", {"text_config": {**QWEN35, **MOE, "num_experts": 4, "shared_expert_intermediate_size": 32},
+                                                              "vision_config": TOWER}),
     "minimax_m2": ("MiniMaxM2ForCausalLM", {**COMMON, "num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 16, "intermediate_size": 32, "rotary_dim": 8, "use_qk_norm": True}),
     "gpt_oss": ("GptOssForCausalLM", {**COMMON, "num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 16, "intermediate_size": 32}),
     "llama4": ("Llama4ForCausalLM", {**COMMON, "num_local_experts": 4, "num_experts_per_tok": 1, "head_dim": 16, "intermediate_size": 32,
@@ -128,6 +137,8 @@ def mtp(name: str, config: dict, tensors: dict) -> dict:
     """The multi-token prediction layer that published files of family `name` have: DeepSeek's as one more layer, Qwen's under ``mtp``."""
     if not (config.get("num_nextn_predict_layers") or config.get("mtp_num_hidden_layers")):
         return {}
+    if "text_config" in config:
+        return {}
     hidden, last = config["hidden_size"], config["num_hidden_layers"] - 1
     of_last = {n.split(f"model.layers.{last}.", 1)[1]: v for n, v in tensors.items() if n.startswith(f"model.layers.{last}.")}
     if config.get("num_nextn_predict_layers"):
@@ -163,6 +174,8 @@ def shapes(name: str) -> dict:
             tensors = {key: [file.get_slice(key).get_dtype(), file.get_slice(key).get_shape()] for key in sorted(file.keys())}
     tensors = {re.sub(*PUBLISHED.get(name, ("^", "")), key): value for key, value in tensors.items()}
     for key, value in tensors.items():
+        if re.fullmatch(TRANSPOSED.get(name, "-"), key):
+            value[1][-2:] = reversed(value[1][-2:])
         if key.endswith("e_score_correction_bias"):  # as the published files have it
             value[0] = "F32"
     written.pop("transformers_version", None)

@@ -1,7 +1,6 @@
 """Boxes and flat ranges of stored tensors, against a model that knows each element by its number; and what is told of bad ones."""
 
 import random
-from dataclasses import replace
 from math import prod
 
 import numpy as np
@@ -72,7 +71,7 @@ def test_the_model_sees_a_broken_cutter(monkeypatch, broken):
     spoil = {
         "dropped": lambda parts: parts[1:],
         "late": lambda parts: [part.moved(1) for part in parts],
-        "other axis": lambda parts: [replace(part, strides=part.strides[::-1]) for part in parts],
+        "other axis": lambda parts: [part._replace(strides=part.strides[::-1]) for part in parts],
     }
     regions._cut_to.cache_clear()
     monkeypatch.setattr(regions, "cut", lambda *at: spoil[broken](block.cut(*at)))
@@ -146,7 +145,7 @@ def test_what_is_wrong_names_tensor_file_rank_and_both_numbers(case):
 
 def test_all_that_is_wrong_is_told_together():
     every = [piece._replace(name=case, rank=0) for case, (pieces, _) in BAD.items() for piece in pieces]
-    found = placed([replace(whole_tensor(), name=case) for case in BAD], every)
+    found = placed([whole_tensor()._replace(name=case) for case in BAD], every)
     assert len(found.problems) == len(BAD)
 
 
@@ -154,7 +153,7 @@ def test_replicas_strides_and_strangers():
     """Equal pieces of several ranks are replicas; strides are the file's; what no stored tensor is made of is handed back."""
     first, second = (Piece(f, 8, "BF16", (2, 6), "w", 0, Chunk((at, 0)), (1, 2), h) for f, at, h in (("a", 0, 0), ("b", 2, 1)))
     found = placed(
-        [whole_tensor(), replace(whole_tensor(), name="gone")],
+        [whole_tensor(), whole_tensor()._replace(name="gone")],
         [first, second, second._replace(file="c", holder=5), first._replace(name="x")],
     )
     assert [(s.rank, s.file, s.start, s.dtype, s.shape) for s in found.stored] == [

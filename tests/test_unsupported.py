@@ -43,7 +43,6 @@ def hf(tmp_path) -> Path:
         ([".metadata", "__0_0.distcp", "common.pt"], "is a Megatron torch_dist checkpoint", "--ckpt-format torch"),
         (["zero_pp_rank_0_mp_rank_00_model_states.pt"], "is a DeepSpeed checkpoint", "zero_to_fp32.py"),
         (["mp_rank_00_model_states.pt"], "is a DeepSpeed checkpoint", "zero_to_fp32.py"),
-        (["model_world_size_2_rank_0.pt", "fsdp_config.json"], "verl's FSDP", "verl.model_merger"),
         (["consolidated.00.pth", "params.json"], "Meta's own layout", "convert_llama_weights_to_hf.py"),
         (["consolidated.safetensors", "params.json"], "Mistral's own layout", "convert_mistral_weights_to_hf.py"),
         (["adapter_config.json", "adapter_model.safetensors"], "is a LoRA adapter", "merge_and_unload"),
@@ -81,7 +80,6 @@ def test_folders_are_called_by_their_names(tmp_path, files, says, hint):
 @pytest.mark.parametrize(
     ("sample", "says"),
     [
-        ("verl/llama-2-fsdp/global_step_1/actor", "verl"),
         ("deepspeed/llama-zero2-dp2-bf16/global_step1", "DeepSpeed"),
         ("deepspeed/llama-zero1-dp1-bf16-autotp2/global_step1", "DeepSpeed"),
         ("meta/llama2-style-mp2", "Meta's"),

@@ -44,7 +44,11 @@ def review(descriptor: Descriptor, config: Mapping[str, object]) -> list[Finding
         if kind.section in descriptor.formats:
             section = descriptor.section(kind.section)
             releases = [until for _, until, _ in section.variants if until] if kind.newest else []
-            meshes = [mesh for mesh in MESHES if (mesh.ep == 1 or layout.sizes.get("expert")) and (kind.name != "hf" or mesh == Mesh())]
+            meshes = [
+                mesh
+                for mesh in MESHES
+                if (mesh.ep == 1 or layout.sizes.get("expert")) and (mesh == Mesh() or not kind.whole and kind.name != "hf")
+            ]
             out += [_found(source, kind, mesh, None) for mesh in meshes]
             out += [_found(source, kind, Mesh(2), release) for release in releases if parse_version(release) >= parse_version(kind.oldest)]
     return out

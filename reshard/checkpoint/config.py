@@ -14,8 +14,10 @@ def find_config(folder: AnyPath, config: str | AnyPath | None) -> AnyPath:
         if not path.is_file():
             raise FormatError(f"--config: {path} does not exist")
         return path
-    path = folder / "config.json"
-    if not path.is_file():
+    path = next(
+        (path for path in (folder / "config.json", folder / "huggingface" / "config.json") if path.is_file()), None
+    )  # the latter: verl
+    if path is None:
         raise FormatError(f"{folder} has no config.json, which gives the model's sizes", "name the original model's with --config FILE|DIR")
     return path
 

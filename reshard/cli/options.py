@@ -6,6 +6,7 @@ import click
 
 from reshard.errors import ReshardError
 from reshard.registry import FORMATS as KNOWN
+from reshard.registry import READ_ONLY
 
 FORMATS = ["hf", *(name for name in KNOWN if name != "hf")]
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -86,7 +87,13 @@ def target_options(command, required=True):
         command
     )
     command = mesh_options(command)
-    return click.option("--to", "to", type=click.Choice(FORMATS), required=required, help="Format of the result.")(command)
+    return click.option(
+        "--to",
+        "to",
+        type=click.Choice([name for name in FORMATS if name not in READ_ONLY]),
+        required=required,
+        help="Format of the result.",
+    )(command)
 
 
 rank_option = click.option("--rank", type=click.IntRange(0), help="Only what this rank needs.")

@@ -210,6 +210,8 @@ def prepare(
     """
     kind = formats.get(format)
     jobs = jobs or default_jobs(source)
+    if kind.write is None:
+        raise PlanError([f"format {format} is read, not written"], "dcp, transformers and hf are written for the same readers")
     if format == "hf" and (mesh.tp, mesh.pp, mesh.ep) != (1, 1, 1):
         raise PlanError([f"format hf is whole: it has no {mesh}"], "leave --tp, --pp and --ep out, or use --to tp")
     placement = place(source, format, mesh, engine_version, engine_platform, dequantise)

@@ -66,7 +66,7 @@ class Format:
     rules: Rules
     recognise: Callable[[AnyPath, set[str]], bool]
     read: Callable[[AnyPath], Contents]
-    write: Callable[["Target", list[Stored]], Folder]
+    write: Callable[["Target", list[Stored]], Folder] | None  # None: read only
     newest: str | None = None  # release of the engine whose files it writes, the newest known
     oldest: str | None = None  # the oldest whose names are known
     disagreements: Callable[[Layout, Contents], list[str]] | None = None  # of a folder's own settings with config.json

@@ -50,11 +50,6 @@ KINDS = (
         ),
     ),
     Kind(
-        "a folder of verl's FSDP shards",
-        "merge it with `python -m verl.model_merger merge --backend fsdp --local_dir DIR --target_dir OUT`, and name OUT",
-        _any(r"model_world_size_\d+_rank_\d+\.pt"),
-    ),
-    Kind(
         "a checkpoint in Meta's own layout",
         "convert it with transformers' `convert_llama_weights_to_hf.py`, and name what that writes",
         _any(r"consolidated\.\d+\.pth"),

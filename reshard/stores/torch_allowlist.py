@@ -15,10 +15,24 @@ from reshard.stores.torch_names import FLAT
 #: classes that may occur and are never needed: recorded as Opaque, by package or by full name
 _INERT_PACKAGES = frozenset(("megatron", "transformer_engine", "transformer_engine_torch", "numpy"))
 _INERT_MODULES = frozenset((
-    "torch.nn.functional", "torch._C._nn", "torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.filesystem",
+    "torch.nn.functional", "torch._C._nn", "torch.distributed._mesh_layout", "torch.distributed.device_mesh",
+    "torch.distributed.tensor._dtensor_spec", "torch.distributed.tensor.placement_types", "torch.distributed._tensor.placement_types",
+    "torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.filesystem",
 ))  # fmt: skip
 _INERT = frozenset(
-    (("torch", "device"), ("_io", "BytesIO"), ("io", "BytesIO"), ("signal", "Signals"), ("torch.serialization", "_get_layout"))
+    (
+        ("torch", "device"),
+        ("_io", "BytesIO"),
+        ("io", "BytesIO"),
+        ("signal", "Signals"),
+        ("torch.serialization", "_get_layout"),
+        ("torch._utils", "_rebuild_wrapper_subclass"),
+    )
+)
+#: torch's class of a tensor that is spread over ranks, by the names that it had
+DTENSORS = frozenset(
+    (m, "DTensor")
+    for m in ("torch.distributed.tensor", "torch.distributed.tensor._api", "torch.distributed._tensor.api", "torch.distributed._tensor")
 )
 TENSOR_TYPES = frozenset((("torch", "Tensor"), ("torch.nn.parameter", "Parameter"), ("torch.nn.parameter", "Buffer")))
 

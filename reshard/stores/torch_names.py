@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 
 from reshard.dtypes import TABLE
+from reshard.stores import TensorInfo
 
 #: torch's name of each dtype that reshard knows, and the storage class that torch pickles for it
 DTYPE_NAME = {name: dtype.torch for name, dtype in TABLE.items()}
@@ -53,6 +54,18 @@ class Opaque:
     args: tuple[object, ...]
     state: object = None
     items: list[object] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class Sharded:
+    """A DTensor: what this rank has of a tensor of `size`, its place in a device mesh of `mesh`, and per dimension of that mesh how
+    it is cut: (dimension of the tensor or None, split factor)."""
+
+    local: TensorInfo
+    size: tuple[int, ...]
+    mesh: tuple[int, ...]
+    coordinate: tuple[int, ...]
+    cuts: tuple[tuple[int | None, int], ...]
 
 
 @dataclass(eq=False, slots=True)

@@ -190,11 +190,12 @@ class Sync:
             for part in self._parts[self._mode]:
                 ready = self._ready if self._mode == "tensors" else self._next(part, stream, taking)
                 ready.run(self._wire, self._devices)
-                taking.close(part)
                 moved["mapped"] += ready.bytes_mapped
                 moved["local"] += ready.bytes_local
                 moved["checks"] += 8 * sum(sums.size for sums in ready.sums or ())
                 moved["staging"] = max(moved["staging"], ready.staging.bytes)
+                del ready  # and the views in it, so that tensors which are whole can be freed
+                taking.close(part)
                 yield
         except PeerLost:
             raise  # no use in telling: the group is broken, and each rank finds out by itself

@@ -6,12 +6,11 @@ A mesh is nested tuples of processes. torch.chunk's rule throughout; a strided s
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import permutations, product
-from math import prod
 
 from reshard import formats
 from reshard.errors import PlanError
-from reshard.geometry.block import Block, Key, Stored, chunk, restride, row_major
-from reshard.geometry.regions import slice_dim
+from reshard.geometry.block import Block, Key, Stored, restride, row_major
+from reshard.geometry.regions import intervals, slice_dim
 from reshard.layout import Layout, Mesh, Placement, Section
 
 #: how one dimension of a device mesh cuts a tensor: None replicates, a number is Shard(dim), a pair is _StridedShard(dim, split_factor)
@@ -150,42 +149,6 @@ def spelled(section: Section, known: Section, variants: Sequence[str]) -> Sectio
             raise PlanError([f"unknown variant {name!r}"], f"known are {', '.join(names) or 'none'}")
         section = section.overlaid(names[name])
     return section
-
-
-def intervals(size: int, cuts: Sequence[tuple[int, int, int]]) -> list[tuple[int, int]]:
-    """The ranges of a dimension of `size` that lie, one after another, on one place of a mesh.
-
-    `cuts` in order of the mesh's dimensions: (parts, this place's index, split factor; 1 for a plain Shard). A strided
-    shard whose factor is the product of the later shards is cut after them (FSDP over TP); another one cuts each of
-    `factor` equal runs (packed tensors). torch.chunk's rule throughout.
-    """
-    held = [(0, size)]
-    late: list[tuple[int, int]] = []
-    for i, (parts, index, factor) in enumerate(cuts):
-        if factor > 1 and factor == prod(n for n, _, f in cuts[i + 1 :] if f == 1):
-            late.append((parts, index))
-        elif factor > 1:
-            total = sum(high - low for low, high in held)
-            runs = [chunk(total, factor, run) for run in range(factor)]
-            held = [
-                r for low, high in runs for start, stop in [chunk(high - low, parts, index)] for r in _within(held, low + start, low + stop)
-            ]
-        else:
-            held = _within(held, *chunk(sum(high - low for low, high in held), parts, index))
-    for parts, index in reversed(late):
-        held = _within(held, *chunk(sum(high - low for low, high in held), parts, index))
-    return held
-
-
-def _within(held: list[tuple[int, int]], low: int, high: int) -> list[tuple[int, int]]:
-    """Positions [low, high) of the ranges `held`, laid one after another."""
-    out, at = [], 0
-    for start, stop in held:
-        first, last = max(low, at), min(high, at + stop - start)
-        if first < last:
-            out.append((start + first - at, start + last - at))
-        at += stop - start
-    return out
 
 
 def local_part(whole: Stored, sharding: Sharding, coordinate: tuple[int, ...]) -> tuple[tuple[int, ...], list[tuple[Key, Block]]]:

@@ -1,17 +1,21 @@
 """Mutants of the descriptors that come with reshard: letters, lines and values changed as a slip or an attack would."""
 
 import copy
+import json
 import random
 import re
 import tomllib
 from collections.abc import Callable
+from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 
+from reshard.checkpoint import model_config
 from reshard.formats import get
 from reshard.layout import Mesh, Placement, load_descriptor
 from reshard.layout.files import layout_dir
 
-#: a config.json that all families can be bound to
+#: a config.json for descriptors that are for no known architecture
 CONFIG = {
     "hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 4, "vocab_size": 60,
     "num_hidden_layers": 2, "rms_norm_eps": 1e-5, "tie_word_embeddings": False, "num_experts": 4, "num_local_experts": 4, "n_routed_experts": 4,
@@ -112,15 +116,29 @@ def builtin_texts() -> list[str]:
     return own
 
 
+@lru_cache
+def configs() -> list[dict]:
+    """config.json of a small model of each family."""
+    return [json.loads(path.read_text())["config"] for path in sorted((Path(__file__).parents[1] / "families_data").glob("*.json"))]
+
+
+def config_of(text: str) -> dict:
+    """The config of the family that the descriptor `text` is for, or of one that it extends."""
+    own = next((config for config in configs() if f'"{config["architectures"][0]}"' in text), None)
+    parent = re.search(r'^extends = "(\w+)"', text, re.M)
+    file = layout_dir() / f"{parent[1]}.toml" if parent else None
+    return own or (config_of(file.read_text()) if file and file.is_file() and file.read_text() != text else CONFIG)
+
+
 def use(path: Path) -> None:
     """All that is done with a descriptor before a file is touched: read, bound to sizes, placed on meshes."""
     descriptor = load_descriptor(path)
-    layout = descriptor.bind(CONFIG)
+    layout = descriptor.bind(model_config(config_of(path.read_text())))
     for name, mesh in _PLACES:
         kind = get(name)
         if kind.section not in descriptor.formats:
             continue
-        section = layout.section(kind.section)
+        section, mesh = layout.section(kind.section), replace(mesh, pp=1) if layout.layers % mesh.pp else mesh
         placement = Placement(layout, section, kind.rules, mesh)
         for stored in placement.stored(aliases=True):
             assert len(stored.shape) < 10
