@@ -63,8 +63,8 @@ def rank(folder: Path, mesh: dict, rank: int, world: int, work: Path, family: di
         return out | {"differences": lines, "control": 1}
     try:
         difference, largest = logits(model, held["model"], folder, work)
-    except NotImplementedError as error:
-        return out | {"differences": lines, "control": 1, "proved": f"names and shapes; not run: {reason(error)}"}
+    except Exception as error:  # noqa: BLE001  names and shapes are right; why it cannot be run is told
+        raise NotBuilt(f"names and shapes are equal, but it does not run: {reason(error)}") from error
     if difference > CLOSE * largest:
         lines.append(f"logits differ from transformers' by {difference:.3g}, of {largest:.3g}")
     other, _ = logits(model, files(folder / f"control-{label(mesh)}", mesh, rank)["model"], folder, work)
