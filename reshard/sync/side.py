@@ -99,7 +99,7 @@ class Side:
         members = []
         for member in self.members:
             words = [next((dtypes[n] for n in (s.name, *self.other_names.get(s.entry.of, ())) if n in dtypes), s.dtype) for s in member]
-            members.append(tuple(s if word == s.dtype else replace(s, dtype=word) for s, word in zip(member, words)))
+            members.append(tuple(s if word == s.dtype else s._replace(dtype=word) for s, word in zip(member, words)))
         known = {name for process in self.processes for name in self.names(process)}
         if not known & dtypes.keys():
             raise PlanError([f"{self.title} has none of the tensors whose dtypes are given: {', '.join(list(dtypes)[:3])} …"])
