@@ -157,6 +157,8 @@ def work(rank: int, args, port: int, source: int, target: int) -> None:
         gathered = seconds.get("all-gather + broadcast")
         total = case.plan.cost().total
         for mode, own in seconds.items():
+            if not own:
+                continue
             ratio = statistics.median(b / s for b, s in zip(bound, own))
             against = f"{statistics.median(g / s for g, s in zip(gathered, own)):.1f}" if gathered else ""
             print(

@@ -37,9 +37,9 @@ def checkpoint(family: str, folder: Path) -> Path:
         out.write(image.segments[0][1])
         for name, info in sorted(image.tensors.items(), key=lambda item: item[1].offset):
             seed = next((own for end, own in same.items() if name.endswith(end)), name)
-            wide = (
-                np.random.default_rng(zlib.crc32(seed.encode())).normal(0, 0.02, info.nbytes // DTYPE_SIZE[info.dtype]).astype(np.float32)
-            )
+            rng, count = np.random.default_rng(zlib.crc32(seed.encode())), info.nbytes // DTYPE_SIZE[info.dtype]
+            mean = name.endswith(("norm.weight", "A_log"))  # as in trained models: what is transformed comes back exactly
+            wide = rng.normal(float(mean), 0.02, count).astype(np.float32)
             out.write(wide.tobytes() if info.dtype == "F32" else (wide.view(np.uint32) >> 16).astype(np.uint16).tobytes())
     return folder
 
@@ -74,6 +74,7 @@ def test_there_and_back_through_every_format(family, tmp_path):
         back = bits(tmp_path / f"{number}-back")
         assert back.items() <= whole.items(), target
         lost = {name for name in whole.keys() - back.keys() if whole[name] not in back.values()}  # a copy goes with its prediction layer
-        assert lost == set(job.left_out) and (not lost or target["format"] in ("vllm", "sglang")), target
+        assert lost == set(job.left_out) and target["format"] not in ("tp", "rank-pt")[: len(lost)], target
+        assert target["format"] != "megatron" or all(".visual." in name for name in lost), target
         seen["legal"] += 1
     assert seen["legal"] >= 3, seen

@@ -41,6 +41,7 @@ def test_conversion_from_the_hub_is_that_of_the_folder(hub, model, tmp_path, tar
 @pytest.mark.parametrize(("source", "target"), [
     ({"format": "megatron", "tp": 3, "pp": 2}, {"format": "vllm", "tp": 1}), ({"format": "vllm", "tp": 3}, {"format": "hf"}),
     ({"format": "tp", "tp": 9}, {"format": "megatron", "tp": 1}), ({"format": "rank-pt", "tp": 3}, {"format": "tp", "tp": 2}),
+    ({"format": "transformers", "tp": 2}, {"format": "dcp", "tp": 2}),
 ])  # fmt: skip
 def test_every_format_is_read_from_the_hub(hub, model, tmp_path, source, target):
     reshard.convert(model, tmp_path / "shards", **source)
@@ -48,6 +49,16 @@ def test_every_format_is_read_from_the_hub(hub, model, tmp_path, source, target)
     reshard.convert("hf://org/name", tmp_path / "far", **target)
     assert reshard.diff(model, tmp_path / "far") and reshard.diff("hf://org/name", model) and reshard.diff(model, "hf://org/name")
     assert no_token_elsewhere(hub)
+
+
+def test_a_distributed_checkpoint_is_read_from_the_hub(hub, model, tmp_path):
+    """Its metadata whole, its items by ranges; these small files are no LFS files, so that no other host is asked."""
+    reshard.convert(model, tmp_path / "dcp", format="dcp", tp=3)
+    hub.add_folder("org/name", tmp_path / "dcp")
+    reshard.convert("hf://org/name", tmp_path / "far", format="hf")
+    assert reshard.diff(model, tmp_path / "far") and reshard.diff("hf://org/name", model)
+    reshard.push(tmp_path / "dcp", "hf://ada/name")
+    assert ".metadata" in hub.files("ada/name") and reshard.diff("hf://ada/name", model)
 
 
 def test_diff_finds_a_changed_element(hub, model, tmp_path):

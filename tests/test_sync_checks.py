@@ -136,12 +136,12 @@ def test_a_sum_sees_each_bit_and_each_exchange():
         return word_sums([words.split(40000)])[0]
 
     whole = total(words)
-    for place in (0, 5, 2038, 2039, 39999, 40000, 69999):
+    for place in (0, 5, 4092, 4093, 39999, 40000, 69999):
         for bit in range(64):
             other = words.clone()
             other[place] ^= (1 << bit) - (1 << 64 if bit == 63 else 0)
             assert total(other) != whole
-    for a, b in ((0, 1), (3, 3 + 2039), (3, 3 + 2 * 2039), (5, 40005), (39000, 39999), (40000, 69999)):
+    for a, b in ((0, 1), (3, 3 + 4093), (3, 3 + 2 * 4093), (5, 40005), (39000, 39999), (40000, 69999)):
         other = words.clone()
         other[[a, b]] = words[[b, a]]
         assert total(other) != whole
@@ -161,10 +161,10 @@ def test_a_sum_sees_each_bit_and_each_exchange():
 
 def test_a_sum_of_columns_alone_would_miss_an_exchange():
     """The control: what each of the two kinds of sums is there for."""
-    words = torch.arange(3 * 2039)
+    words = torch.arange(3 * 4093)
     down, across = words.clone(), words.clone()
-    down[[7, 7 + 2039]], across[[7, 8]] = words[[7 + 2039, 7]], words[[8, 7]]
-    square = [w.view(3, 2039) for w in (words, down, across)]
+    down[[7, 7 + 4093]], across[[7, 8]] = words[[7 + 4093, 7]], words[[8, 7]]
+    square = [w.view(3, 4093) for w in (words, down, across)]
     assert torch.equal(square[0].sum(0), square[1].sum(0)) and torch.equal(square[0].sum(1), square[2].sum(1))
     sums = word_sums([[w] for w in (words, down, across)])
     assert len(set(sums.tolist())) == 3

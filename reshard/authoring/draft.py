@@ -210,7 +210,7 @@ def _own_part(layout: Layout, own: Mapping[str, tuple[int, ...]], plan: Mapping[
                 if plan
                 else None
             )
-            dims, sure = zip(*[_dim(n, sizes, unknown) for n in shape]) if shape else ((), ())
+            dims, sure = _dims(shape, sizes, unknown)
             starred = _starred(dims, way)
             known = all(sure) and plan is not None
             tensors.append(
@@ -219,7 +219,7 @@ def _own_part(layout: Layout, own: Mapping[str, tuple[int, ...]], plan: Mapping[
             entries.append(f'{label} = "{("/" + name) if place == "model" else name.split("*.", 1)[1]}"')
         if unknown:
             yield f"\n[part.own_{place}.axes]"
-            yield from (f'{axis} = "{size}"   # DECIDE: which number of config.json this is' for size, axis in unknown.items())
+            yield from (f'{axis} = "{abs(size)}"   # DECIDE: which number of config.json this is' for size, axis in unknown.items())
             unknown.clear()
         yield f"\n[part.own_{place}.tensors]"
         yield from tensors
@@ -235,8 +235,8 @@ def _use(use: Use) -> str:
     return f'"{use.part}"' if len(said) == 1 else f"{{ {', '.join(said)} }}"
 
 
-def _known(layout: Layout) -> dict[int, str]:
-    """The dimensions that the parent's tensors have, by size; the most frequent where several have one size."""
+def _known(layout: Layout) -> dict[int, list[str]]:
+    """The dimensions that the parent's tensors have, by size; the most frequent first where several have one size."""
     found: dict[int, dict[str, int]] = {}
     for tensor in layout.descriptor.tensors.values():
         for dim in tensor.dims:
@@ -250,15 +250,24 @@ def _known(layout: Layout) -> dict[int, str]:
             text = f"({words})" if len(dim) > 1 else words
             if dim:
                 found.setdefault(size, {})[text] = found.get(size, {}).get(text, 0) + 1
-    return {size: max(texts, key=texts.get) for size, texts in found.items()}
+    return {size: sorted(texts, key=texts.__getitem__, reverse=True) for size, texts in found.items()}
 
 
-def _dim(size: int, sizes: Mapping[int, str], unknown: dict[int, str]) -> tuple[str, bool]:
-    if size == 1:
-        return "1", True
-    if size in sizes:
-        return sizes[size], True
-    return unknown.setdefault(size, f"size_{size}"), False
+def _dims(shape: tuple[int, ...], sizes: Mapping[int, list[str]], unknown: dict[int, str]) -> tuple[tuple[str, ...], tuple[bool, ...]]:
+    """A guess at each dimension of `shape`, and whether its size is one that the parent knows. No axis stands twice."""
+    dims: list[str] = []
+    sure: list[bool] = []
+    used: set[str] = set()
+    for size in shape:
+        fitting = [text for text in sizes.get(size, ()) if used.isdisjoint(re.findall(r"\w+", text))]
+        text = "1" if size == 1 else fitting[0] if fitting else unknown.setdefault(size, f"size_{size}")
+        if text in dims and text != "1":  # square, and of no size that is known
+            text = f"{text}_b"
+            unknown[-size] = text
+        used |= set(re.findall(r"\w+", text))
+        dims.append(text)
+        sure.append(size == 1 or bool(fitting))
+    return tuple(dims), tuple(sure)
 
 
 def _starred(dims: tuple[str, ...], way: str | None) -> list[str]:

@@ -155,7 +155,7 @@ def parse_entry(where: str, label: str, value: object) -> RawEntry:
     if view is not None and not (isinstance(view, list) and all(isinstance(g, list) and all(type(d) is int for d in g) for g in view)):
         raise LayoutError(f"{where}: view must list, per dimension, the dimensions that it joins, got {quote(repr(view))}")
     transform = table.get("transform")
-    if transform is not None and transform not in TRANSFORMS:
+    if transform is not None and (not isinstance(transform, str) or transform not in TRANSFORMS):
         raise LayoutError(f"{where}: unknown transform {quote(repr(transform))}", f"known are {', '.join(TRANSFORMS)}")
     if table.get("scheme", "none") != "none":
         raise LayoutError(

@@ -3,7 +3,7 @@
 The bytes of a box, in the order of its own axes, are read as 64-bit words and laid in rows of a prime number of columns; each
 column and each row is added up, mod 2^64, and these sums are mixed, each with the number of its place, and added. So a flipped
 bit always changes its column's sum, and two exchanged words (elements, heads) those of two columns or two rows, wherever they
-are. That takes one pass over memory and one over the cache, where a product for every word takes twice as long. Both ends sum the
+are. That takes one pass over memory and one over the cache, and no product for each word. Both ends sum the
 same boxes, wherever these lie. Small boxes are copied together, so that a step takes few passes whatever their number.
 """
 
@@ -25,7 +25,7 @@ from reshard.sync.plan import SyncPlan
 from reshard.sync.staging import Copies
 from reshard.sync.tensors import DTYPES, Tensors, scales_of
 
-_COLUMNS = 2039  # a prime: no dimension of a model is a multiple of it, so that rows of a matrix never lie in step
+_COLUMNS = 4093  # a prime: no dimension of a model is a multiple of it, so that rows of a matrix never lie in step
 _SMALL = 1 << 16  # bytes: boxes of fewer are copied together and summed at once
 _PIECE = 1 << 20  # bytes summed at a time: they, and what is copied or cast for it, stay in a core's cache
 _TOGETHER = 256  # boxes whose sums are mixed at once

@@ -17,6 +17,28 @@ from reshard.sync.tensors import Tensors
 from reshard.sync.transport import Wire
 
 
+@dataclass(frozen=True)
+class Stats:
+    """What one step moved at this rank, in bytes: `sent` and `taken` in messages, `mapped` out of peers' memory, `local`
+    within the process. `staging` is what its buffers take, `held` what was here of a streamed source at most, `checks` the bytes of sums that ``verify`` exchanged. `note` says why
+    messages were sent where memory should have been mapped, or is empty."""
+
+    version: int
+    sent: int
+    taken: int
+    mapped: int
+    local: int
+    staging: int
+    held: int
+    checks: int
+    seconds: float
+    note: str = ""
+
+    @property
+    def received(self) -> int:
+        return self.taken + self.mapped
+
+
 @dataclass
 class Ready:
     """One part of the plan, bound to tensors: its messages, copies out of peers' memory, copies within the process, sums; and

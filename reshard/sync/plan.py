@@ -254,7 +254,7 @@ class SyncPlan:
     def fingerprint(self) -> str:
         """sha256 over the layouts as resolved, every block of every stored tensor, ranks and senders: equal where, and only
         where, plans are equal."""
-        sides = [(resolved(side), side.ranks, [digest(member) for member in side.members]) for side in (self.source, *self.destinations)]
+        sides = [(side.resolved, side.ranks, [digest(member) for member in side.members]) for side in (self.source, *self.destinations)]
         return hashlib.sha256(repr(("sync 3", self.bucket_bytes, sides, sorted(self.shares.items()))).encode()).hexdigest()
 
     def cost(self, bandwidth: float = 50e9) -> "Cost":
@@ -262,14 +262,6 @@ class SyncPlan:
         from reshard.sync.cost import cost
 
         return cost(self, bandwidth)
-
-
-def resolved(side: Side) -> str:
-    """A side's layout as far as it settles what moves: its tensors' axes and their sizes, and the quantised blocks."""
-    layout = side.layout
-    tensors = sorted((t.name, t.index, t.dims, t.dtype) for t in layout.descriptor.tensors.values())
-    fp8 = (side.fp8.edge, sorted(side.fp8.tensors)) if side.fp8 else None
-    return repr((side.format, layout.layers, sorted(layout.sizes.items()), tensors, fp8, sorted(side.partly)))
 
 
 def share_out(count: int, size: int, holders: Sequence[int], loads: Mapping[int, int]) -> list[tuple[int, int]]:

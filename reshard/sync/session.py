@@ -9,7 +9,6 @@ an engine's weights are ``mixed``, and they stay so when a step fails.
 import time
 from collections.abc import Iterator
 from contextlib import closing
-from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -21,35 +20,13 @@ from reshard.sync.binding import ALL, SOURCE, Bindings
 from reshard.sync.device import Devices
 from reshard.sync.mapping import place
 from reshard.sync.messages import RankPlan, windows
-from reshard.sync.moving import Ready, make
+from reshard.sync.moving import Ready, Stats, make
 from reshard.sync.plan import SyncPlan
 from reshard.sync.sharing import Sharing
 from reshard.sync.staging import Buffers
 from reshard.sync.tensors import Tensors, named
 from reshard.sync.transport import Wire
 from reshard.sync.windows import Bucket, Complete, Give, Rooms, Stream, Taking
-
-
-@dataclass(frozen=True)
-class Stats:
-    """What one step moved at this rank, in bytes: `sent` and `taken` in messages, `mapped` out of peers' memory, `local`
-    within the process. `staging` is what its buffers take, `held` what was here of a streamed source at most, `checks` the bytes of sums that ``verify`` exchanged. `note` says why
-    messages were sent where memory should have been mapped, or is empty."""
-
-    version: int
-    sent: int
-    taken: int
-    mapped: int
-    local: int
-    staging: int
-    held: int
-    checks: int
-    seconds: float
-    note: str = ""
-
-    @property
-    def received(self) -> int:
-        return self.taken + self.mapped
 
 
 class Sync:
@@ -112,9 +89,7 @@ class Sync:
         `bucket_bytes` at a time, and let go of them. Embeddings, layer by layer, the rest is the order of windows: what comes before its turn waits.
         """
         source = Stream(tensors, self.plan.source, self._wire.rank) if windows and self._is_source else tensors
-        for _ in self._step(source, None, version):
-            pass
-        return self.stats
+        return self.exchange(source, None, version)
 
     def recv(self, tensors, version: int | None = None, *, complete: Complete | None = None) -> Stats:
         """Take weights into the engine's own tensors, in place. Returns when they are whole.
@@ -127,9 +102,7 @@ class Sync:
         if give is None and complete is not None:
             whole = named(tensors)
             give = lambda _: whole  # noqa: E731
-        for _ in self._step(None, tensors if give is None else Taking(self._side, self._wire.rank, {}, give, complete), version):
-            pass
-        return self.stats
+        return self.exchange(None, tensors if give is None else Taking(self._side, self._wire.rank, {}, give, complete), version)
 
     def exchange(self, source=None, into=None, version: int | None = None) -> Stats:
         """Both at once, for a rank that is trainer and engine. Raises, on every rank, what any rank found wrong."""
@@ -239,13 +212,13 @@ class Sync:
         return into if asks else Taking(self._side, me, bound.into.tensors), intent.version
 
     def _check_roles(self, source, into) -> None:
-        me = self._wire.rank
-        if self._is_source != (source is not None):
-            is_, has = ("is", "has to pass") if self._is_source else ("is not", "passes")
-            raise PlanError([f"rank {me} {is_} among the source's ranks: it {has} the weights it sends"])
-        if bool(self._side) != (into is not None):
-            is_, has = ("is", "has to pass") if self._side else ("is not", "passes")
-            raise PlanError([f"rank {me} {is_} among the destination's ranks: it {has} tensors to fill"])
+        for of, given, gives, is_one in (
+            ("source", source, "the weights it sends", self._is_source),
+            ("destination", into, "tensors to fill", bool(self._side)),
+        ):
+            if is_one != (given is not None):
+                is_, has = ("is", "has to pass") if is_one else ("is not", "passes")
+                raise PlanError([f"rank {self._wire.rank} {is_} among the {of}'s ranks: it {has} {gives}"])
 
     def _prepare(self, table: torch.Tensor, mode: str, devices: frozenset[torch.device]) -> None:
         """Lay out messages, map memory, make buffers: what lasts until some rank's tensors move. All ranks come here together."""

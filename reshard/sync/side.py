@@ -66,6 +66,16 @@ class Side:
     def _at(self) -> dict[int, tuple[int, ...]]:
         return {member[0].rank: ranks for member, ranks in zip(self.members, self.ranks) if member}
 
+    @property
+    def resolved(self) -> str:
+        """The layout as far as it settles what moves: its tensors' axes and their sizes, and the quantised blocks."""
+        descriptor = self.layout.descriptor
+        tensors = sorted((t.name, t.index, t.dims, str(t.dtype), t.stage, t.place) for t in descriptor.tensors.values())
+        fp8 = (self.fp8.edge, sorted(self.fp8.tensors)) if self.fp8 else None
+        return repr(
+            (self.format, self.layout.layers, sorted(self.layout.sizes.items()), tensors, list(descriptor.places), fp8, sorted(self.partly))
+        )
+
     def at(self, rank: int) -> tuple[int, ...]:
         """The processes that hold what stored tensors of `rank` (``Stored.rank``) hold."""
         return self._at[rank]
@@ -89,7 +99,7 @@ class Side:
         members = []
         for member in self.members:
             words = [next((dtypes[n] for n in (s.name, *self.other_names.get(s.entry.of, ())) if n in dtypes), s.dtype) for s in member]
-            members.append(tuple(s if word == s.dtype else replace(s, dtype=word) for s, word in zip(member, words)))
+            members.append(tuple(s if word == s.dtype else s._replace(dtype=word) for s, word in zip(member, words)))
         known = {name for process in self.processes for name in self.names(process)}
         if not known & dtypes.keys():
             raise PlanError([f"{self.title} has none of the tensors whose dtypes are given: {', '.join(list(dtypes)[:3])} …"])

@@ -98,6 +98,11 @@ def _verify(request: Request, device: torch.device, devices: list[Device]) -> Re
     start, dtype = time.monotonic(), DTYPES[request.dtype]
     config_at = request.config or (None if (request.checkpoint / "config.json").is_file() else request.reference)
     checkpoint = open_checkpoint(request.checkpoint, format=request.format, layout=request.layout, config=config_at)
+    if checkpoint.layout.operands:
+        raise FormatError(
+            f"{request.checkpoint} is quantised as {checkpoint.layout.scheme}: verify does not compute with quantised weights",
+            "dequantise both first: reshard convert … --dequantise",
+        )
     if checkpoint.mesh.tp == 1:
         raise FormatError(f"{request.checkpoint} is of one tensor-parallel rank: nothing to permute", "use --method tp")
     left_out = left_in_order(checkpoint)
