@@ -166,8 +166,8 @@ def test_a_session_cuts_messages_of_ranks_whose_tensors_the_group_cannot_reach(t
     """defects.md E2: gloo, and weights on an accelerator"""
     make_model(tmp_path / "llama", LLAMA)
     src, dst = one_rank()
-    found, real = [], session.rank_plan
-    monkeypatch.setattr(session, "rank_plan", lambda plan, me, staged=frozenset(): found.append(staged) or real(plan, me, staged=staged))
+    found, real = [], session.windows
+    monkeypatch.setattr(session, "windows", lambda plan, me, staged, by: found.append(staged) or real(plan, me, staged, by))
     for devices in (Recorder(), Recorder(torch.device("meta"))):
         with group("gloo"):
             into = blank(dst, 0)
