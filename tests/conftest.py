@@ -41,6 +41,7 @@ def pytest_sessionstart(session):
 
 
 def pytest_runtest_setup(item):
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # pytest-xdist's workers ignore it
     if item.get_closest_marker("samples") and not SAMPLES.is_dir():
         pytest.skip(f"needs the sample checkpoints in {SAMPLES}")
     if item.get_closest_marker("models") and not (find_spec("transformers") and find_spec("accelerate")):
