@@ -115,6 +115,10 @@ def ends(s: Slices, m: Model) -> None:
         _whole(s, m, m.norm, s.modules[m.norm])
     else:
         m.put(m.norm, Send(s.seat.after))
+    users = {names[1]: 0, names[0]: at, f"{m.head}.bias": at, **dict.fromkeys(s.modules[m.norm].values(), last)}
+    for name, stage in users.items():
+        if name in s.table.keys() - s.used and own != stage:
+            s.repeated(name, stage)
 
 
 def _rows(s: Slices, name: str, hidden: int, vocab: int) -> list[int]:

@@ -1,6 +1,7 @@
 """One rank's stored tensors under the paths of its model, with the checks that need every rank's headers."""
 
 from collections import defaultdict
+from dataclasses import replace
 
 import torch
 
@@ -44,6 +45,20 @@ class Slices:
         precise = row is not None and row.precise  # F32 in the engines and in transformers
         # as stored over the bus, and cast where it is used: half the bytes of bf16, and no fp32 copy on the host
         return self.shards.read(self.table[name]).to(self.device).to(torch.float32 if precise else self.dtype)
+
+    def repeated(self, name: str, stage: int) -> None:
+        """Some engines hold embedding, norm and head on every pipeline stage; `stage` uses its copy, and this one must be the same bits."""
+        mine = self.seat.rank
+        tables = [self.tables[seat.rank.number] for seat in self.seats if seat.rank == replace(mine, number=seat.rank.number, pp=stage)]
+        found = next((table[name] for table in tables if name in table), None)
+        if found is None:
+            return
+        self.used.add(name)
+        if self.groups is None:
+            return
+        own, other = (self.shards.read(held) for held in (self.table[name], found))
+        if own.shape != other.shape or not torch.equal(own, other):
+            self.problem(name, f"is not what {found.file} holds, of the stage that uses it")
 
     def stored(self, path: str) -> list[str]:
         """Names in files of what any rank holds of the module or tensor at `path`."""
