@@ -150,6 +150,20 @@ def test_parts_that_fail_cost_no_other_and_halves_make_one_table(gpu_check, tmp_
     assert all(f"===== {part}" in log for part in gpu_check.PARTS) and log.count("broken on purpose") == 2
 
 
+def test_a_half_made_anew_replaces_its_rows_and_finds_what_the_other_left(gpu_check, tmp_path, monkeypatch):
+    """With the same --out and --work, in any order: one row a part, and the model that the first half made is there"""
+    made = "import pathlib\nat = pathlib.Path(sys.argv[sys.argv.index('--work') + 1]) / 'model'\nassert at.exists() or part == 'model'\nat.touch()\n"
+    (tmp_path / "gpu_parts.py").write_text(PART.replace("with open", made + "with open", 1))
+    monkeypatch.setattr(gpu_check, "HERE", tmp_path)
+    out, work = tmp_path / "out", tmp_path / "work"
+    for half in ("model", "load,pack", "load"):
+        monkeypatch.setattr(sys, "argv", ["gpu_check.py", "--device", "cpu", "--out", str(out), "--work", str(work), "--only", half])
+        assert gpu_check.main() == 0
+    found = json.loads((out / "gpu_check.json").read_text())
+    assert [row["part"] for row in found["rows"]] == [one["part"] for one in found["parts"]] == ["model", "load", "pack"]
+    assert "3 goals met, 0 not; 0 parts did not end well. model" in (out / "gpu_check.md").read_text()
+
+
 def test_all_parts_together_have_less_than_their_limits_and_the_script_ends_in_time(gpu_check, tmp_path, monkeypatch):
     """Ten minutes is what a borrowed machine gives: what does not come to its turn says so."""
     (tmp_path / "gpu_parts.py").write_text(PART)

@@ -1,5 +1,9 @@
 """NCCL's own ways, shown without it: who must be there for its first call, what a step overlaps, what a handle that nobody opens costs."""
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -8,7 +12,9 @@ from test_sync_devices import HOST, Recorder, group, on, one_rank
 
 from reshard import sync
 from reshard.demo import make_model
-from reshard.sync import mapping, session
+from reshard.sync import mapping, session, sharing
+from reshard.sync.agreement import Trial
+from reshard.sync.device import Devices
 from reshard.sync.messages import rank_plan
 from reshard.sync.staging import FLIGHTS, Parcel, Peers, Round, Staging
 from reshard.sync.transport import Wire
@@ -91,6 +97,44 @@ def test_a_round_is_packed_on_a_side_stream_while_the_one_before_it_travels(cros
     assert place["landed 0"] < place["packed 2"], "two buffers by turns"
 
 
+class Storage:
+    """As torch's `_share_cuda_` answers: eight fields, three of them bytes."""
+
+    def __init__(self, n):
+        self.n, self.device = n, torch.device("cuda", 0)
+
+    def data_ptr(self):
+        return self.n
+
+    def _share_cuda_(self):
+        return 0, b"handle", 512, 0, f"counter {self.n}".encode(), self.n, b"event", True
+
+
+class Tensor:
+    def __init__(self, n):
+        self.storage, self.device = Storage(n), torch.device("cuda", 0)
+
+    def untyped_storage(self):
+        return self.storage
+
+    def storage_offset(self):
+        return 0
+
+    def stride(self):
+        return (1,)
+
+
+class Held:
+    def __init__(self, n):
+        self.tensor = Tensor(n)
+        self.stored = type("Stored", (), {"size": 1, "rank": 0, "name": f"t{n}"})
+
+
+class One(Recorder):
+    def identity(self, device):
+        return "GPU-a"
+
+
 def test_a_handle_that_cannot_be_opened_is_given_back(monkeypatch):
     """torch keeps memory that it published until each handle was opened and let go: a container without pidfd_getfd, where
     expandable segments cannot be opened, cost the trainer a model's memory with each model that it made anew."""
@@ -105,40 +149,6 @@ def test_a_handle_that_cannot_be_opened_is_given_back(monkeypatch):
     monkeypatch.setattr(mapping, "_open_cuda", open_cuda)
     monkeypatch.setattr(mapping, "_release_cuda", lambda counter, at: given.append((counter, at)))
 
-    class Storage:
-        """As torch's `_share_cuda_` answers: eight fields, three of them bytes."""
-
-        def __init__(self, n):
-            self.n, self.device = n, torch.device("cuda", 0)
-
-        def data_ptr(self):
-            return self.n
-
-        def _share_cuda_(self):
-            return 0, b"handle", 512, 0, f"counter {self.n}".encode(), self.n, b"event", True
-
-    class Tensor:
-        def __init__(self, n):
-            self.storage, self.device = Storage(n), torch.device("cuda", 0)
-
-        def untyped_storage(self):
-            return self.storage
-
-        def storage_offset(self):
-            return 0
-
-        def stride(self):
-            return (1,)
-
-    class Held:
-        def __init__(self, n):
-            self.tensor = Tensor(n)
-            self.stored = type("Stored", (), {"size": 1, "rank": 0, "name": f"t{n}"})
-
-    class One(Recorder):
-        def identity(self, device):
-            return "GPU-a"
-
     published = mapping.publish({n: Held(n) for n in (1, 2, 3)}, One())
     with pytest.raises(RuntimeError, match="pidfd_getfd"):
         mapping.Mapped(published, {}, One())
@@ -147,6 +157,63 @@ def test_a_handle_that_cannot_be_opened_is_given_back(monkeypatch):
     with pytest.raises(sync.SyncError, match="is not visible"):
         mapping.Mapped([[["cuda", "GPU-z", 0, b"h".hex(), 512, 0, b"c".hex(), 7, b"e".hex(), True]], []], {}, One())
     assert given == [(b"c", 7)]
+
+
+def test_handles_of_a_publish_that_fails_midway_are_given_back(monkeypatch):
+    """Nobody hears of them: what they name would stay in the trainer's memory for good"""
+    given = []
+    monkeypatch.setattr(mapping, "_release_cuda", lambda counter, at: given.append((counter, at)))
+    held = {n: Held(n) for n in (1, 2, 3)}
+    assert len(mapping.publish(held, One())[0]) == 3 and given == [], "of one that succeeds none"
+
+    def broken():
+        raise RuntimeError("expandable segments")
+
+    held[3].tensor.storage._share_cuda_ = broken
+    with pytest.raises(RuntimeError, match="expandable segments"):
+        mapping.publish(held, One())
+    assert given == [(b"counter 1", 1), (b"counter 2", 2)]
+
+
+class Meeting:
+    """Ranks as threads: what each gives to a gather, all get."""
+
+    def __init__(self, size: int):
+        self.size, self.met, self.given = size, threading.Barrier(size, timeout=30), {}
+
+    def wire(self, rank: int):
+        def gather(own, doing):
+            self.given[doing, rank] = own
+            self.met.wait()
+            return [self.given[doing, r] for r in range(self.size)]
+
+        return SimpleNamespace(rank=rank, gather=lambda own, doing: torch.stack(gather(own, doing)), gather_bytes=gather)
+
+
+@pytest.mark.parametrize("transport", ["auto", "p2p"])
+@pytest.mark.parametrize("places", [(1, 1, 2, 3), (1, 1, 2, 2), (1, 2, 2, 3), (1, 1, 1, 1), (1, 1, -1, -1), (-1, -1, -1, -1)], ids=str)
+def test_handles_are_published_for_takers_of_the_same_node_alone(places, transport, monkeypatch):
+    """defects.md E4: rank 0 gives to 1 and 2, near or far, rank 3 to 2. A handle that nobody opens keeps its memory; to a taker that
+    counts as near no message would be sent."""
+    published, real = [], sharing.publish
+    monkeypatch.setattr(sharing, "publish", lambda tensors, devices: published.append(tensors["t"].rank) or real(tensors, devices))
+    meeting, pairs = Meeting(4), {(0, 1), (0, 2), (3, 2)}
+    held = {r: SimpleNamespace(rank=r, tensor=torch.arange(8.0) + r, stored=SimpleNamespace(size=8, rank=r, name="t")) for r in (0, 3)}
+    made = [sharing.Sharing(meeting.wire(rank), transport, Devices()) for rank in range(4)]
+
+    def renew(rank: int) -> list[str]:
+        source, into = ([place if r in own else -1 for r, place in enumerate(places)] for own in ((0, 3), (1, 2)))
+        return made[rank].renew({pair for pair in pairs if rank in pair}, source, into, {"t": held[rank]} if rank in held else {}, Trial())
+
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(renew, range(4))) == [[]] * 4
+    near = {(s, t) for s, t in pairs if transport == "auto" and places[s] == places[t] >= 0}
+    assert sorted(published) == sorted({s for s, _ in near})
+    for rank, own in enumerate(made):
+        assert own.peers == Peers(frozenset(t for s, t in near if s == rank), frozenset(s for s, t in near if t == rank)) and not own.note
+        assert own.memory.keys() == own.peers.out_of
+        for sender, memory in own.memory.items():
+            assert torch.equal(torch.tensor([]).set_(memory._storages[0]), held[sender].tensor)
 
 
 def test_a_tensor_of_another_device_is_never_sent_as_it_lies():

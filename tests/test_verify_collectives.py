@@ -6,7 +6,10 @@ messages for a peer that is late, and hides what would lock there.
 """
 
 import itertools
+import queue
 import threading
+from collections import defaultdict
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,9 +22,17 @@ from reshard.errors import FormatError
 
 pytest.importorskip("transformers")
 
-from reshard.verify import group, launch, run
+from transformers import AutoModelForCausalLM
+
+from reshard.verify import group, launch, parallel, run
+from reshard.verify.build import build
 from reshard.verify.devices import Device
+from reshard.verify.group import seats
+from reshard.verify.model import empty_model, hush
 from reshard.verify.request import Request
+from reshard.verify.shards import open_shards
+from reshard.verify.slices import Slices
+from reshard.verify.tables import table
 
 SAMPLES = Path(__file__).parents[2] / "shared" / "samples"
 pytestmark = pytest.mark.models
@@ -107,6 +118,36 @@ def test_no_rank_waits_for_one_that_waits_for_it(case, tmp_path, monkeypatch):
     late = next(i for i, call in enumerate(said[0]) if call[0] == ("send" if options.get("pp") else "all_reduce"))
     for spoilt in (said[0][:late] + said[0][late + 1 :], [*said[0][:late], ("all_reduce", tuple(range(world)), (1,)), *said[0][late:]]):
         assert stuck([spoilt, *said[1:]]), "a call too few, or one too many, went unseen"
+
+
+def test_a_tied_models_last_stage_without_the_embedding_has_the_logits_computed_where_it_is(tmp_path, monkeypatch):
+    """Two stages as two threads: hidden states go on, and back to the first stage, and make transformers' own logits there"""
+    hush()
+    original = SAMPLES / "hf/llama-tied"
+    reshard.convert(original, tmp_path / "out", format="tp", pp=2, fsync=False)
+    shards, ids = open_shards(tmp_path / "out").named(table("llama", "hf")), torch.arange(12)[None] * 7
+    assert [any("embed" in name or "head" in name for name in names) for names in shards.tables] == [True, False]
+    here, sent = threading.local(), defaultdict(queue.Queue)
+    monkeypatch.setattr(parallel, "send", lambda x, to: sent[here.rank, to].put(x.clone()))
+    monkeypatch.setattr(parallel, "receive", lambda shape, dtype, device, source: sent[source, here.rank].get(timeout=30).view(shape))
+    places = seats(shards.mesh, shards.ranks)
+
+    def rank(number: int) -> tuple[bool, torch.Tensor]:
+        here.rank = number
+        with torch.no_grad():
+            m = empty_model(run.read_config(Request(tmp_path / "out", original)))
+            s = Slices(shards, places, number, m, {(0,): None, (1,): None}, torch.device("cpu"), torch.float32)
+            build(s, m)
+            assert s.problems == []
+            return s.computes_logits, m.module(ids, use_cache=False).logits
+
+    with ThreadPoolExecutor(2) as pool:
+        (first, logits), (last, _) = pool.map(rank, range(2))
+    with torch.no_grad():
+        expected = AutoModelForCausalLM.from_pretrained(original, dtype=torch.float32)(ids).logits
+    assert (first, last) == (True, False) and all(messages.empty() for messages in sent.values())
+    torch.testing.assert_close(logits, expected)
+    assert not torch.allclose(logits, expected.roll(1, -1)), "logits that tell nothing"
 
 
 def test_the_rule_itself_tells_crossed_messages_from_ordered_ones():

@@ -1,5 +1,7 @@
 """Ranks as processes: the one that died first is named, none outlives the command, nothing of the caller's is changed."""
 
+import errno
+import multiprocessing
 import os
 import re
 import signal
@@ -8,11 +10,14 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch.distributed as dist
 
 from reshard.errors import FormatError
+from reshard.verify.launch import run_processes
+from reshard.verify.request import Request
 from reshard.verify.watch import Stopped, Watch
 
 pytest.importorskip("transformers")
@@ -155,6 +160,29 @@ def test_the_command_leaves_no_folder_behind_when_it_is_terminated(tmp_path):
     process.terminate()
     process.communicate(timeout=280)
     assert process.returncode == 143 and not list(tmp_path.glob("reshard-verify-*")) and _descendants(tmp_path) == []
+
+
+def test_a_rank_that_cannot_start_says_why_and_those_that_did_are_ended(monkeypatch):
+    """With no more processes to be had, all it said was "'NoneType' object has no attribute 'kill'" """
+    did: list[str] = []
+
+    class Process(multiprocessing.process.BaseProcess):
+        """As Python's own: what never started can be neither killed nor joined."""
+
+        def start(self):
+            if self.name == "rank 1":
+                raise BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable")
+            self._popen = SimpleNamespace(
+                kill=lambda: did.append(f"{self.name} killed"), wait=lambda timeout: did.append(f"{self.name} joined")
+            )
+
+    with pytest.raises(AttributeError):
+        Process().kill()
+    context = SimpleNamespace(Pipe=multiprocessing.Pipe, Process=Process)
+    monkeypatch.setattr(multiprocessing, "get_context", lambda method: context)
+    with pytest.raises(BlockingIOError, match="Resource temporarily unavailable"):
+        run_processes(Request(*MODEL), 3)
+    assert did == ["rank 0 killed", "rank 0 joined"]
 
 
 # --- the watch, with a store and no ranks ---

@@ -89,22 +89,28 @@ def publish(tensors: Tensors, devices: Devices) -> list:
     """Where each tensor lies, for ``Mapped``: plain lists, no pickles. CPU storages move to shared memory, in place."""
     rows, known = [], {}
     handles: list = []
-    for bound in tensors.values():
-        if not bound.stored.size:
-            continue
-        storage = bound.tensor.untyped_storage()
-        at = storage.data_ptr()
-        if at not in known:
-            if storage.device.type == "cpu":
-                fd, size = storage._share_fd_cpu_()
-                handle = ["cpu", os.getpid(), fd, size]
-            else:
-                shared = [x.hex() if isinstance(x, bytes) else x for x in storage._share_cuda_()]
-                handle = ["cuda", devices.identity(bound.tensor.device), *shared]
-            known[at] = known[storage.data_ptr()] = len(handles)
-            handles.append(handle)
-        rows.append([bound.stored.rank, bound.stored.name, known[at], bound.tensor.storage_offset(), list(bound.tensor.stride())])
+    try:
+        for bound in tensors.values():
+            if not bound.stored.size:
+                continue
+            storage = bound.tensor.untyped_storage()
+            at = storage.data_ptr()
+            if at not in known:
+                handles.append(_handle(storage, devices))
+                known[at] = known[storage.data_ptr()] = len(handles) - 1
+            rows.append([bound.stored.rank, bound.stored.name, known[at], bound.tensor.storage_offset(), list(bound.tensor.stride())])
+    except Exception:
+        give_back(handles)  # nobody will hear of them
+        raise
     return [handles, rows]
+
+
+def _handle(storage: torch.UntypedStorage, devices: Devices) -> list:
+    if storage.device.type == "cpu":
+        fd, size = storage._share_fd_cpu_()
+        return ["cpu", os.getpid(), fd, size]
+    identity = devices.identity(storage.device)  # before the handle, which has to be given back once it is made
+    return ["cuda", identity, *(x.hex() if isinstance(x, bytes) else x for x in storage._share_cuda_())]
 
 
 class Mapped:

@@ -45,12 +45,11 @@ def run_processes(request: Request, count: int):
     with tempfile.TemporaryDirectory(prefix="reshard-verify-") as folder:
         try:
             for number in range(count):
-                ranks.append(
-                    context.Process(
-                        target=_process, args=(number, request, count, folder, inbox, lifeline), name=f"rank {number}", daemon=True
-                    )
+                rank = context.Process(
+                    target=_process, args=(number, request, count, folder, inbox, lifeline), name=f"rank {number}", daemon=True
                 )
-                ranks[-1].start()
+                rank.start()
+                ranks.append(rank)  # one that did not start cannot be killed
             inbox.close()
             outcome = _result(ranks, outbox, Path(folder))
         finally:
@@ -102,7 +101,7 @@ def _first_stop(ranks: list, folder: Path) -> ReshardError:
     if not stopped:
         number = next((number for number, rank in enumerate(ranks) if rank.exitcode), 0)
         return ReshardError(f"rank {number} stopped with exit code {ranks[number].exitcode}")
-    text = stopped[0].read_text()
+    text = stopped[0].read_text(encoding="utf-8")
     error = ReshardError(f"rank {stopped[0].stem} stopped: {first_line(text)}", "run with -v for all it said")
     error.__cause__ = RuntimeError(text)
     return error
@@ -122,7 +121,8 @@ def _process(number: int, request: Request, count: int, folder: str, inbox, life
         if is_agreed(error):
             outcome = error
         else:
-            (Path(folder) / f"{number}.stopped").write_text(f"{type(error).__name__}: {error}\n\n{traceback.format_exc()}")
+            text = f"{type(error).__name__}: {error}\n\n{traceback.format_exc()}"
+            (Path(folder) / f"{number}.stopped").write_text(text, encoding="utf-8", errors="backslashreplace")
             os._exit(1)
     if number == 0:
         inbox.send(outcome)
@@ -170,7 +170,7 @@ def _abort() -> None:
 def _modeling(request: Request) -> list[str]:
     """The module that transformers defines the reference's model in, to be imported once for all ranks."""
     try:
-        kind = json.loads((request.reference / "config.json").read_text())["model_type"]
+        kind = json.loads((request.reference / "config.json").read_text(encoding="utf-8"))["model_type"]
     except (OSError, ValueError, KeyError, TypeError):
         return []
     return [f"transformers.models.{kind}.modeling_{kind}"] if isinstance(kind, str) and kind.isidentifier() else []
