@@ -5,6 +5,7 @@ By default a spread of the table below runs: every pair of a family, a format an
 
 import json
 import os
+import re
 import shutil
 from itertools import combinations, product
 from pathlib import Path
@@ -12,6 +13,7 @@ from random import Random
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import reshard
 import reshard.formats
@@ -286,3 +288,18 @@ def test_an_architecture_that_transformers_does_not_know_gets_a_way_on(tmp_path)
     with pytest.raises(reshard.ReshardError, match="transformers cannot read the config.json") as error:
         reshard.verify.verify(tmp_path / "out", reference=tmp_path / "hf", device="cpu")
     assert "reshard diff" in error.value.hint
+
+
+@pytest.mark.samples
+@pytest.mark.models
+def test_a_copy_that_no_stage_uses_is_compared_with_the_one_in_use(tmp_path):
+    """vLLM's Mixtral holds embedding, norm and head on every pipeline stage."""
+    original = SAMPLES / "hf" / "mixtral"
+    reshard.convert(original, tmp_path / "out", format="vllm", pp=2, fsync=False)
+    file = next((tmp_path / "out").glob("model-pp-1-*.safetensors"))
+    state = load_file(file)
+    state["model.embed_tokens.weight"][3, 0] += 1
+    save_file(state, file)
+    (tmp_path / "out" / "reshard.json").unlink()
+    error = verify(tmp_path / "out", original)
+    assert re.search(r"model\.embed_tokens\.weight .*is not what model-pp-0-tp-0-part-0\.safetensors holds", str(error)), error

@@ -122,7 +122,10 @@ def test_prompts_low_memory_and_half_precision():
             f"{SAMPLES}/vllm/qwen2-tp2 --reference {SAMPLES}/vllm/hf/qwen2 --config {SAMPLES}/vllm/hf/llama",
             r"qkv_proj\.bias .* has no place in LlamaForCausalLM",
         ),
-        (f"{SAMPLES}/transformers_dist/llama-tp2-fsdp2 --reference {SAMPLES}/hf/llama", "of which verify does not know how its engine computes\n\nhint: .*convert it to one of hf"),
+        (
+            f"{SAMPLES}/transformers_dist/llama-tp2-fsdp2 --reference {SAMPLES}/hf/llama",
+            "of which verify does not know how its engine computes\n\nhint: .*convert it to one of hf",
+        ),
         (
             f"{SAMPLES}/vllm/llama-fp8-tp2 --reference {SAMPLES}/vllm/hf/llama-fp8",
             "F8_E4M3: verify does not compute with quantised weights",
