@@ -54,7 +54,7 @@ class Slices:
         if found is None:
             return
         self.used.add(name)
-        if self.groups is None:
+        if self.groups is not None:  # that was done when the model was looked through
             return
         own, other = (self.shards.read(held) for held in (self.table[name], found))
         if own.shape != other.shape or not torch.equal(own, other):
