@@ -61,7 +61,9 @@ class BadBytes(HubError, FormatError):
     def __init__(self, message: str, hint: str | None = None, file: str = ""):
         super().__init__(message, hint)
         self.file = file
-        self.source_file: str | None = None  # as a checkpoint's tensors name it, where they are in it
+        self.source_files: frozenset[str] = (
+            frozenset()
+        )  # as a checkpoint's tensors name them: this one, and those that nobody has checked to their end
 
     def __reduce__(self) -> tuple[object, ...]:
         return type(self), (str(self), self.hint, self.file)

@@ -110,12 +110,14 @@ def written_by(job: Job, portions: Sequence[Batch | Portion], batches: set[int])
 
 
 def give_up(job: Job, work: Work, journal: Journal, place: Place, error: ReshardError) -> None:
-    """Keep of a run whose source turned out to be wrong what is good: all that is not made of the one bad file of the Hub's; else nothing."""
-    file = error.source_file if isinstance(error, BadBytes) else None
-    if file is None and isinstance(error, HubError):  # a small file of the Hub's came wrong: nothing was made of it
+    """Keep of a run whose source turned out to be wrong what is good: all that is made of files of the Hub's that were found right; else nothing."""
+    files = error.source_files if isinstance(error, BadBytes) else frozenset()
+    if not files and isinstance(error, HubError):  # a small file of the Hub's came wrong: nothing was made of it
         return
-    if not job.source.remote or file is None:
+    if not job.source.remote or not files:
         shutil.rmtree(place.partial)
         return
-    made = {n: {into for tile in portion.tiles for source, into in tile.flows if source == file} for n, portion in enumerate(work.portions)}
+    made = {
+        n: {into for tile in portion.tiles for source, into in tile.flows if source in files} for n, portion in enumerate(work.portions)
+    }
     journal.redo(sorted(set().union(*made.values())), [n for n, outputs in made.items() if outputs])

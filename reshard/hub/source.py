@@ -28,7 +28,8 @@ class HubSource(Source):
         self._repository = folder.repository
         self._repository.start()
         self._cached: dict[str, Path | None] = {}
-        self._checks: dict[str, Checksum] = {}
+        self._checks: dict[str, Checksum] = {}  # of files that were not found right yet
+        self._ended: set[str] = set()
         for file, ranges in by_file(whole).items():
             path, entry = self._path(file), self._repository.entries[self._path(file)]
             covered = ranges[0].start <= len(self._repository.kept(path)) and len(ranges) == 1 and ranges[0].stop == entry.size
@@ -69,14 +70,22 @@ class HubSource(Source):
         if check is None:
             return
         check.offer(start, data)
-        if check.result and self._checks.pop(file, None):
+        if check.result and self._is_first(file):
             path = self._path(file)
             try:
                 self._repository.compare(path, check.result, self._repository.entries[path].sha256 or "")
             except BadBytes as error:
-                error.source_file = file  # what is made of other files is good
+                error.source_files = frozenset((file, *self._checks))  # what is made of files that were found right is good
                 raise
+            del self._checks[file]  # only now: what others find out meanwhile must count it among those that nobody has checked
             self.count_checked()
+
+    def _is_first(self, file: str) -> bool:
+        """Whether nobody has come to the end of `file` before."""
+        with self._lock:
+            known = file in self._ended
+            self._ended.add(file)
+            return not known
 
     def count_checked(self) -> None:
         with self._lock:
