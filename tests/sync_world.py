@@ -6,9 +6,11 @@ import os
 import socket
 import traceback
 
+import pytest
 import torch
 
 import reshard
+from reshard.demo import make_model
 from reshard.sync.messages import rank_plan
 from reshard.sync.staging import Peers, Staging, source_view, straight
 from reshard.sync.tensors import bind
@@ -18,6 +20,31 @@ LLAMA = {"architectures": ["LlamaForCausalLM"], "hidden_size": 48, "intermediate
          "tie_word_embeddings": False, "dtype": "bfloat16"}  # fmt: skip
 QWEN3_MOE = {**LLAMA, "architectures": ["Qwen3MoeForCausalLM"], "num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 24,
              "norm_topk_prob": True}  # fmt: skip
+
+
+def models_of(configs: dict[str, dict]):
+    """A fixture: a folder with a small random model of each of `configs`, by name."""
+
+    @pytest.fixture(scope="module")
+    def models(tmp_path_factory):
+        root = tmp_path_factory.mktemp("sync")
+        for name, config in configs.items():
+            make_model(root / name, config)
+        return root
+
+    return models
+
+
+def world_of(size: int):
+    """A fixture: `size` processes in one group, for all tests of a file."""
+
+    @pytest.fixture(scope="module")
+    def world():
+        world = World(size)
+        yield world
+        world.close()
+
+    return world
 
 
 def loaded(path, side, process: int, **options) -> dict[str, torch.Tensor]:

@@ -13,10 +13,9 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from sync_world import LLAMA, QWEN3_MOE, Failure, World, blank, loaded
+from sync_world import LLAMA, QWEN3_MOE, Failure, World, blank, loaded, models_of, world_of
 
 from reshard import sync
-from reshard.demo import make_model
 
 MODELS = {"llama": LLAMA, "moe": QWEN3_MOE}
 TP4 = ("megatron", range(4), {"tp": 4})
@@ -33,19 +32,8 @@ CASES = {
 MODELS["wide"] = {**LLAMA, "num_attention_heads": 24, "num_key_value_heads": 12}
 
 
-@pytest.fixture(scope="module")
-def models(tmp_path_factory):
-    root = tmp_path_factory.mktemp("sync")
-    for name, config in MODELS.items():
-        make_model(root / name, config)
-    return root
-
-
-@pytest.fixture(scope="module")
-def world():
-    world = World(8)
-    yield world
-    world.close()
+models = models_of(MODELS)
+world = world_of(8)
 
 
 def placed(layout, side):

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from sync_world import LLAMA, World, blank, loaded
+from sync_world import LLAMA, blank, loaded, models_of, world_of
 
 from reshard import sync
 from reshard.demo import make_model
@@ -14,18 +14,8 @@ from reshard.sync.tensors import identity
 OBLONG = {**LLAMA, "num_attention_heads": 10, "num_key_value_heads": 10, "intermediate_size": 160}  # no shard of TP2 is square
 
 
-@pytest.fixture(scope="module")
-def models(tmp_path_factory):
-    root = tmp_path_factory.mktemp("sync")
-    make_model(root / "llama", LLAMA)
-    return root
-
-
-@pytest.fixture(scope="module")
-def world():
-    world = World(4)
-    yield world
-    world.close()
+models = models_of({"llama": LLAMA})
+world = world_of(4)
 
 
 def anew_case(rank, root, transport, role):

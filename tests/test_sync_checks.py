@@ -2,10 +2,9 @@
 
 import pytest
 import torch
-from sync_world import LLAMA, World, blank, loaded, loopback
+from sync_world import LLAMA, blank, loaded, loopback, models_of, world_of
 
 from reshard import sync
-from reshard.demo import make_model
 from reshard.sync.checks import Sums, sent_and_taken, word_sums
 from reshard.sync.messages import rank_plan, sent_as_it_lies, taken_as_it_lies
 from reshard.sync.tensors import bind
@@ -20,19 +19,8 @@ def staged(messages, number: int) -> list:
     return [m for m in messages if m.round == number and m not in through]
 
 
-@pytest.fixture(scope="module")
-def models(tmp_path_factory):
-    root = tmp_path_factory.mktemp("sync")
-    make_model(root / "llama", LLAMA)
-    make_model(root / "wide", WIDE)
-    return root
-
-
-@pytest.fixture(scope="module")
-def world():
-    world = World(4)
-    yield world
-    world.close()
+models = models_of({"llama": LLAMA, "wide": WIDE})
+world = world_of(4)
 
 
 def fp8_plan(config, edge: int, bucket: int, ranks: int = 3):

@@ -3,26 +3,14 @@
 import pytest
 import torch
 from safetensors.torch import load_file
-from sync_world import LLAMA, World, blank, loaded
+from sync_world import LLAMA, blank, loaded, models_of, world_of
 
 import reshard
 from reshard import sync
-from reshard.demo import make_model
 from reshard.sync.tensors import bind
 
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory):
-    root = tmp_path_factory.mktemp("sync")
-    make_model(root / "llama", LLAMA)
-    return root
-
-
-@pytest.fixture(scope="module")
-def world():
-    world = World(6)
-    yield world
-    world.close()
+models = models_of({"llama": LLAMA})
+world = world_of(6)
 
 
 def built(path, mesh, outside, sharded) -> torch.nn.Module:

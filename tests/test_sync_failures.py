@@ -7,29 +7,17 @@ import time
 import pytest
 import torch
 import torch.distributed as dist
-from sync_world import LLAMA, QWEN3_MOE, Failure, World, blank, loaded
+from sync_world import LLAMA, QWEN3_MOE, Failure, World, blank, loaded, models_of, world_of
 
 from reshard import sync
-from reshard.demo import make_model
 from reshard.sync import mapping, sharing, staging
 
 TIMEOUT = 100  # seconds: a rank that waits for this has not been told
 SOON = 60  # seconds, on a machine that has other things to do
 
 
-@pytest.fixture(scope="module")
-def models(tmp_path_factory):
-    root = tmp_path_factory.mktemp("sync")
-    make_model(root / "llama", LLAMA)
-    make_model(root / "moe", QWEN3_MOE)
-    return root
-
-
-@pytest.fixture(scope="module")
-def world():
-    world = World(4)
-    yield world
-    world.close()
+models = models_of({"llama": LLAMA, "moe": QWEN3_MOE})
+world = world_of(4)
 
 
 def pair(rank, root, **options):

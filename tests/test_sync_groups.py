@@ -6,17 +6,12 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from sync_world import LLAMA, Failure, World, blank, free_ports, loaded
+from sync_world import LLAMA, Failure, World, blank, free_ports, loaded, models_of
 
 from reshard import sync
 from reshard.demo import make_model
 
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory):
-    root = tmp_path_factory.mktemp("sync")
-    make_model(root / "llama", LLAMA)
-    return root
+models = models_of({"llama": LLAMA})
 
 
 def held_by_process() -> dict[str, int]:

@@ -12,7 +12,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
-from sync_world import LLAMA, QWEN3_MOE, blank, loaded, loopback
+from sync_world import LLAMA, QWEN3_MOE, blank, loaded, loopback, models_of
 
 import reshard
 from reshard import sync
@@ -20,17 +20,8 @@ from reshard.demo import make_model
 from reshard.sync.messages import rank_plan, sent_as_it_lies, taken_as_it_lies
 from reshard.sync.sharding import intervals
 
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory):
-    root = tmp_path_factory.mktemp("sync")
-    make_model(root / "llama", LLAMA)
-    make_model(root / "tied", {**LLAMA, "tie_word_embeddings": True})
-    make_model(root / "moe", QWEN3_MOE)
-    return root
-
-
 CONFIGS = {"llama": LLAMA, "tied": {**LLAMA, "tie_word_embeddings": True}, "moe": QWEN3_MOE}
+models = models_of(CONFIGS)
 
 
 def moved(path, layout, source, target, **options):

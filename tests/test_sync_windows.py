@@ -5,29 +5,17 @@ import weakref
 
 import pytest
 import torch
-from sync_world import LLAMA, QWEN3_MOE, World, blank, loaded
+from sync_world import LLAMA, QWEN3_MOE, blank, loaded, models_of, world_of
 
 from reshard import sync
-from reshard.demo import make_model
 from reshard.sync.messages import windows
 
 CONFIGS = {"llama": LLAMA, "moe": QWEN3_MOE, "tied": {**LLAMA, "tie_word_embeddings": True}}
 BUCKET = 1 << 15
 
 
-@pytest.fixture(scope="module")
-def models(tmp_path_factory):
-    root = tmp_path_factory.mktemp("sync")
-    for name, config in CONFIGS.items():
-        make_model(root / name, config)
-    return root
-
-
-@pytest.fixture(scope="module")
-def world():
-    world = World(4)
-    yield world
-    world.close()
+models = models_of(CONFIGS)
+world = world_of(4)
 
 
 def sides(name, trainer="megatron"):
