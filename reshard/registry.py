@@ -10,6 +10,7 @@ FORMATS = {
     "megatron": "megatron.FORMAT",
     "rank-pt": "rank_pt.FORMAT",
     "hf": "hf.FORMAT",
+    "deepspeed": "deepspeed.FORMAT",
 }
 #: read, and not written: their writers have formats that are
-READ_ONLY = ("fsdp",)
+READ_ONLY = ("fsdp", "deepspeed")

@@ -1,8 +1,9 @@
 """From a folder to an opened checkpoint: its format, its config.json, the descriptor of its architecture, the match."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from reshard import formats
@@ -43,14 +44,20 @@ def open_checkpoint(
         if isinstance(config_path, Path):
             identities[str(config_path)] = identity(config_path.stat())
         settings = read_config(config_path)
-        with reading(folder), _naming(folder):
-            contents = kind.read(folder)
-    with _naming(config_path):
-        checkpoint = _matched(
-            folder, kind, contents, manifest or {}, config_path, settings, load_descriptor(Path(layout)) if layout else None
-        )
-    checkpoint.identities = identities
-    return checkpoint
+        own = load_descriptor(Path(layout)) if layout else None
+
+        def opened(read: Callable[[], formats.Contents]) -> Checkpoint:
+            with noting() as noted:
+                with reading(folder), _naming(folder):
+                    contents = read()
+            with _naming(config_path):
+                checkpoint = _matched(folder, kind, contents, manifest or {}, config_path, settings, own)
+            identities.update(noted)
+            checkpoint.identities = identities
+            checkpoint.masters = contents.masters and partial(opened, contents.masters)
+            return checkpoint
+
+        return opened(partial(kind.read, folder))
 
 
 @contextmanager

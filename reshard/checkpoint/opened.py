@@ -1,7 +1,7 @@
 """An opened checkpoint: its tensors with the places of their bytes, its layout, and what of its files no conversion carries."""
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
@@ -45,6 +45,12 @@ class Checkpoint:
     origin: Mapping[str, str] | None = None  # repo and revision on the Hub that it comes from, where that is known
     native: Mapping[str, str] = field(default_factory=dict)  # the model's dtype of tensors that this format's engine widened
     identities: Mapping[str, Identity] = field(default_factory=dict)  # of local files, by path, when their headers were read
+
+    masters: "Callable[[], Checkpoint] | None" = None  # opens its weights as an optimizer holds them beside it, in fp32
+
+    def precise(self, dtype: str | None) -> "Checkpoint":
+        """The checkpoint to read where `dtype` (a user's word) is wanted: an optimizer's own weights for fp32, where they are beside."""
+        return self.masters() if dtype == "fp32" and self.masters else self
 
     @property
     def holders(self) -> int:

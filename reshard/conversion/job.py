@@ -208,7 +208,7 @@ def prepare(
     `allow_overflow`: a value that has no room in its new dtype becomes infinite, and is counted, instead of ending the run.
     Raises PlanError with every problem found; nothing is written.
     """
-    kind = formats.get(format)
+    kind, source = formats.get(format), source.precise(dtype)
     jobs = jobs or default_jobs(source)
     if kind.write is None:
         raise PlanError([f"format {format} is read, not written"], "dcp, transformers and hf are written for the same readers")

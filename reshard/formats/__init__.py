@@ -24,7 +24,8 @@ class Contents:
 
     `stages` is the layers of each pipeline stage where the files show them. `settings` is what each file says of the model's
     sizes. `nested`: names may stand below keys of a larger state, beside what is no model's.
-    `writer`: the program that wrote the files, where they show it.
+    `writer`: the program that wrote the files, where they show it. `masters` reads the same tensors as an optimizer holds them, in
+    fp32, where the folder has both.
     """
 
     mesh: Mesh
@@ -36,6 +37,7 @@ class Contents:
     settings: Mapping[str, Mapping[str, object]] = field(default_factory=dict)
     nested: bool = False
     writer: str | None = None
+    masters: "Callable[[], Contents] | None" = None
 
 
 @dataclass(frozen=True)
