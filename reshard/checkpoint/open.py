@@ -39,11 +39,12 @@ def open_checkpoint(
     folder = folder_of(path, cache)
     manifest = read_manifest(folder)
     kind = formats.get(format) if format else formats.recognise(folder, manifest)
-    config_path = find_config(folder, config)
+    config_path, make = _config_of(folder, config, kind)
     with noting() as identities:
         if isinstance(config_path, Path):
             identities[str(config_path)] = identity(config_path.stat())
-        settings = read_config(config_path)
+        with reading(folder):
+            settings = make(folder) if make else read_config(config_path)
         own = load_descriptor(Path(layout)) if layout else None
 
         def opened(read: Callable[[], formats.Contents]) -> Checkpoint:
@@ -53,11 +54,23 @@ def open_checkpoint(
             with _naming(config_path):
                 checkpoint = _matched(folder, kind, contents, manifest or {}, config_path, settings, own)
             identities.update(noted)
-            checkpoint.identities = identities
+            checkpoint.identities, checkpoint.made = identities, settings if make else None
             checkpoint.masters = contents.masters and partial(opened, contents.masters)
             return checkpoint
 
         return opened(partial(kind.read, folder))
+
+
+def _config_of(
+    folder: AnyPath, config: str | AnyPath | None, kind: formats.Format
+) -> tuple[AnyPath, Callable[[AnyPath], Mapping[str, object]] | None]:
+    """The file that tells the model's sizes; and, of a format that has one of its own in the place of config.json, what makes that of it."""
+    try:
+        return find_config(folder, config), None
+    except FormatError:
+        if config is not None or kind.settings is None or not (folder / kind.settings[0]).is_file():
+            raise
+        return folder / kind.settings[0], kind.settings[1]
 
 
 @contextmanager

@@ -46,6 +46,7 @@ class Checkpoint:
     native: Mapping[str, str] = field(default_factory=dict)  # the model's dtype of tensors that this format's engine widened
     identities: Mapping[str, Identity] = field(default_factory=dict)  # of local files, by path, when their headers were read
 
+    made: Mapping[str, object] | None = None  # a config.json made of the settings in `config_path`, where there is none
     masters: "Callable[[], Checkpoint] | None" = None  # opens its weights as an optimizer holds them beside it, in fp32
 
     def precise(self, dtype: str | None) -> "Checkpoint":
@@ -58,7 +59,9 @@ class Checkpoint:
         return len({stored.rank for stored in self.stored})
 
     def what_is_beside(self) -> str | None:
-        """What stands beside the model in its files, in words; None where nothing does."""
+        """What stands beside the model in its files, or was made for lack of a config.json, in words; None where nothing does."""
+        if self.made and self.config_path:
+            return f"config.json is made of {self.config_path.name}, which tells no ids of tokens, and of lengths only what it names"
         if not self.beside:
             return None
         each = [f"{quote(key)} ({count(number, 'tensor')}, {human(size)})" for key, (number, size) in sorted(self.beside.items())]

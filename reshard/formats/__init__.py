@@ -76,13 +76,16 @@ class Format:
     whole: bool = False  # cuts whole tensors itself, over as many ranks as the mesh's tp, where others have each rank placed
     forms: tuple[str, ...] = ()  # of the descriptors' alternatives, those that it writes: the names of a model in memory
     usage: str = ""  # a command or Python that loads a folder of it: {folder}, {repo}, {id}, {tp}, {pp}
+    settings: tuple[str, Callable[[AnyPath], dict[str, object]]] | None = None  # its own config: the file, and that as a config.json
+    platforms: bool = False  # its engine wants other tensors on other platforms
     small: tuple[str, ...] = ()  # names of files beside the weights without which a folder of this format is not whole
 
     def release(self, version: str) -> tuple[int, ...]:
         """The engine's release that `version` names, if its tensors' names are known. Raises PlanError or LayoutError."""
         if self.newest is None:
             raise PlanError(
-                [f"--engine-version {quote(version)} has no meaning for format {self.name}"], "it goes with --to vllm and --to sglang"
+                [f"--engine-version {quote(version)} has no meaning for format {self.name}"],
+                "it goes with --to vllm, --to sglang and --to meta",
             )
         release, oldest, newest = parse_version(version), parse_version(self.oldest), parse_version(self.newest)
         if release[: len(newest)] > newest or release < oldest[: len(release)]:
@@ -92,7 +95,7 @@ class Format:
 
     def check_platform(self, platform: str | None) -> None:
         """Raises PlanError for a platform that no engine runs on, or where none matters."""
-        if platform is not None and (self.newest is None or platform not in PLATFORMS):
+        if platform is not None and not (self.platforms and platform in PLATFORMS):
             raise PlanError(
                 [f"--engine-platform {quote(platform)} has no meaning for format {self.name}"],
                 f"it is {', '.join(PLATFORMS[:-1])} or {PLATFORMS[-1]}, with --to vllm and --to sglang",

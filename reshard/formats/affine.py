@@ -55,9 +55,7 @@ class Share:
                     yield Piece(file, byte, dtype, size, name, 0, region, strides, holder, self.whole)
 
 
-def _regions(
-    whole: Shape, shape: Shape, at: int, steps: Shape, own: Shape
-) -> Iterator[tuple[int, Shape, Shape, Chunk | FlatRange]]:
+def _regions(whole: Shape, shape: Shape, at: int, steps: Shape, own: Shape) -> Iterator[tuple[int, Shape, Shape, Chunk | FlatRange]]:
     """A strided block of a row-major tensor as boxes and flat ranges of it: (elements skipped in the rank's own, size, own strides, region)."""
     long = sorted((i for i, size in enumerate(shape) if size > 1), key=lambda i: -steps[i])
     shape, steps, own = (tuple(each[i] for i in long) for each in (shape, steps, own))
@@ -90,7 +88,9 @@ def shares(path: object, table: Any) -> dict[tuple[str, int], Share]:
             for rank, held in entry["ranks"].items()
         }
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise FormatError(f"{path}: its affine map is not as DeepSpeed writes one ({type(error).__name__}: {quote(error)})", _UNIVERSAL) from None
+        raise FormatError(
+            f"{path}: its affine map is not as DeepSpeed writes one ({type(error).__name__}: {quote(error)})", _UNIVERSAL
+        ) from None
 
 
 def _plain(pattern: str) -> str:
@@ -104,7 +104,9 @@ def _share(path: object, pattern: str, whole: list[int], held: Mapping[str, Any]
     for piece in held["pieces"]:
         view = View(_sizes(piece["shape"]), *((_sizes([piece[side][0]])[0], _sizes(piece[side][1])) for side in ("source", "dest")))
         if piece.get("scale", 1.0) != 1.0:
-            raise FormatError(f"{path}: {quote(_plain(pattern))} is held times {quote(piece['scale'])} (a bias that every rank adds)", _UNIVERSAL)
+            raise FormatError(
+                f"{path}: {quote(_plain(pattern))} is held times {quote(piece['scale'])} (a bias that every rank adds)", _UNIVERSAL
+            )
         if not prod(view.shape):
             continue
         for (offset, steps), size in ((view.whole, whole), (view.own, shape)):

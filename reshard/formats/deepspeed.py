@@ -41,18 +41,18 @@ _CONVERT = "make a universal checkpoint of it with `python -m deepspeed.checkpoi
 def _recognise(folder: Path, names: set[str]) -> bool:
     if any(pattern.fullmatch(name) for name in names for pattern in (_MODEL, _OPTIMIZER, _EXPERT, _PIPELINE)):
         return True
-    if _UNIVERSAL in names and any((path / "fp32.pt").exists() for path in (folder / _UNIVERSAL).iterdir()):
-        return True
-    return bool(names & {"latest", "latest_universal"}) and _tagged(folder).is_dir()
+    if _UNIVERSAL in names and (folder / _UNIVERSAL).is_dir():
+        return any((path / "fp32.pt").exists() for path in (folder / _UNIVERSAL).iterdir())
+    root = _tagged(folder) if names & {"latest", "latest_universal"} else None
+    tags = [] if root is None else [root] if root.is_dir() else [path for path in folder.iterdir() if path.is_dir()]
+    return any(_recognise(path, {inside.name for inside in path.iterdir()} - {"latest", "latest_universal"}) for path in tags)
 
 
-def _tagged(folder: Path) -> Path:
-    """The folder that a run's ``latest`` names: it may be missing."""
+def _tagged(folder: Path) -> Path | None:
+    """The folder that a run's ``latest`` names, which may be missing; None where that is no name."""
     tracker = next((folder / name for name in ("latest", "latest_universal") if (folder / name).is_file()), None)
     tag = read_small(tracker, 300).decode(errors="replace").strip() if tracker else ""
-    if tracker and not _TAG.fullmatch(tag):
-        raise FormatError(f"{tracker} says {quote(repr(tag))}, expected the name of a folder beside it")
-    return folder / tag
+    return folder / tag if _TAG.fullmatch(tag) else None
 
 
 def _root(folder: Path) -> tuple[Path, str]:
@@ -61,9 +61,13 @@ def _root(folder: Path) -> tuple[Path, str]:
     if _UNIVERSAL in names or any(_MODEL.fullmatch(name) for name in names) or not names & {"latest", "latest_universal"}:
         return folder, ""
     root = _tagged(folder)
+    if root is None:
+        raise FormatError(f"{folder / 'latest'} names no folder beside it", "name the folder of one checkpoint")
     if not root.is_dir():
         there = sorted(path.name for path in folder.iterdir() if path.is_dir())
-        raise FormatError(f"{folder} names {root.name} as its latest checkpoint, which is missing", f"here are: {some(there)}" if there else _COPY)
+        raise FormatError(
+            f"{folder} names {root.name} as its latest checkpoint, which is missing", f"here are: {some(there)}" if there else _COPY
+        )
     return root, f"{root.name}/"
 
 
@@ -112,7 +116,9 @@ class States:
 
     def writer(self, what: str) -> str:
         stage = "3" if self.partitioned else str((self.first.get("ds_config") or {}).get("zero_optimization", {}).get("stage", 0))
-        return quote(f"DeepSpeed {self.first.get('ds_version', '')}, ZeRO-{stage}, data parallel {self.first.get('dp_world_size')}, tensor parallel {self.tp}: {what}")
+        return quote(
+            f"DeepSpeed {self.first.get('ds_version', '')}, ZeRO-{stage}, data parallel {self.first.get('dp_world_size')}, tensor parallel {self.tp}: {what}"
+        )
 
 
 def _states(folder: Path) -> States:
@@ -135,7 +141,11 @@ def _states(folder: Path) -> States:
             raise FormatError(f"{root}: {said}", _MIXED)
     dp, tp = (_count(root, first, key, max(at[i] for at in names) + 1) for i, key in enumerate(("dp_world_size", "mp_world_size")))
     expected = [(d, m) for d in range(dp if zero3 else 1) for m in range(tp)]
-    missing = [f"zero_pp_rank_{d}_mp_rank_{m:02d}_model_states.pt" if zero3 else f"mp_rank_{m:02d}_model_states.pt" for d, m in expected if (d, m) not in names]
+    missing = [
+        f"zero_pp_rank_{d}_mp_rank_{m:02d}_model_states.pt" if zero3 else f"mp_rank_{m:02d}_model_states.pt"
+        for d, m in expected
+        if (d, m) not in names
+    ]
     if missing or len(names) > len(expected):
         raise FormatError(f"{root} holds the model states of {len(names)} ranks, they say {len(expected)}; missing: {some(missing) or 'none'}",
                           _COPY if missing else _MIXED)  # fmt: skip
@@ -184,7 +194,9 @@ def _read(folder: Path) -> Contents:
     if states.partitioned:
         return _masters(states)
     pieces = []
-    holders: list[tuple[int, str, Mapping[str, Any]]] = [(m, states.names[0, m], tree["module"]) for (_, m), tree in sorted(states.trees.items())]
+    holders: list[tuple[int, str, Mapping[str, Any]]] = [
+        (m, states.names[0, m], tree["module"]) for (_, m), tree in sorted(states.trees.items())
+    ]
     holders += [(m, name, tree) for name, (m, tree) in states.experts.items()]
     for m, file, held in holders:
         for name, at in held.items():
@@ -214,7 +226,9 @@ def _masters(states: States) -> Contents:
             if found.setdefault((int(match[1]), int(match[2])), path.name) != path.name:
                 raise FormatError(f"{root} holds {found[int(match[1]), int(match[2])]} and {path.name}", _MIXED)
     dp = _count(root, states.first, "dp_world_size", max((d for d, _ in found), default=0) + 1)
-    missing = [f"(bf16_)zero_pp_rank_{d}_mp_rank_{m:02d}_optim_states.pt" for m in range(states.tp) for d in range(dp) if (d, m) not in found]
+    missing = [
+        f"(bf16_)zero_pp_rank_{d}_mp_rank_{m:02d}_optim_states.pt" for m in range(states.tp) for d in range(dp) if (d, m) not in found
+    ]
     if missing or len(found) > dp * states.tp:
         raise FormatError(f"{root} holds the optimizer states of {len(found)} ranks of {dp * states.tp}, where fp32 weights lie; missing: {some(missing) or 'none'}",
                           _COPY if missing else _MIXED)  # fmt: skip
@@ -256,7 +270,9 @@ def _universal(root: Path, inside: str) -> Contents:
             raise FormatError(f"{root / file} holds no parameter but a {type(at).__name__}")
         shape = at.shape if isinstance(held, dict) else shapes.get(name)
         if shape is None:
-            raise FormatError(f"{root / file} is flat, and no …model_states.pt tells its shape", "copy those of the checkpoint beside zero/")
+            raise FormatError(
+                f"{root / file} is flat, and no …model_states.pt tells its shape", "copy those of the checkpoint beside zero/"
+            )
         if prod(shape) != prod(at.shape):
             raise FormatError(f"{root / file} has {prod(at.shape)} elements, {models[0]} says {list(shape)}", _MIXED)
         pieces.append(Piece(inside + file, at.offset, at.dtype, tuple(shape), name, 0, None, at.strides))

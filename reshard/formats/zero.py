@@ -41,7 +41,9 @@ def fragments(
     flat = []
     for file, state in optimizers:
         groups = state.get(key)
-        if not isinstance(groups, list) or not all(isinstance(at, TensorInfo) and len(at.shape) == 1 and at.strides is None for at in groups):
+        if not isinstance(groups, list) or not all(
+            isinstance(at, TensorInfo) and len(at.shape) == 1 and at.strides is None for at in groups
+        ):
             raise FormatError(f"{root / file} holds no {key}", "it is no optimizer of ZeRO's; the model states may do, without fp32")
         flat.append(groups)
     lengths = [[at.shape[0] for at in groups] for groups in flat]
@@ -69,7 +71,10 @@ def fragments(
         parts = own.get(name, [])
         if sum(part.high - part.low for part in parts) != prod(size):
             held = sum(part.high - part.low for part in parts)
-            raise FormatError(f"{root}: the partitions of {len(flat)} ranks hold {held} elements of {quote(name)}, its shape {list(size)} has {prod(size)}", _COPY)
+            raise FormatError(
+                f"{root}: the partitions of {len(flat)} ranks hold {held} elements of {quote(name)}, its shape {list(size)} has {prod(size)}",
+                _COPY,
+            )
         yield name, size, parts
     yield from _frozen(root, models, names, zero3)
 

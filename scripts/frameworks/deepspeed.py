@@ -13,7 +13,18 @@ from pathlib import Path
 from frameworks import check, same
 
 TITLE = "DeepSpeed"
-INSTALL = ("--no-deps", "--no-build-isolation", "setuptools", "wheel", "deepspeed==0.19.8", "py-cpuinfo", "hjson", "msgpack", "einops", "ninja")
+INSTALL = (
+    "--no-deps",
+    "--no-build-isolation",
+    "setuptools",
+    "wheel",
+    "deepspeed==0.19.8",
+    "py-cpuinfo",
+    "hjson",
+    "msgpack",
+    "einops",
+    "ninja",
+)
 VERSIONS = ("deepspeed", "torch", "transformers")
 _TRAINER = Path(__file__).with_name("_deepspeed_rank.py")
 LLAMA = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 320, "hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 2,
@@ -21,7 +32,13 @@ LLAMA = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_si
 TIED = LLAMA | {"tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True}
 ODD = LLAMA | {"vocab_size": 259}
 QWEN = LLAMA | {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3"}
-MOE = LLAMA | {"architectures": ["MixtralForCausalLM"], "model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 48}
+MOE = LLAMA | {
+    "architectures": ["MixtralForCausalLM"],
+    "model_type": "mixtral",
+    "num_local_experts": 4,
+    "num_experts_per_tok": 2,
+    "intermediate_size": 48,
+}
 #: name → (model, ranks, settings of the trainer)
 CASES = {
     "ZeRO-0": (LLAMA, 2, {"stage": 0}),
@@ -91,9 +108,10 @@ def read(folder: Path, name: str, **options: object) -> dict:
 
     import reshard
 
-    shutil.rmtree(folder / name, ignore_errors=True)
-    reshard.convert(reshard.open(folder / options.pop("inside", ""), config=folder), folder / name, format="hf", fsync=False, **options)
-    return load_file(folder / name / "model.safetensors")
+    out = folder.with_name(name)
+    shutil.rmtree(out, ignore_errors=True)
+    reshard.convert(reshard.open(folder / options.pop("inside", ""), config=folder), out, format="hf", fsync=False, **options)
+    return load_file(out / "model.safetensors")
 
 
 def _weights(folder: Path, config: dict, ranks: int, settings: dict) -> str:
@@ -162,4 +180,4 @@ def _flipped(folder: Path, config: dict) -> None:
         old = file.read(1)[0]
         file.seek(first.start)
         file.write(bytes([old ^ 1]))
-    same(load_file(folder / "precise" / "model.safetensors"), read(folder, "flipped", dtype="fp32"))
+    same(load_file(folder.with_name("precise") / "model.safetensors"), read(folder, "flipped", dtype="fp32"))
