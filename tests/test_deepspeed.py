@@ -190,7 +190,9 @@ def test_partitions_that_do_not_divide(tmp_path, stage, world):
                 whole = torch.cat([torch.nn.functional.pad(state[n].flatten(), (0, p)) for n, p in zip(group, pads)])
                 flat[rank].append(torch.nn.functional.pad(whole, (0, -len(whole) % world)).chunk(world)[rank].clone())
         value = state[frozen].flatten()
-        fragments.append(torch.nn.functional.pad(value, (0, -len(value) % world)).chunk(world)[rank].clone() if stage == 3 else state[frozen])
+        fragments.append(
+            torch.nn.functional.pad(value, (0, -len(value) % world)).chunk(world)[rank].clone() if stage == 3 else state[frozen]
+        )
     if stage == 3:  # two of DeepSpeed's flat groups, which end inside a parameter
         flat = [[(every := torch.cat(own))[:77].clone(), every[77:].clone()] for own in flat]
     key = "fp32_flat_groups" if stage == 3 else "single_partition_of_fp32_groups"

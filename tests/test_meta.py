@@ -37,7 +37,9 @@ def by_hand(state: dict, ranks: int, columns: bool) -> list[dict]:
     for rank in range(ranks):
         own = {"norm.weight": state["model.norm.weight"], "output.weight": state["lm_head.weight"].chunk(ranks)[rank],
                "tok_embeddings.weight": state["model.embed_tokens.weight"].chunk(ranks, int(columns))[rank]}  # fmt: skip
-        head = slice(rank * kv // ranks * size, (rank * kv // ranks + max(kv // ranks, 1)) * size)  # more ranks than heads: a head on several
+        head = slice(
+            rank * kv // ranks * size, (rank * kv // ranks + max(kv // ranks, 1)) * size
+        )  # more ranks than heads: a head on several
         for i in range(CONFIG["num_hidden_layers"]):
             hf, to = f"model.layers.{i}.", f"layers.{i}."
             own[to + "attention.wq.weight"] = pairs(state[hf + "self_attn.q_proj.weight"], heads).chunk(ranks)[rank]
@@ -82,7 +84,10 @@ def test_samples_become_their_original(tmp_path, name, capsys):
     reshard.convert(META / name, tmp_path / "hf", format="hf", fsync=False)
     assert equal(load_file(tmp_path / "hf/model.safetensors"), load_file(ORIGINAL / "model.safetensors"))
     config, want = (json.loads((folder / "config.json").read_text()) for folder in (tmp_path / "hf", ORIGINAL))
-    assert all(config[key] == want[key] for key in ("hidden_size", "intermediate_size", "num_key_value_heads", "vocab_size", "rms_norm_eps", "dtype"))
+    assert all(
+        config[key] == want[key]
+        for key in ("hidden_size", "intermediate_size", "num_key_value_heads", "vocab_size", "rms_norm_eps", "dtype")
+    )
     with pytest.raises(SystemExit):
         main(["convert", str(META / name), str(tmp_path / "again"), "--to", "hf"])
     assert "config.json is made of params.json" in capsys.readouterr().out
@@ -100,6 +105,7 @@ def test_a_tied_head_is_written_twice_and_read_once(tmp_path):
     reshard.convert(tmp_path / "hf", tmp_path / "meta", format="meta", tp=2, fsync=False)
     held = torch.load(tmp_path / "meta/consolidated.00.pth", weights_only=True)
     assert torch.equal(held["output.weight"], held["tok_embeddings.weight"])  # Meta's model has both
+    assert {name for name in held if "layers" not in name} == {"output.weight", "tok_embeddings.weight", "norm.weight"}
     assert equal(reshard.load(tmp_path / "meta", format="hf"), load_file(tmp_path / "hf/model.safetensors"))
 
 
@@ -186,7 +192,30 @@ def test_the_hubs_rotary_order_is_not_metas(hf, tmp_path):
     torch.save(held, folder / "consolidated.00.pth")
     (folder / "reshard.json").unlink()
     found = reshard.load(folder, format="hf")
-    assert {name for name in state if not torch.equal(found[name], state[name])} == {f"model.layers.{i}.self_attn.q_proj.weight" for i in range(2)}
+    assert {name for name in state if not torch.equal(found[name], state[name])} == {
+        f"model.layers.{i}.self_attn.q_proj.weight" for i in range(2)
+    }
+
+
+SCALED = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+
+
+def test_scaled_rotary_positions(tmp_path):
+    """Meta's code knows the factor 8 alone, and its own params.json do not tell it."""
+    make_model(tmp_path / "hf", CONFIG | {"rope_scaling": SCALED})
+    folder = tmp_path / "meta"
+    reshard.convert(tmp_path / "hf", folder, format="meta", fsync=False)
+    for name in ("reshard.json", "config.json"):
+        (folder / name).unlink()
+    assert reshard.open(folder).made["rope_scaling"] == SCALED
+    params = json.loads((folder / "params.json").read_text())
+    (folder / "params.json").write_text(json.dumps({key: value for key, value in params.items() if key != "rope_scaling_factor"}))
+    with pytest.raises(FormatError, match="not by which factor") as caught:
+        reshard.open(folder)
+    assert "--config" in caught.value.hint
+    make_model(tmp_path / "small", CONFIG | {"rope_scaling": SCALED | {"factor": 32.0}})
+    with pytest.raises(PlanError, match="rotary positions scaled as llama3"):
+        reshard.convert(tmp_path / "small", tmp_path / "out", format="meta")
 
 
 def test_a_mistral_folder_with_an_index(hf, tmp_path):
@@ -198,8 +227,20 @@ def test_a_mistral_folder_with_an_index(hf, tmp_path):
     files = {f"consolidated-0000{i + 1}-of-00002.safetensors": names[i::2] for i in range(2)}
     for file, own in files.items():
         save_file({name: held[name] for name in own}, folder / file)
-    (folder / "consolidated.safetensors.index.json").write_text(json.dumps({"weight_map": {n: file for file, own in files.items() for n in own}}))
-    params = {"dim": 32, "n_layers": 2, "head_dim": 4, "hidden_dim": 96, "n_heads": 8, "n_kv_heads": 2, "norm_eps": 1e-5, "vocab_size": 64, "rope_theta": 1e4}
+    (folder / "consolidated.safetensors.index.json").write_text(
+        json.dumps({"weight_map": {n: file for file, own in files.items() for n in own}})
+    )
+    params = {
+        "dim": 32,
+        "n_layers": 2,
+        "head_dim": 4,
+        "hidden_dim": 96,
+        "n_heads": 8,
+        "n_kv_heads": 2,
+        "norm_eps": 1e-5,
+        "vocab_size": 64,
+        "rope_theta": 1e4,
+    }
     (folder / "params.json").write_text(json.dumps(params))
     assert equal(reshard.load(folder, format="hf"), load_file(hf / "model.safetensors"))
     next(folder.glob("consolidated-00002*")).unlink()

@@ -96,7 +96,9 @@ def test_genuine_folders_are_called_by_their_names(sample, says):
     assert says in str(caught.value) and caught.value.hint and "problems" not in str(caught.value)
 
 
-@pytest.mark.parametrize("name", ["model.gguf", "model.safetensors", "model.nemo", "model.pth", "last.ckpt", "rank0.engine", "model.onnx", "notes"])
+@pytest.mark.parametrize(
+    "name", ["model.gguf", "model.safetensors", "model.nemo", "model.pth", "last.ckpt", "rank0.engine", "model.onnx", "notes"]
+)
 def test_a_file_is_no_folder(tmp_path, name):
     (tmp_path / name).write_bytes(b"")
     with pytest.raises(FormatError, match="is not a folder but a") as caught:

@@ -143,7 +143,7 @@ FORMAT = Format(
     _write,
     others=("meta",),
     whole=True,
-    forms=("memory", "stacked"),
+    forms=("memory", "stacked", "twice"),
     small=(_METADATA,),
     usage='import torch.distributed.checkpoint as dcp\n\nstate = model.state_dict()\ndcp.load(state, checkpoint_id="{folder}")',
 )

@@ -36,6 +36,7 @@ KEYS = {
 #: those that Meta's code reads; the rest are Mistral's
 _METAS = ("dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "norm_eps", "rope_theta")
 _ROPE = 10000.0  # Meta's, where params.json does not tell
+#: what llama-models scales by, whatever params.json says
 _SCALED = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 _NAME_CONFIG = "name the config.json of the same model with --config FILE|DIR"
 
@@ -121,7 +122,12 @@ def _config(folder: AnyPath) -> dict[str, object]:
         next(iter(held.values())).dtype,
     )
     if params.get("use_scaled_rope"):
-        out["rope_scaling"] = _SCALED | {"factor": float(params.get("rope_scaling_factor") or _SCALED["factor"])}
+        factor = params.get("rope_scaling_factor")
+        if not isinstance(factor, (int, float)) or factor <= 0:
+            raise FormatError(
+                f"{folder / PARAMS} has use_scaled_rope, and not by which factor: 8 in Llama 3.1, 32 in the small 3.2", _NAME_CONFIG
+            )
+        out["rope_scaling"] = _SCALED | {"factor": float(factor)}
     return out
 
 
@@ -154,18 +160,13 @@ def _params_of(target: Target) -> dict[str, object]:
     problems = []
     if known.get("head_dim") not in (None, hidden / heads):
         problems.append(f"heads of {quote(known['head_dim'])}: Meta's are hidden_size / num_attention_heads, {hidden / heads:g}")
-    if (
-        kind not in ("default", "llama3")
-        or kind == "llama3"
-        and {k: rope.get(k) for k in _SCALED if k != "factor"} != {k: v for k, v in _SCALED.items() if k != "factor"}
-    ):
+    scaled = {key: rope.get(key) for key in _SCALED}
+    if kind not in ("default", "llama3") or (kind == "llama3" and scaled != {**_SCALED, "rope_type": scaled["rope_type"]}):
         problems.append(f"rotary positions scaled as {quote(kind)} ({quote(dict(rope))})")
     if problems:
         raise PlanError([f"{problem}: params.json has no word for it" for problem in problems], "use --to hf, or --to tp")
     if kind == "llama3":
-        params |= {"use_scaled_rope": True} | (
-            {} if rope.get("factor") == _SCALED["factor"] else {"rope_scaling_factor": rope.get("factor")}
-        )
+        params |= {"use_scaled_rope": True, "rope_scaling_factor": rope["factor"]}
     kv = params.get("n_kv_heads")
     if isinstance(kv, int) and target.mesh.tp > kv:
         params["n_kv_heads"] = target.mesh.tp  # each is repeated, so that every rank has one

@@ -108,8 +108,14 @@ _FILES = {
     ".plan": ("a TensorRT engine", "name the checkpoint that it was built from"),
     ".onnx": ("an ONNX model", "name the checkpoint that it was exported from"),
     ".npz": ("an archive of numpy arrays", "name the checkpoint that it was made from"),
-    ".h5": ("a TensorFlow model", "save it with `AutoModelForCausalLM.from_pretrained(DIR, from_tf=True).save_pretrained(OUT)`, and name OUT"),
-    ".msgpack": ("a Flax model", "save it with `AutoModelForCausalLM.from_pretrained(DIR, from_flax=True).save_pretrained(OUT)`, and name OUT"),
+    ".h5": (
+        "a TensorFlow model",
+        "save it with `AutoModelForCausalLM.from_pretrained(DIR, from_tf=True).save_pretrained(OUT)`, and name OUT",
+    ),
+    ".msgpack": (
+        "a Flax model",
+        "save it with `AutoModelForCausalLM.from_pretrained(DIR, from_flax=True).save_pretrained(OUT)`, and name OUT",
+    ),
     ".safetensors": ("a single file", "name the folder that holds it"),
     ".json": ("a single file", "name the folder that holds it"),
     ".distcp": ("one file of a torch DCP checkpoint", "name the folder that holds it and its .metadata"),
