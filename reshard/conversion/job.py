@@ -17,6 +17,7 @@ from reshard.errors import PlanError
 from reshard.formats import Folder, Target
 from reshard.formats.manifest import NAME as MANIFEST
 from reshard.formats.manifest import manifest_bytes
+from reshard.formats.peft import CONFIG as ADAPTER
 from reshard.formats.pieces import placed
 from reshard.geometry.block import Stored
 from reshard.layout import Layout, Mesh, Placement
@@ -129,6 +130,7 @@ class Job:
         ]
         computed = sorted(set(self.dropped) - set(self.left_out))
         lines += [self.what_is_computed()] if self.plan.computes else []
+        lines += [source.merges] if source.merges else []
         left = self.what_is_left_out()
         lines += [left] if left else []
         if computed:
@@ -158,7 +160,8 @@ class Job:
                 "architecture": source.architecture,
                 "mesh": mesh_json(source.mesh),
             }
-            | ({"revision": source.revision} if source.remote else {}),
+            | ({"revision": source.revision} if source.remote else {})
+            | ({"merged": source.merges} if source.merges else {}),
             "destination": {"path": path, "format": self.format, "architecture": source.architecture, "mesh": mesh_json(self.mesh)},
             "tensors": len(self.plan.destinations),
             "bytes_read": self.bytes_read,
@@ -211,8 +214,8 @@ def prepare(
     jobs = jobs or default_jobs(source)
     if kind.write is None:
         raise PlanError([f"format {format} is read, not written"], "dcp, transformers and hf are written for the same readers")
-    if format == "hf" and (mesh.tp, mesh.pp, mesh.ep) != (1, 1, 1):
-        raise PlanError([f"format hf is whole: it has no {mesh}"], "leave --tp, --pp and --ep out, or use --to tp")
+    if format in ("hf", "peft") and (mesh.tp, mesh.pp, mesh.ep) != (1, 1, 1):
+        raise PlanError([f"format {format} is whole: it has no {mesh}"], "leave --tp, --pp and --ep out, or use --to tp")
     placement = place(source, format, mesh, engine_version, engine_platform, dequantise)
     every = kind.rules.ranks(mesh) if kind.whole else placement.ranks  # those whose files there are
     ranks = every if rank is None else [one_rank(every, mesh, rank)]
@@ -232,7 +235,7 @@ def prepare(
     folder.small[MANIFEST] = manifest_bytes(format, target.mesh, source.layout.name, engine_version, sizes, native, source.origin,
                                             (rank, len(every)) if rank is not None and alone else None, left_out(source, without),
                                             engine_platform)  # fmt: skip
-    if (dtype or dequantise) and source.config_path:
+    if (dtype or dequantise) and source.config_path and source.adapter is None:
         config = without_quantisation(read_config(source.config_path)) if dequantise else dict(read_config(source.config_path))
         if dtype:
             key = "dtype" if "dtype" in config or "torch_dtype" not in config else "torch_dtype"
@@ -298,6 +301,12 @@ def native_dtypes(source: Checkpoint, plan: Plan) -> dict[str, str]:
 
 def companion_files(source: Checkpoint) -> dict[str, AnyPath]:
     """config.json, tokenizer and their like: name in the destination → file at the source."""
+    if source.adapter is not None:  # its config.json is its base's
+        return {
+            path.name: path
+            for path in sorted(source.path.iterdir())
+            if path.name == ADAPTER or (is_side_file(path.name) and path.name != "config.json")
+        }
     folder = source.config_path.parent if source.config_path else source.path
     # code that nobody here asked for is not taken from the Hub
     found = {path.name: path for path in folder.iterdir() if is_side_file(path.name, code=not source.remote) and path.is_file()}

@@ -24,6 +24,15 @@ def place(
 ) -> Placement:
     """Where `format` puts the tensors of `source`'s model on `mesh`; of a quantised one its codes and scales, or (`dequantise`) its weights."""
     kind, layout = formats.get(format), source.layout
+    if ("model" if source.adapter is None else "adapter") not in kind.holds:
+        what, way = (
+            ("LoRA adapters", "--to hf")
+            if source.adapter is None
+            else ("whole models", "--to peft, tp or dcp; or merge it: reshard merge BASE ADAPTER DST --to …")
+        )
+        raise PlanError(
+            [f"format {format} holds {what}, and {source.path} is {'none' if source.adapter is None else 'an adapter'}"], f"use {way}"
+        )
     if dequantise:
         if layout.plain is None:
             raise PlanError([f"{source.path} is not quantised: there is nothing to dequantise"], "leave out --dequantise")

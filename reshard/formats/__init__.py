@@ -74,6 +74,7 @@ class Format:
     whole: bool = False  # cuts whole tensors itself, over as many ranks as the mesh's tp, where others have each rank placed
     forms: tuple[str, ...] = ()  # of the descriptors' alternatives, those that it writes: the names of a model in memory
     usage: str = ""  # a command or Python that loads a folder of it: {folder}, {repo}, {id}, {tp}, {pp}
+    holds: tuple[str, ...] = ("model",)  # what its folders may be: whole models, LoRA adapters
     small: tuple[str, ...] = ()  # names of files beside the weights without which a folder of this format is not whole
 
     def release(self, version: str) -> tuple[int, ...]:

@@ -142,6 +142,7 @@ FORMAT = Format(
     _read,
     _write,
     others=("meta",),
+    holds=("model", "adapter"),
     whole=True,
     forms=("memory", "stacked"),
     small=(_METADATA,),
