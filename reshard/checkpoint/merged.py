@@ -16,12 +16,8 @@ def merged(base: Checkpoint, adapter: Checkpoint) -> Checkpoint:
     """`base` with the weights that `adapter` (opened with base's config.json) makes of its. Raises PlanError or FormatError."""
     if adapter.adapter is None:
         raise FormatError(f"{adapter.path} is no LoRA adapter", "it should hold adapter_config.json and adapter_model.safetensors")
-    if base.remote or adapter.remote:
-        raise PlanError([f"{base.path if base.remote else adapter.path} is on the Hub; a merge reads folders"],
-                        "fetch it first: reshard pull hf://ORG/NAME DIR")  # fmt: skip
-    if base.layout.plain is not None:
-        raise PlanError([f"{base.path} is quantised as {base.layout.scheme}: its codes cannot take an update"],
-                        "dequantise it first: reshard convert BASE DIR --to hf --dequantise")  # fmt: skip
+    if adapter.remote:
+        raise _remote(adapter)
     layout, renamed = changed(base.layout, adapter.adapter.targets)
     own = {key for s in adapter.stored for key, _ in s.blocks if key[0] in base.layout.descriptor.tensors}
     stored = [s._replace(parts=tuple(_renamed(layout, _without(s.parts, own), renamed))) for s in base.stored]
@@ -31,6 +27,19 @@ def merged(base: Checkpoint, adapter: Checkpoint) -> Checkpoint:
     out = replace(base, layout=layout, stored=[s for s in stored if s.parts], identities={**base.identities, **adapter.identities})
     out.merges = _told(adapter, len(renamed), own)
     return out
+
+
+def mergeable(base: Checkpoint) -> None:
+    """Raises PlanError for a checkpoint that no adapter can be merged into, before one is looked at."""
+    if base.remote:
+        raise _remote(base)
+    if base.layout.plain is not None:
+        raise PlanError([f"{base.path} is quantised as {base.layout.scheme}: its codes cannot take an update"],
+                        "dequantise it first: reshard convert BASE DIR --to hf --dequantise")  # fmt: skip
+
+
+def _remote(checkpoint: Checkpoint) -> PlanError:
+    return PlanError([f"{checkpoint.path} is on the Hub; a merge reads folders"], "fetch it first: reshard pull hf://ORG/NAME DIR")
 
 
 def _without(parts: tuple[Part, ...], keys: set[Key]) -> Iterator[Part]:

@@ -39,9 +39,10 @@ def open_checkpoint(
     Raises FormatError, LayoutError, PlanError or HubError.
     """
     if adapter is not None:
-        from reshard.checkpoint.merged import merged
+        from reshard.checkpoint.merged import mergeable, merged
 
         base = open_checkpoint(path, format=format, layout=layout, config=config, cache=cache)
+        mergeable(base)
         return merged(base, open_checkpoint(adapter, layout=layout, config=base.config_path))
     folder = folder_of(path, cache)
     manifest = read_manifest(folder)

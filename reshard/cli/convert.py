@@ -26,7 +26,7 @@ def opened(path: str, from_=None, layout=None, config=None, cache=False, adapter
     return open_checkpoint(path, format=from_, layout=layout, config=config, cache=cache, adapter=adapter)
 
 
-def planned(source, to, tp, pp, ep, etp, dtype, dequantise, engine_version, engine_platform, **options):
+def planned(source, to, tp, pp, ep, etp, dtype, dequantise, optimizer, engine_version, engine_platform, **options):
     from reshard.api import plan
 
     return plan(
@@ -38,6 +38,7 @@ def planned(source, to, tp, pp, ep, etp, dtype, dequantise, engine_version, engi
         etp=etp,
         dtype=dtype,
         dequantise=dequantise,
+        optimizer=optimizer,
         engine_version=engine_version,
         engine_platform=engine_platform,
         **options,
@@ -95,6 +96,7 @@ def run_conversion(
     etp,
     dtype,
     dequantise,
+    optimizer,
     engine_version,
     engine_platform,
     rank,
@@ -114,7 +116,7 @@ def run_conversion(
     from reshard.conversion.transaction import resumed
 
     options = {"rank": rank, "jobs": jobs, "buffer": buffer, "allow_overflow": allow_overflow, "max_file": max_shard_size}
-    job = planned(source, to, tp, pp, ep, etp, dtype, dequantise, engine_version, engine_platform, **options)
+    job = planned(source, to, tp, pp, ep, etp, dtype, dequantise, optimizer, engine_version, engine_platform, **options)
     if push is not None and not dry_run:
         from reshard.publish.push import convert_and_push
 
@@ -160,7 +162,7 @@ def say_what_is_lost(job) -> None:
     """Weights that the result lacks, and values that became infinite because that was allowed."""
     if job.left_out:
         click.echo(job.what_is_left_out())
-    if told := job.source.what_is_beside():
+    for told in job.what_is_beside():
         click.echo(told)
     for loss in job.casts.lost.values() if job.casts else ():
         click.echo(f"infinite now: {loss.words()}")
@@ -205,7 +207,24 @@ def say_pushed(done, result: dict, as_json: bool, quiet: bool) -> None:
 @report_option
 @json_option
 def plan(
-    src, to, tp, pp, ep, etp, dtype, dequantise, engine_version, engine_platform, from_, layout, config, rank, bandwidth, report, as_json
+    src,
+    to,
+    tp,
+    pp,
+    ep,
+    etp,
+    dtype,
+    dequantise,
+    optimizer,
+    engine_version,
+    engine_platform,
+    from_,
+    layout,
+    config,
+    rank,
+    bandwidth,
+    report,
+    as_json,
 ):
     """Tell which bytes a conversion of SRC would read and write, per rank. Writes nothing.
 
@@ -218,7 +237,7 @@ def plan(
         source = describe_checkpoint(config, layout)
     else:
         source = opened(src, from_, layout, config)
-    job = planned(source, to, tp, pp, ep, etp, dtype, dequantise, engine_version, engine_platform, rank=rank)
+    job = planned(source, to, tp, pp, ep, etp, dtype, dequantise, optimizer, engine_version, engine_platform, rank=rank)
     if report:
         from reshard.pages.plan import plan_page
 

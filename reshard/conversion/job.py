@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, TypedDict
 
 from reshard import formats
 from reshard.checkpoint import Checkpoint, read_config
+from reshard.conversion.optimizer import Optimizer, optimizer_of
 from reshard.conversion.placing import join_to, one_rank, place
 from reshard.dtypes import DTYPE_SIZE, TABLE, USER_WORDS
 from reshard.errors import PlanError
@@ -72,6 +73,7 @@ class Job:
 
     casts: "Casts | None" = None  # counts values that become infinite, where that is allowed; None: they are refused
     not_held: tuple[Stored, ...] = ()  # tensors of the source that this format is declared to do without
+    optimizer: Optimizer | None = None  # whose state goes with the weights
 
     @property
     def bytes_read(self) -> int:
@@ -109,6 +111,12 @@ class Job:
         who = f"format {self.format} does not hold" if self.not_held else f"layout {self.source.layout.name} does not carry"
         return f"left out: {count(len(names), 'tensor')}, {human(size)}, which {who}: {some(names)}"
 
+    def what_is_beside(self) -> list[str]:
+        """What becomes of all that a trainer saved beside the model, in lines."""
+        if self.optimizer is not None:
+            return [self.optimizer.kept, *filter(None, [self.optimizer.lost])]
+        return [told] if (told := self.source.what_is_beside()) else []
+
     def ranks(self) -> list[dict[str, int]]:
         """Per destination rank: bytes it needs read, bytes of its files, bytes of its tensors."""
         written: dict[int, int] = {}
@@ -137,7 +145,7 @@ class Job:
             lines.append(
                 f"dropped: {count(len(computed), 'buffer')}, {human(source.dropped_bytes - source.left_out_bytes)}: {some(computed)}"
             )
-        lines += [told] if (told := source.what_is_beside()) else []
+        lines += self.what_is_beside()
         lines += [f"padded: {some(plan.padded)}"] if plan.padded else []
         return "\n".join(lines)
 
@@ -203,11 +211,12 @@ def prepare(
     buffer: int = BUFFER,
     allow_overflow: bool = False,
     dequantise: bool = False,
+    optimizer: bool = False,
 ) -> Job:
     """Plan the conversion of `source`, for all ranks or for `rank` alone (replicas in the source are then not compared).
 
     `dequantise`: the weights of a quantised checkpoint are computed from their codes and scales.
-    `allow_overflow`: a value that has no room in its new dtype becomes infinite, and is counted, instead of ending the run.
+    `optimizer`: its state goes with the weights. `allow_overflow`: a value that has no room in its new dtype becomes infinite, and is counted, instead of ending the run.
     Raises PlanError with every problem found; nothing is written.
     """
     kind = formats.get(format)
@@ -219,16 +228,17 @@ def prepare(
     placement = place(source, format, mesh, engine_version, engine_platform, dequantise)
     every = kind.rules.ranks(mesh) if kind.whole else placement.ranks  # those whose files there are
     ranks = every if rank is None else [one_rank(every, mesh, rank)]
-    plan = join_to(source, placement, dtype, None if kind.whole else ranks, complete=rank is None)
+    kept = optimizer_of(source, kind, placement) if optimizer else None
+    plan = join_to(source, placement, dtype, None if kind.whole else ranks, complete=rank is None, optimizer=kept)
     without = not_held(source, placement)
     engine_version = engine_version or kind.newest
-    target = Target(placement, ranks, engine_version, max_file, mesh if kind.whole else None)
+    target = Target(placement, ranks, engine_version, max_file, mesh if kind.whole else None, kept.beside if kept else None)
     folder = kind.write(target, list(plan.destinations))
     here = placed(plan.destinations, folder.pieces, complete=rank is None)
     if all(piece.region is None for piece in folder.pieces):
         plan = plan.located(here.stored)
     else:  # tensors that the format cuts itself: each of its pieces is a destination, counted like any
-        plan = join_to(source, placement, dtype, None, rank is None, here.stored)
+        plan = join_to(source, placement, dtype, None, rank is None, here.stored, kept)
     sizes = {file.path: file.image.size for file in folder.files}
     native = native_dtypes(source, plan)
     alone = rank is not None and len(every) > 1
@@ -246,7 +256,7 @@ def prepare(
     peak = peak_buffer(plan, jobs, buffer) if fetched is None else peak_of_fetching(workers(jobs, buffer))
     seen = {str(path): identity(path.stat()) for path in companions.values() if isinstance(path, Path)}
     return Job(source, format, target.mesh, placement.layout, plan, folder, companions, engine_version, engine_platform, dtype, peak, fetched, rank if alone else None, max_file, seen,
-               counting(allow_overflow), without)  # fmt: skip
+               counting(allow_overflow), without, kept)  # fmt: skip
 
 
 class LeftOut(TypedDict):
