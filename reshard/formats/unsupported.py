@@ -43,9 +43,9 @@ KINDS = (
         _all(r"common\.pt", r".*\.distcp|\.metadata"),
     ),
     Kind(
-        "a LoRA adapter, not a whole model",
-        "merge it first: `PeftModel.from_pretrained(model, DIR).merge_and_unload().save_pretrained(OUT)`",
-        _any(r"adapter_config\.json|adapter_model\.(?:safetensors|bin)"),
+        "a LoRA adapter without its weights",
+        "copy it again, whole: adapter_model.safetensors stands beside adapter_config.json",
+        _any(r"adapter_config\.json"),
     ),
     Kind(
         "a folder of GGUF files",
