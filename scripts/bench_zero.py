@@ -79,6 +79,9 @@ def partition(hf: Path, run: Path, stage: int, world: int) -> int:
 
 def same(a: Path, b: Path) -> bool:
     """Whether two folders of safetensors hold the same tensors, one at a time."""
+    import torch
+    from safetensors import safe_open
+
     sides = [
         {name: file for path in sorted(folder.glob("*.safetensors")) for file in [safe_open(path, "pt")] for name in file.keys()}
         for folder in (a, b)
