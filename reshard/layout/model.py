@@ -49,7 +49,7 @@ class Entry:
 
     `name` is a template: ``{layer}``, ``{expert}``, or a whole-number expression in braces. `place` is where its first
     tensor stands. `alias`: read where files have it, never written (a form that copies). `copy`: may hold what another
-    entry holds. `omit`: the format does not hold its tensors, and says so. `view`: stored under other dimensions, which
+    entry holds. `omit`: the format does not hold its tensors, and says so; a text: it cannot, and why. `view`: stored under other dimensions, which
     of its own each one joins.
     """
 
@@ -66,7 +66,7 @@ class Entry:
     stage: str | None = None
     alias: bool = False
     copy: bool = False
-    omit: bool = False
+    omit: bool | str = False
     only_rank0: bool = False
     view: tuple[tuple[int, ...], ...] | None = None
     dtype: str | None = None  # the engine's own dtype of it, whatever the model has
