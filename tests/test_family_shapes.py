@@ -13,7 +13,7 @@ import pytest
 
 import reshard
 from reshard.dtypes import DTYPE_SIZE, INTEGERS
-from reshard.errors import PlanError
+from reshard.errors import CastError, PlanError
 from reshard.stores import safetensors
 
 DATA = Path(__file__).parent / "families_data"
@@ -83,3 +83,24 @@ def test_there_and_back_through_every_format(family, tmp_path):
         assert target["format"] != "megatron" or all(".visual." in name for name in lost), target
         seen["legal"] += 1
     assert seen["legal"] >= 3, seen
+
+
+@pytest.mark.parametrize("allow", [False, True])
+def test_a_whole_number_without_room_is_refused(allow, tmp_path):
+    """DeepSeek-V4's table of experts by token is I64 on disk and I32 in vLLM: no other number may take a number's place."""
+    path = checkpoint("deepseek_v4", tmp_path / "hf") / "model.safetensors"
+    table = safetensors.read(path)[0]["layers.0.ffn.gate.tid2eid"]
+    with open(path, "r+b") as file:
+        file.seek(table.offset + 8 * 5)
+        file.write((2**40 + 1).to_bytes(8, "little"))
+    with pytest.raises(CastError, match=r"tid2eid.*: at least 1 values of up to 1\.09951e\+12 do not fit I32"):
+        reshard.convert(tmp_path / "hf", tmp_path / "out", format="vllm", fsync=False, allow_overflow=allow)
+
+
+def test_a_mesh_that_an_engine_cannot_hold_says_why(tmp_path):
+    """64 sinks on one rank are FlashMLA's own number; 32 on each of two are not, but on a CPU."""
+    source = reshard.open(checkpoint("deepseek_v4", tmp_path / "hf"))
+    with pytest.raises(PlanError, match="attn_sink: on CUDA vLLM keeps 64 or 128 of them on a rank") as error:
+        reshard.plan(source, format="vllm", tp=2)
+    assert "tp sizes that fit this model here: 1;" in error.value.hint
+    reshard.plan(source, format="vllm", tp=2, engine_platform="cpu")
