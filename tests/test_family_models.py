@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from test_family_shapes import DATA, FAMILIES
+from family_checkpoints import DATA, FAMILIES
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
 family_shapes = pytest.importorskip("family_shapes")
