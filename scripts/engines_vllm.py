@@ -43,7 +43,7 @@ def meshes(family: dict, quick: bool) -> list[dict]:
     return [*out, {"tp": 2}, *[{"tp": 2, "ep": 2}] * family.get("experts", False)]
 
 
-def rank(folder: Path, mesh: dict, rank: int, world: int, work: Path, family: dict) -> dict:
+def rank(folder: Path, mesh: dict, rank: int, world: int, work: Path, computed: dict) -> dict:
     """One rank: its model loaded by vLLM from the checkpoint, beside the rank's files."""
     from engines_common import NotBuilt, differences
 
@@ -53,8 +53,8 @@ def rank(folder: Path, mesh: dict, rank: int, world: int, work: Path, family: di
         raise NotBuilt(reason(error)) from error
     stage, tp = divmod(rank, mesh.get("tp", 1))
     files = read(folder, "hf", mesh, stage, tp)
-    control = differences(state, read(folder, "control", mesh, stage, tp)) if (folder / "control").is_dir() else []
-    return {"differences": differences(state, files, before), "control": len(control), "tensors": len(state),
+    control = differences(state, read(folder, "control", mesh, stage, tp), None, computed) if (folder / "control").is_dir() else []
+    return {"differences": differences(state, files, before, computed), "control": len(control), "tensors": len(state),
             "bytes": sum(t.nbytes for t in state.values())}  # fmt: skip
 
 

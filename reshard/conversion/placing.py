@@ -10,7 +10,7 @@ from reshard.geometry.block import Stored
 from reshard.layout import Entry, Mesh, Placement, Rank
 from reshard.layout.check import omitted, refuse_unheld
 from reshard.layout.transforms import values_of
-from reshard.planner.make import plan
+from reshard.planner.make import LOST, plan
 from reshard.planner.plan import Plan
 
 
@@ -79,18 +79,25 @@ def join_to(
         raise PlanError(placement.problems, split_hint(placement))
     keep = [t.name for t in source.layout.descriptor.tensors.values() if t.dtype]
     held = (s.entry for s in source.stored if isinstance(s.entry, Entry) and s.entry.transform)
-    return plan(
-        source.stored,
-        destinations,
-        cast=USER_WORDS.get(dtype or ""),
-        keep=keep,
-        native=source.native,
-        sizes=source.layout.shape_of,
-        omitted=omitted(placement),
-        complete=complete,
-        check=complete,
-        values={**source.layout.values, **values_of(placement.layout, dict.fromkeys((*held, *placement.section.entries)))},
-    )
+    try:
+        return plan(
+            source.stored,
+            destinations,
+            cast=USER_WORDS.get(dtype or ""),
+            keep=keep,
+            native=source.native,
+            sizes=source.layout.shape_of,
+            omitted=omitted(placement),
+            complete=complete,
+            check=complete,
+            values={**source.layout.values, **values_of(placement.layout, dict.fromkeys((*held, *placement.section.entries)))},
+        )
+    except PlanError as error:
+        if error.hint is None and any(LOST in problem for problem in error.problems):
+            own = placement.layout.descriptor
+            hint = f"in {own.path or f'a descriptor that extends {own.name}'}, give it a name in the destination's table, or say there that it is left out: omit = true"
+            raise PlanError(list(error.problems), hint) from None
+        raise
 
 
 def split_hint(placement: Placement) -> str:
