@@ -12,11 +12,11 @@ family_shapes = pytest.importorskip("family_shapes")
 
 
 def test_every_family_has_data():
-    assert sorted(family_shapes.FAMILIES) == FAMILIES
+    assert sorted([*family_shapes.FAMILIES, *family_shapes.READ]) == FAMILIES
 
 
 @pytest.mark.models
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", sorted(set(FAMILIES) - set(family_shapes.READ)))
 def test_data_are_what_transformers_writes(name):
     kept = json.loads((DATA / f"{name}.json").read_text())
     made = family_shapes.shapes(name)
