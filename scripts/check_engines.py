@@ -115,7 +115,7 @@ def table(rows: list[dict]) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--engine", choices=("vllm", "megatron", "files", "verify"), required=True)
+    parser.add_argument("--engine", choices=("vllm", "megatron", "files", "verify", "sglang"), required=True)
     parser.add_argument("--family", action="append", default=[], help="a table of families.toml; may be repeated (default: all)")
     parser.add_argument("--families", type=Path, default=TABLE, help="another table than scripts/families.toml")
     parser.add_argument("--out", type=Path, help="folder for ENGINE.json; rows of families that were not run stay")

@@ -11,6 +11,7 @@ from family_checkpoints import FAMILIES, checkpoint
 
 import reshard
 from reshard.errors import CastError, PlanError
+from reshard.formats.megatron_args import model_args
 from reshard.stores import safetensors
 
 MESHES = [
@@ -85,3 +86,10 @@ def test_a_mesh_that_an_engine_cannot_hold_says_why(tmp_path):
         reshard.plan(source, format="vllm", tp=2)
     assert "tp sizes that fit this model here: 1;" in error.value.hint
     reshard.plan(source, format="vllm", tp=2, engine_platform="cpu")
+
+
+def test_megatrons_args_tell_of_prediction_layers_that_are_there(tmp_path):
+    """config.json may promise a layer that the files lack: Megatron-LM would build it, and miss its weights."""
+    layout = reshard.open(checkpoint("glm4_moe", tmp_path / "hf")).layout
+    assert model_args(layout)["mtp_num_layers"] == 1
+    assert model_args(layout.without(frozenset({"mtp", "mtp_joint"}), frozenset()))["mtp_num_layers"] is None
