@@ -71,7 +71,9 @@ def match(checkpoint: Checkpoint, kind: formats.Format, contents: formats.Conten
     if problems:
         raise PlanError(list(dict.fromkeys(problems)), _what_is_expected(checkpoint))
     check_constants(checkpoint.path, placement, held)
-    checkpoint.stored = found.stored
+    checkpoint.stored = list({(s.file, s.start, s.name, s.shape): s for s in reversed(found.stored)}.values())[
+        ::-1
+    ]  # one file of all ranks: once
     if contents.states is not None:
         lacking = {(s.rank, s.name) for s in found.missing}
         checkpoint.states, checkpoint.whole = contents.states, [s for s in stored if (s.rank, s.name) not in lacking]

@@ -11,6 +11,7 @@ from reshard.checkpoint.adapter import adapter_of
 from reshard.checkpoint.config import find_config, model_config, read_config
 from reshard.checkpoint.match import match
 from reshard.checkpoint.opened import Checkpoint
+from reshard.dtypes import INTEGERS
 from reshard.errors import FormatError, LayoutError, PlanError
 from reshard.foreign import quote
 from reshard.formats.manifest import read_manifest
@@ -142,7 +143,8 @@ def _matched(
         if quantised_as and checkpoint.layout.scheme == "none":  # one sentence instead of a line for each scale
             raise refuse(folder, quantised_as, contents) from None
         raise
-    without = None if own else codes_without_scales(folder, settings, checkpoint.stored, checkpoint.layout.operands)
+    numbers = {name for name, tensor in checkpoint.layout.descriptor.tensors.items() if tensor.dtype in INTEGERS}  # no codes
+    without = None if own else codes_without_scales(folder, settings, checkpoint.stored, numbers.union(checkpoint.layout.operands))
     if without:
         raise without
     return checkpoint

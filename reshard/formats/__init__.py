@@ -47,8 +47,8 @@ class Contents:
     settings: Mapping[str, Mapping[str, object]] = field(default_factory=dict)
     nested: bool = False
     writer: str | None = None
-    masters: "Callable[[], Contents] | None" = None
     states: Callable[[], States] | None = None  # of an optimizer, read when they are asked for
+    masters: "Callable[[], Contents] | None" = None
 
 
 @dataclass(frozen=True)
@@ -87,10 +87,10 @@ class Format:
     whole: bool = False  # cuts whole tensors itself, over as many ranks as the mesh's tp, where others have each rank placed
     forms: tuple[str, ...] = ()  # of the descriptors' alternatives, those that it writes: the names of a model in memory
     usage: str = ""  # a command or Python that loads a folder of it: {folder}, {repo}, {id}, {tp}, {pp}
-    settings: tuple[str, Callable[[AnyPath], dict[str, object]]] | None = None  # its own config: the file, and that as a config.json
-    platforms: bool = False  # its engine wants other tensors on other platforms
     holds: tuple[str, ...] = ("model",)  # what its folders may be: whole models, LoRA adapters
     states: bool = False  # whether its folders may hold an optimizer's state, too
+    settings: tuple[str, Callable[[AnyPath], dict[str, object]]] | None = None  # its own config: the file, and that as a config.json
+    platforms: bool = False  # its engine wants other tensors on other platforms
     small: tuple[str, ...] = ()  # names of files beside the weights without which a folder of this format is not whole
 
     def release(self, version: str) -> tuple[int, ...]:

@@ -48,9 +48,8 @@ class Entry:
     """What one format stores under one name: which tensors, in which order, fused and cut how.
 
     `name` is a template: ``{layer}``, ``{expert}``, or a whole-number expression in braces. `place` is where its first
-    tensor stands. `alias`: a form that copies: read where files have it,
-    written by formats that have this form. `copy`: may hold what another
-    entry holds. `omit`: the format does not hold its tensors, and says so. `view`: stored under other dimensions, which
+    tensor stands. `alias`: a form that copies: read where files have it, written by formats that have this form. `copy`: may hold what
+    another entry holds. `omit`: the format does not hold its tensors, and says so; a text: it cannot, and why. `view`: stored under other dimensions, which
     of its own each one joins.
     """
 
@@ -67,7 +66,7 @@ class Entry:
     stage: str | None = None
     alias: str | None = None
     copy: bool = False
-    omit: bool = False
+    omit: bool | str = False
     only_rank0: bool = False
     view: tuple[tuple[int, ...], ...] | None = None
     dtype: str | None = None  # the engine's own dtype of it, whatever the model has
