@@ -3,6 +3,7 @@
 FORMATS = {
     "tp": "tp.FORMAT",
     "transformers": "transformers.FORMAT",
+    "megatron-dist": "megatron_dist.FORMAT",
     "dcp": "dcp.FORMAT",
     "fsdp": "fsdp.FORMAT",
     "vllm": "engine.VLLM",
@@ -12,4 +13,4 @@ FORMATS = {
     "hf": "hf.FORMAT",
 }
 #: read, and not written: their writers have formats that are
-READ_ONLY = ("fsdp",)
+READ_ONLY = ("fsdp", "megatron-dist")

@@ -7,6 +7,7 @@ Sources: torch 2.13 ``filesystem.py``; accelerate 1.15 ``fsdp_utils.py``; torcht
 
 import re
 from collections import defaultdict
+from collections.abc import Mapping
 from pathlib import Path
 
 from reshard.errors import FormatError
@@ -24,7 +25,7 @@ from reshard.text import some
 
 _FILE = re.compile(r"__([0-9]{1,6})_([0-9]{1,6})\.distcp")
 _OF_RANK = re.compile(r"__([0-9]{1,6})\.metadata")  # of a save without collectives
-_METADATA = ".metadata"
+METADATA = ".metadata"
 #: where Accelerate, the HF Trainer and Axolotl put the model inside of a checkpoint's folder
 _INSIDE = "pytorch_model_fsdp_0"
 #: modules that wrap others in memory: their names stand in the middle of a parameter's
@@ -35,13 +36,20 @@ _COPY = "copy the folder again, whole"
 def _recognise(folder: Path, names: set[str]) -> bool:
     if names & {"metadata.json", "common.pt"}:  # Megatron's torch_dist
         return False
-    return _METADATA in names or any(_FILE.fullmatch(name) or _OF_RANK.fullmatch(name) for name in names) or (folder / _INSIDE).is_dir()
+    return METADATA in names or any(_FILE.fullmatch(name) or _OF_RANK.fullmatch(name) for name in names) or (folder / _INSIDE).is_dir()
 
 
 def _read(folder: Path) -> Contents:
-    inside = "" if not (folder / _INSIDE).is_dir() or (folder / _METADATA).is_file() else f"{_INSIDE}/"
+    inside = "" if not (folder / _INSIDE).is_dir() or (folder / METADATA).is_file() else f"{_INSIDE}/"
     root = folder / _INSIDE if inside else folder
-    tensors = _metadata(root)
+    manifest = read_manifest(folder)
+    writer = "reshard" if manifest else "Accelerate (HF Trainer, Axolotl)" if inside else "torch.distributed.checkpoint"
+    pieces = pieces_in(root, inside, metadata_of(root).tensors)
+    return Contents(Mesh(), pieces, manifest and manifest.get("layout"), nested=True, writer=writer)
+
+
+def pieces_in(root: Path, inside: str, tensors: Mapping[str, dcp.Stored]) -> list[Piece]:
+    """The chunks of `tensors` in the files of `root`, which is the folder `inside` ("" or "name/") of the checkpoint's."""
     by_file: dict[str, list[tuple[str, dcp.Stored, dcp.Item]]] = defaultdict(list)
     for name, stored in tensors.items():
         for item in stored.items:
@@ -72,9 +80,7 @@ def _read(folder: Path) -> Contents:
                     stored.size,
                 )
             )
-    manifest = read_manifest(folder)
-    writer = "reshard" if manifest else "Accelerate (HF Trainer, Axolotl)" if inside else "torch.distributed.checkpoint"
-    return Contents(Mesh(), pieces, manifest and manifest.get("layout"), nested=True, writer=writer)
+    return pieces
 
 
 def _named(file: str) -> str:
@@ -83,10 +89,10 @@ def _named(file: str) -> str:
     return f"{file} (rank {int(match[1])})" if match else file
 
 
-def _metadata(root: Path) -> dict[str, dcp.Stored]:
-    """The tensors of a folder, by its ``.metadata`` or those of all its ranks."""
-    if (root / _METADATA).is_file():
-        return dcp.read_metadata(root / _METADATA).tensors
+def metadata_of(root: Path) -> dcp.Metadata:
+    """What lies in a folder, by its ``.metadata`` or those of all its ranks."""
+    if (root / METADATA).is_file():
+        return dcp.read_metadata(root / METADATA)
     own = sorted((int(match[1]), path) for path in root.iterdir() if (match := _OF_RANK.fullmatch(path.name)))
     if not own:
         raise FormatError(f"{root} holds .distcp files and no .metadata, which is written last: the save was not finished, or not copied whole",
@@ -105,7 +111,7 @@ def _metadata(root: Path) -> dict[str, dcp.Stored]:
                 )
             if first is not stored:
                 first.items.extend(stored.items)
-    return out
+    return dcp.Metadata(out)
 
 
 def _unwrapped(name: str) -> str:
@@ -131,7 +137,7 @@ def _write(target: Target, stored: list[Stored]) -> Folder:
                     pieces.append(Piece(path, offset, s.dtype, size, s.name, 0, Chunk(offsets), None, holder, s.shape))
             if holder in mine:
                 files.append(OutFile(path, image, holder))
-    return Folder(files, pieces, {_METADATA: dcp.compose_metadata(metadata)})
+    return Folder(files, pieces, {METADATA: dcp.compose_metadata(metadata)})
 
 
 FORMAT = Format(
@@ -144,6 +150,6 @@ FORMAT = Format(
     others=("meta",),
     whole=True,
     forms=("memory", "stacked"),
-    small=(_METADATA,),
+    small=(METADATA,),
     usage='import torch.distributed.checkpoint as dcp\n\nstate = model.state_dict()\ndcp.load(state, checkpoint_id="{folder}")',
 )

@@ -48,10 +48,10 @@ class Stored:
 
 @dataclass(frozen=True)
 class Metadata:
-    """What `.metadata` says: tensors by name; the names of what is no tensor (numbers, states of schedulers)."""
+    """What `.metadata` says: tensors by name; by name what is no tensor (numbers, states of schedulers), with its bytes."""
 
     tensors: dict[str, Stored]
-    others: list[str] = field(default_factory=list)
+    others: dict[str, Item] = field(default_factory=dict)
 
 
 class _Bare:
@@ -109,12 +109,13 @@ def _places(table: Any) -> dict[tuple[str, Shape | None], tuple[str, int, int]]:
 
 
 def _tensors(table: Mapping[str, object], places: Mapping[tuple[str, Shape | None], tuple[str, int, int]]) -> Metadata:
-    tensors, others = {}, []
+    tensors, others = {}, {}
     for name, value in table.items():
         if not isinstance(name, str):
             raise TypeError("a name is no text")
         if isinstance(value, Opaque) and value.name == "BytesStorageMetadata":
-            others.append(name)
+            if (name, None) in places:
+                others[name] = Item(*places[name, None], (), ())
             continue
         state = _state(value, "TensorStorageMetadata")
         properties, size = state["properties"], _sizes(state["size"])
