@@ -5,8 +5,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from reshard.checkpoint import Checkpoint, open_checkpoint
-from reshard.conversion.job import Job, one_rank, place, prepare, rank_at
-from reshard.difference import DiffReport
+from reshard.comparison.difference import DiffReport
+from reshard.conversion.job import Job, prepare
+from reshard.conversion.placing import one_rank, place, rank_at
 from reshard.errors import PlanError
 from reshard.hub import is_remote
 from reshard.layout import Mesh
@@ -136,7 +137,7 @@ def diff(
     `formats` are those of `a` and of `b`, where their files don't tell. With `dtype` (bf16, fp16, fp32) floating-point tensors are equal when they are once both sides are cast to it, which confirms a
     cast; with `atol` elements are equal that lie within it of each other. `maps`: each difference tells where it lies (`heat`).
     """
-    from reshard.compare import Likeness, compare
+    from reshard.comparison.compare import Likeness, compare
     from reshard.dtypes import USER_WORDS
 
     if dtype is not None and dtype not in USER_WORDS:

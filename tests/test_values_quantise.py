@@ -7,7 +7,7 @@ import torch
 from value_cases import GRAIN, HEAD, HEADS, INNER, RNG, ROWS, SHAPES, check, chunked, executed, written
 
 from reshard.executor import compute
-from reshard.planner.plan import plan as make_plan
+from reshard.planner.make import plan as make_plan
 from reshard.planner.values import Operand, Over, Value
 
 

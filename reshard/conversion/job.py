@@ -5,12 +5,13 @@
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, TypedDict
 
 from reshard import formats
 from reshard.checkpoint import Checkpoint, read_config
+from reshard.conversion.placing import join_to, one_rank, place
 from reshard.dtypes import DTYPE_SIZE, TABLE, USER_WORDS
 from reshard.errors import PlanError
 from reshard.formats import Folder, Target
@@ -18,14 +19,12 @@ from reshard.formats.manifest import NAME as MANIFEST
 from reshard.formats.manifest import manifest_bytes
 from reshard.formats.pieces import placed
 from reshard.geometry.block import Stored
-from reshard.layout import Entry, Layout, Mesh, Placement, Rank
-from reshard.layout.check import omitted, refuse_unheld
-from reshard.layout.transforms import values_of
+from reshard.layout import Layout, Mesh, Placement
+from reshard.layout.check import omitted
 from reshard.planner.batches import GAP, JOBS, Batch, batches, workers
 from reshard.planner.batches import peak as peak_of_fetching
 from reshard.planner.copies import Copy
 from reshard.planner.plan import Plan
-from reshard.planner.plan import plan as make_plan
 from reshard.planner.tiles import BUFFER, Portion, peak_buffer, portions
 from reshard.planner.values import bare
 from reshard.stores.beside import is_side_file
@@ -288,85 +287,6 @@ def default_jobs(source: Checkpoint) -> int:
     return JOBS if source.remote else 2
 
 
-def place(
-    source: Checkpoint,
-    format: str,
-    mesh: Mesh,
-    engine_version: str | None = None,
-    engine_platform: str | None = None,
-    dequantise: bool = False,
-) -> Placement:
-    """Where `format` puts the tensors of `source`'s model on `mesh`; of a quantised one its codes and scales, or (`dequantise`) its weights."""
-    kind, layout = formats.get(format), source.layout
-    if dequantise:
-        if layout.plain is None:
-            raise PlanError([f"{source.path} is not quantised: there is nothing to dequantise"], "leave out --dequantise")
-        layout = layout.plain
-    elif layout.plain is not None and kind.section not in layout.descriptor.formats:
-        raise PlanError([f"format {format} cannot hold weights quantised as {layout.scheme}"], "use --dequantise")
-    section = layout.section(kind.section)
-    if mesh.ep > 1 and not source.layout.sizes.get("expert"):
-        raise PlanError([f"ep={mesh.ep}, but {source.layout.name} is a model without experts"], "leave out --ep")
-    version = kind.release(engine_version) if engine_version is not None else None
-    kind.check_platform(engine_platform)
-    if kind.whole:
-        if mesh != Mesh(mesh.tp):
-            raise PlanError(
-                [f"format {format} deals each tensor's rows out to ranks, which have no {mesh}"], "say how many with --tp, and nothing else"
-            )
-        mesh = Mesh()
-    placement = Placement(
-        layout, section.for_version(version).spelled(kind.forms), kind.rules, mesh, engine=version, platform=engine_platform
-    )
-    refuse_unheld(placement, kind.section)
-    return placement
-
-
-def one_rank(ranks: list[Rank], mesh: Mesh, number: int) -> Rank:
-    if not 0 <= number < len(ranks):
-        raise PlanError([f"rank {number} does not exist on {mesh}"], f"ranks are 0 to {len(ranks) - 1}")
-    return ranks[number]
-
-
-def rank_at(placement: Placement, at: tuple[int, ...]) -> Rank:
-    """The rank at (tp, pp), or (tp, pp, ep) where several stand there."""
-    found = [rank for rank in placement.ranks if (rank.tp, rank.pp, rank.ep)[: len(at)] == tuple(at)] if len(at) in (2, 3) else []
-    if not found or len({rank.ep for rank in found}) > 1:
-        text = f"no rank stands at {at}" if not found else f"{len(found)} ranks stand at {at}"
-        raise PlanError([f"{text} of {placement.mesh}"], "at is (tp, pp), or (tp, pp, ep), each from 0")
-    return found[0]
-
-
-def join_to(
-    source: Checkpoint,
-    placement: Placement,
-    dtype: str | None,
-    ranks: list[Rank] | None = None,
-    complete: bool = True,
-    cut: list[Stored] | None = None,
-) -> Plan:
-    """The plan that fills `placement` (or some of its ranks, or what was `cut` of its tensors) from `source`."""
-    if dtype is not None and dtype not in USER_WORDS:
-        raise PlanError([f"unknown dtype {dtype!r}"], f"use one of {', '.join(USER_WORDS)}")
-    destinations = list(placement.stored(ranks)) if cut is None else cut
-    if placement.problems:
-        raise PlanError(placement.problems, split_hint(placement))
-    keep = [t.name for t in source.layout.descriptor.tensors.values() if t.dtype]
-    held = (s.entry for s in source.stored if isinstance(s.entry, Entry) and s.entry.transform)
-    return make_plan(
-        source.stored,
-        destinations,
-        cast=USER_WORDS.get(dtype or ""),
-        keep=keep,
-        native=source.native,
-        sizes=source.layout.shape_of,
-        omitted=omitted(placement),
-        complete=complete,
-        check=complete,
-        values={**source.layout.values, **values_of(placement.layout, dict.fromkeys((*held, *placement.section.entries)))},
-    )
-
-
 def native_dtypes(source: Checkpoint, plan: Plan) -> dict[str, str]:
     """The model's own dtype of each tensor that the destination's engine wants in another: noted, so that it comes back."""
     wanted = {bare(key[0]): s.entry.dtype for s in plan.destinations if s.entry and s.entry.dtype for key, _ in s.blocks}
@@ -374,21 +294,6 @@ def native_dtypes(source: Checkpoint, plan: Plan) -> dict[str, str]:
         return {}
     held = {bare(key[0]): s.dtype for s in source.stored for key, _ in s.blocks if bare(key[0]) in wanted}
     return {name: own for name in held for own in [source.native.get(name, held[name])] if own != wanted[name]}
-
-
-def split_hint(placement: Placement) -> str:
-    """Tensor-parallel sizes that would work, for the model at hand."""
-    works = []
-    for tp in range(1, 65):
-        try:
-            trial = Placement(placement.layout, placement.section, placement.rules, replace(placement.mesh, tp=tp))
-            for _ in trial.stored(trial.ranks[:1]):
-                pass
-        except PlanError:
-            continue
-        if not trial.problems:
-            works.append(str(tp))
-    return f"tp sizes that fit this model here: {', '.join(works) or 'none'}" + ("; --to tp cuts unevenly" if placement.rules.even else "")
 
 
 def companion_files(source: Checkpoint) -> dict[str, AnyPath]:
