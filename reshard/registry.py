@@ -13,4 +13,4 @@ FORMATS = {
     "hf": "hf.FORMAT",
 }
 #: read, and not written: their writers have formats that are
-READ_ONLY = ("fsdp", "megatron-dist")
+READ_ONLY = ("fsdp",)

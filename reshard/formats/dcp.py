@@ -18,7 +18,7 @@ from reshard.formats.pieces import Piece, dealt
 from reshard.geometry.block import Stored
 from reshard.geometry.regions import Chunk
 from reshard.layout import Mesh, Rules
-from reshard.layout.mesh import even_stages, grid
+from reshard.layout.mesh import even_stages, rows
 from reshard.stores import dcp
 from reshard.stores.files import safe_join
 from reshard.text import some
@@ -143,7 +143,7 @@ def _write(target: Target, stored: list[Stored]) -> Folder:
 FORMAT = Format(
     "dcp",
     "hf",
-    Rules(grid, even_stages, even=False),
+    Rules(rows, even_stages, even=False),
     _recognise,
     _read,
     _write,
