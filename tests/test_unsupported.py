@@ -39,8 +39,6 @@ def hf(tmp_path) -> Path:
 @pytest.mark.parametrize(
     ("files", "says", "hint"),
     [
-        ([".metadata", "__0_0.distcp", "metadata.json"], "is a Megatron torch_dist checkpoint", "--ckpt-format torch"),
-        ([".metadata", "__0_0.distcp", "common.pt"], "is a Megatron torch_dist checkpoint", "--ckpt-format torch"),
         (["zero_pp_rank_0_mp_rank_00_model_states.pt"], "is a DeepSpeed checkpoint", "zero_to_fp32.py"),
         (["mp_rank_00_model_states.pt"], "is a DeepSpeed checkpoint", "zero_to_fp32.py"),
         (["consolidated.00.pth", "params.json"], "Meta's own layout", "convert_llama_weights_to_hf.py"),

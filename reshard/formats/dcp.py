@@ -30,6 +30,8 @@ METADATA = ".metadata"
 _INSIDE = "pytorch_model_fsdp_0"
 #: modules that wrap others in memory: their names stand in the middle of a parameter's
 _WRAPPERS = frozenset(("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"))
+#: what all ranks of Megatron share, in folders that are its own (torch_dist)
+MEGATRONS = "common_state/shard_0_1"
 _COPY = "copy the folder again, whole"
 
 
@@ -44,7 +46,11 @@ def _read(folder: Path) -> Contents:
     root = folder / _INSIDE if inside else folder
     manifest = read_manifest(folder)
     writer = "reshard" if manifest else "Accelerate (HF Trainer, Axolotl)" if inside else "torch.distributed.checkpoint"
-    pieces = pieces_in(root, inside, metadata_of(root).tensors)
+    held = metadata_of(root)
+    if MEGATRONS in held.others:
+        raise FormatError(f"{root} holds no metadata.json, which Megatron writes last: the save was not finished, or not copied whole",
+                          "copy the folder again, or take the checkpoint before it")  # fmt: skip
+    pieces = pieces_in(root, inside, held.tensors)
     return Contents(Mesh(), pieces, manifest and manifest.get("layout"), nested=True, writer=writer)
 
 

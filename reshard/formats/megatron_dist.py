@@ -16,7 +16,7 @@ from pathlib import Path
 from reshard.errors import FormatError
 from reshard.foreign import quote
 from reshard.formats import Contents, Folder, Format, OutFile, Target, parts
-from reshard.formats.dcp import METADATA, metadata_of, pieces_in
+from reshard.formats.dcp import MEGATRONS, METADATA, metadata_of, pieces_in
 from reshard.formats.hf import torch_tree
 from reshard.formats.manifest import read_manifest
 from reshard.formats.megatron import TRACKER, disagreements, tracked
@@ -33,7 +33,6 @@ from reshard.stores import dcp, torchzip
 from reshard.stores.files import read_json, safe_join
 
 CONFIG, COMMON = "metadata.json", "common.pt"
-_SHARED = "common_state/shard_0_1"
 _RELEASE = "release"
 #: what core 0.16 wants to be told; 0.19 asks for the first two
 _CONFIG = {"sharded_backend": "torch_dist", "sharded_backend_version": 1, "common_backend": "torch", "common_backend_version": 1}
@@ -44,16 +43,18 @@ _COPY = "copy the folder again, whole"
 
 
 def _recognise(folder: Path, names: set[str]) -> bool:
-    return _here(names) or (root := tracked(folder)) is not None and root.is_dir() and _here({path.name for path in root.iterdir()})
+    if names & {CONFIG, COMMON} and _chunks(names):
+        return True
+    return (root := tracked(folder)) is not None and root.is_dir() and _chunks({path.name for path in root.iterdir()})
 
 
-def _here(names: set[str]) -> bool:
-    return bool(names & {CONFIG, COMMON}) and any(name == METADATA or name.endswith(".distcp") for name in names)
+def _chunks(names: set[str]) -> bool:
+    return any(name == METADATA or name.endswith(".distcp") for name in names)
 
 
 def _root(folder: Path) -> Path:
     """The folder that holds the files: `folder`, or the one that its tracker names."""
-    root = folder if _here({path.name for path in folder.iterdir()}) else tracked(folder)
+    root = folder if _chunks({path.name for path in folder.iterdir()}) else tracked(folder)
     if root is None or not root.is_dir():
         raise FormatError(f"{root or folder} holds no Megatron torch_dist checkpoint", f"one has {CONFIG}, {METADATA} and .distcp files")
     return root
@@ -81,7 +82,7 @@ def _read(folder: Path) -> Contents:
 
 def _common(root: Path, held: dcp.Metadata) -> tuple[str, Mapping]:
     """What all ranks share, and the file that holds it; empty where nothing does."""
-    item = held.others.get(_SHARED)
+    item = held.others.get(MEGATRONS)
     if (root / COMMON).is_file():
         file, common = COMMON, torch_tree(root / COMMON)
     elif item is not None:
@@ -115,7 +116,9 @@ def _write(target: Target, stored: list[Stored]) -> Folder:
                 s, box = own[i]
                 metadata.tensors[s.name].items.append(dcp.Item(path, start, length, box.offsets, box.size))
                 if number in mine:
-                    pieces.append(Piece(f"{_RELEASE}/{path}", offset, s.dtype, box.size, s.name, 0, Chunk(box.offsets), None, number, s.shape))
+                    pieces.append(
+                        Piece(f"{_RELEASE}/{path}", offset, s.dtype, box.size, s.name, 0, Chunk(box.offsets), None, number, s.shape)
+                    )
             if number in mine:
                 files.append(OutFile(f"{_RELEASE}/{path}", image, number))
     args = megatron_args(target, stored) | {"ckpt_format": "torch_dist"}
@@ -123,9 +126,11 @@ def _write(target: Target, stored: list[Stored]) -> Folder:
     content = {"singleton_local_shards": False, "non_homogeneous_layers": layers, "chained_optim_avoid_prefix": True}
     common = {"args": argparse.Namespace(**args), "checkpoint_version": 3.0, "iteration": 0, "content_metadata": content,
               "num_floating_point_operations_so_far": 0}  # fmt: skip
-    bytes_, starts = dcp.one_after_another(images := [torchzip.compose([common]), *[torchzip.compose([None])] * len(states := _states(shards, stored))])
+    bytes_, starts = dcp.one_after_another(
+        images := [torchzip.compose([common]), *[torchzip.compose([None])] * len(states := _states(shards, stored))]
+    )
     path = "__0_states.distcp"
-    for name, start, image in zip([_SHARED, *states], starts, images):
+    for name, start, image in zip([MEGATRONS, *states], starts, images):
         metadata.others[name] = dcp.Item(path, start, image.size, (), ())
     small = {
         TRACKER: b"release",

@@ -70,7 +70,13 @@ class Placement:
         self.stages = self.rules.stages(self.layout.layers, self.mesh.pp)
         self.etp = expert_cut(self.mesh, self.ranks)
         engine = list(self.engine or (999,))
-        self._given = {"tp": (self.over or self.mesh).tp, "pp": self.mesh.pp, "ep": self.mesh.ep, "engine": engine, "scheme": self.layout.scheme}
+        self._given = {
+            "tp": (self.over or self.mesh).tp,
+            "pp": self.mesh.pp,
+            "ep": self.mesh.ep,
+            "engine": engine,
+            "scheme": self.layout.scheme,
+        }
         self._given["platform"] = self.platform or PLATFORMS[0]
         self._scopes: dict[tuple[str, int | None], Scope] = {}
 

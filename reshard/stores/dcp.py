@@ -213,7 +213,9 @@ def compose_metadata(metadata: Metadata) -> bytes:
     for name, item in metadata.others.items():
         tensors[name] = _made("BytesStorageMetadata", {})
         index = _made("MetadataIndex", {"fqn": name, "index": None, "offset": None})
-        places[index] = Made(f"{_HERE}.filesystem", "_StorageInfo", (), {"relative_path": item.file, "offset": item.start, "length": item.length})
+        places[index] = Made(
+            f"{_HERE}.filesystem", "_StorageInfo", (), {"relative_path": item.file, "offset": item.start, "length": item.length}
+        )
     state = {"state_dict_metadata": tensors, "planner_data": {name: (name,) for name in tensors}, "storage_data": places,
              "storage_meta": None, "version": "1.0.0"}  # fmt: skip
     out = io.BytesIO()
