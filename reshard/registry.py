@@ -10,6 +10,7 @@ FORMATS = {
     "sglang": "engine.SGLANG",
     "megatron": "megatron.FORMAT",
     "rank-pt": "rank_pt.FORMAT",
+    "peft": "peft.FORMAT",
     "hf": "hf.FORMAT",
 }
 #: read, and not written: their writers have formats that are

@@ -24,6 +24,8 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 RESULTS, PAGE = ROOT / "docs" / "frameworks", ROOT / "docs" / "frameworks.md"
 SECTIONS = sorted(path.stem for path in (ROOT / "scripts" / "frameworks").glob("[a-z]*.py"))
+#: one thread, this checkout, no network
+SETTINGS = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", "TQDM_DISABLE": "1"}
 HEAD = """# Frameworks
 
 What other programs' own code says of the files: `scripts/check_frameworks.py` makes the environments, runs it all, and writes this page from
@@ -95,7 +97,7 @@ def main() -> int:
         with tempfile.TemporaryDirectory() as scratch:
             answer = Path(scratch) / "rows.json"
             command = [python_of(name, install, args.environments), __file__, "--section", name, "--inside", str(answer)]
-            done = subprocess.run(command + ["--quick"] * args.quick, env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)})
+            done = subprocess.run(command + ["--quick"] * args.quick, env=os.environ | SETTINGS)
             rows = json.loads(answer.read_text()) if answer.exists() else []
         failed |= bool(done.returncode) or not rows or any(row["status"] != "equal" for row in rows)
         if rows and not args.quick:

@@ -43,7 +43,7 @@ def hf(tmp_path) -> Path:
         (["mp_rank_00_model_states.pt"], "is a DeepSpeed checkpoint", "zero_to_fp32.py"),
         (["consolidated.00.pth", "params.json"], "Meta's own layout", "convert_llama_weights_to_hf.py"),
         (["consolidated.safetensors", "params.json"], "Mistral's own layout", "convert_mistral_weights_to_hf.py"),
-        (["adapter_config.json", "adapter_model.safetensors"], "is a LoRA adapter", "merge_and_unload"),
+        (["adapter_config.json", "adapter_model.safetensors"], "is a LoRA adapter", "reshard merge"),
         (["llama-q4.gguf"], "is a folder of GGUF files", "original Hugging Face"),
         (["model_index.json", "unet/x"], "is a diffusers pipeline", "inside"),
         (["model.nemo"], "is a NeMo checkpoint", "export"),

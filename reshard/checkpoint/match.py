@@ -33,7 +33,7 @@ def match(checkpoint: Checkpoint, kind: formats.Format, contents: formats.Conten
         raise PlanError([f"{checkpoint.path} holds {sum(map(len, contents.stages))} layers, config.json says {layout.layers}"])
     name, pieces = kind.section, contents.pieces
     if contents.nested:
-        name, pieces, checkpoint.beside = spelled(layout, kind, mesh, pieces)
+        name, pieces, checkpoint.beside, checkpoint.key = spelled(layout, kind, mesh, pieces)
     filed = Filed.of(pieces)
     held = filed.first
     names = frozenset().union(*held.values())
@@ -72,6 +72,9 @@ def match(checkpoint: Checkpoint, kind: formats.Format, contents: formats.Conten
         raise PlanError(list(dict.fromkeys(problems)), _what_is_expected(checkpoint))
     check_constants(checkpoint.path, placement, held)
     checkpoint.stored = found.stored
+    if contents.states is not None:
+        lacking = {(s.rank, s.name) for s in found.missing}
+        checkpoint.states, checkpoint.whole = contents.states, [s for s in stored if (s.rank, s.name) not in lacking]
     checkpoint.dropped = sorted(set(checkpoint.dropped))
 
 

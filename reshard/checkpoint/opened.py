@@ -1,7 +1,7 @@
 """An opened checkpoint: its tensors with the places of their bytes, its layout, and what of its files no conversion carries."""
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
@@ -11,12 +11,15 @@ from reshard.dtypes import DTYPE_SIZE
 from reshard.foreign import quote
 from reshard.geometry.block import Stored
 from reshard.layout import Layout, Mesh
+from reshard.planner.values import bare
 from reshard.stores.files import AnyPath
 from reshard.stores.identity import Identity
 from reshard.text import count, human
 
 if TYPE_CHECKING:
+    from reshard.checkpoint.adapter import Adapter
     from reshard.executor.sources import Source
+    from reshard.formats import States
     from reshard.planner.batches import Batch
 
 
@@ -44,6 +47,11 @@ class Checkpoint:
     config_path: AnyPath | None = None
     origin: Mapping[str, str] | None = None  # repo and revision on the Hub that it comes from, where that is known
     native: Mapping[str, str] = field(default_factory=dict)  # the model's dtype of tensors that this format's engine widened
+    states: "Callable[[], States] | None" = None  # of an optimizer, where the files may hold one
+    whole: list[Stored] = field(default_factory=list)  # with `states`: the model's tensors as they are before they are cut
+    key: str = ""  # what stands before their names in the files
+    adapter: "Adapter | None" = None  # of a LoRA adapter: what it does to its base
+    merges: str | None = None  # which adapter is merged into it as it is read, in words
     identities: Mapping[str, Identity] = field(default_factory=dict)  # of local files, by path, when their headers were read
 
     @property
@@ -72,8 +80,14 @@ class Checkpoint:
 
     @property
     def parameters(self) -> int:
-        """Numbers in the model's tensors, each tensor counted once, however many files hold it."""
-        keys = {key for stored in self.stored for part in stored.parts for key, _ in part.each()}
+        """Numbers in the model's tensors, each tensor counted once, however many files hold it; those of an adapter merged into them aside."""
+        keys = {
+            key
+            for stored in self.stored
+            for part in stored.parts
+            for key, _ in part.each()
+            if bare(key[0]) in self.layout.descriptor.tensors
+        }
         return sum(prod(self.layout.shape_of(key)) for key in keys)
 
     @property

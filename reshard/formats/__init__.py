@@ -18,6 +18,16 @@ from reshard.stores import FileImage
 from reshard.stores.files import AnyPath
 
 
+@dataclass(frozen=True)
+class States:
+    """What a trainer saved beside the model. `pieces` bear torch's names, ``…state.PARAMETER.exp_avg``; `others` are the bytes of what is no
+    tensor, by name; `paths` are the keys of the saved state by which a name is reached, where that is known."""
+
+    pieces: list[Piece]
+    others: Mapping[str, bytes] = field(default_factory=dict)
+    paths: Mapping[str, tuple[str | int, ...]] = field(default_factory=dict)
+
+
 @dataclass
 class Contents:
     """What a folder holds, as its headers say: every tensor in its files as a piece of what a rank of `mesh` stores.
@@ -36,6 +46,7 @@ class Contents:
     settings: Mapping[str, Mapping[str, object]] = field(default_factory=dict)
     nested: bool = False
     writer: str | None = None
+    states: Callable[[], States] | None = None  # of an optimizer, read when they are asked for
 
 
 @dataclass(frozen=True)
@@ -75,6 +86,8 @@ class Format:
     forms: tuple[str, ...] = ()  # of the descriptors' alternatives, those that it writes: the names of a model in memory
     stacks: bool = False  # all layers of a name may be one tensor, and are where they are alike
     usage: str = ""  # a command or Python that loads a folder of it: {folder}, {repo}, {id}, {tp}, {pp}
+    holds: tuple[str, ...] = ("model",)  # what its folders may be: whole models, LoRA adapters
+    states: bool = False  # whether its folders may hold an optimizer's state, too
     small: tuple[str, ...] = ()  # names of files beside the weights without which a folder of this format is not whole
 
     def section_of(self, layout: Layout, name: str | None = None) -> Section:
@@ -113,6 +126,7 @@ class Target:
     engine_version: str | None = None
     max_file: int | None = None  # bytes; None: what is usual for the format
     over: Mesh | None = None  # whose ranks the files are, of a format that cuts whole tensors itself
+    beside: States | None = None  # of an optimizer's state: what is no tensor, and its paths
 
     def by_rank(self, stored: list[Stored]) -> list[tuple[Rank, dict[str, Stored]]]:
         """Each rank that is written, with its tensors by name."""

@@ -51,9 +51,9 @@ KINDS = (
         _all(r"consolidated.*\.safetensors", r"params\.json"),
     ),
     Kind(
-        "a LoRA adapter, not a whole model",
-        "merge it first: `PeftModel.from_pretrained(model, DIR).merge_and_unload().save_pretrained(OUT)`",
-        _any(r"adapter_config\.json|adapter_model\.(?:safetensors|bin)"),
+        "a LoRA adapter without its weights",
+        "copy it again, whole: adapter_model.safetensors stands beside adapter_config.json",
+        _any(r"adapter_config\.json"),
     ),
     Kind(
         "a folder of GGUF files",

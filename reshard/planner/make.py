@@ -10,7 +10,7 @@ from reshard.geometry.pieces import union_volume
 from reshard.planner.join import Join, Pattern, Run, Slot, join
 from reshard.planner.plan import Plan
 from reshard.planner.retype import typed
-from reshard.planner.values import Value, operand_key
+from reshard.planner.values import Ways, operand_key
 
 
 def plan(
@@ -24,7 +24,7 @@ def plan(
     omitted: Container[Key] = frozenset(),
     complete: bool = True,
     check: bool = True,
-    values: Mapping[str, Value] = {},
+    values: Mapping[str, Ways] = {},
 ) -> Plan:
     """The plan that fills `destinations` from `sources`; gives the destinations their dtypes.
 
