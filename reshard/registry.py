@@ -3,6 +3,7 @@
 FORMATS = {
     "tp": "tp.FORMAT",
     "transformers": "transformers.FORMAT",
+    "megatron-dist": "megatron_dist.FORMAT",
     "dcp": "dcp.FORMAT",
     "fsdp": "fsdp.FORMAT",
     "vllm": "engine.VLLM",

@@ -41,7 +41,7 @@ def match(checkpoint: Checkpoint, kind: formats.Format, contents: formats.Conten
     def on_mesh(layout: Layout, section: Section) -> Placement:
         return Placement(layout, section, rules, mesh, platform=contents.engine_platform)
 
-    section = _as_written(layout, _prefixed(layout, layout.section(name), on_mesh, names), on_mesh, held)
+    section = _as_written(layout, _prefixed(layout, kind.section_of(layout, name), on_mesh, names), on_mesh, held)
     carried = found_carried(section, ((piece.name, _reach(piece), piece.dtype) for piece in pieces))
     section, checkpoint.layout = with_entries(section, carried), carrying(layout, carried)
     layout = checkpoint.layout = _as_found(checkpoint, section, on_mesh, names)
