@@ -134,13 +134,16 @@ def _as_found(checkpoint: Checkpoint, section: Section, on_mesh: OnMesh, held: S
 
 
 def _as_written(layout: Layout, section: Section, on_mesh: OnMesh, held: Held) -> Section:
-    """The section with the entries of those variants whose names the files really hold."""
+    """The section with the entries of those variants whose names (or cuts, where these differ) the files really hold."""
     for _, _, variant in section.variants:
         present = []
         for entry in variant.entries:
             probe = on_mesh(layout, Section((entry,)))
             first = next(probe.stored(), None)
-            if first is not None and first.name in held.get(first.rank, ()):
+            piece = None if first is None else held.get(first.rank, {}).get(first.name)
+            base = next((e for e in section.entries if (e.place, e.label) == (entry.place, entry.label)), None)
+            alike = base is not None and base.name == entry.name  # cut otherwise under the same name: shapes tell
+            if first is not None and piece is not None and not (alike and piece.extent not in (None, first.shape)):
                 present.append(entry)
         if present:
             section = section.overlaid(replace(variant, entries=tuple(present)))
