@@ -1,6 +1,7 @@
 """Where a format puts a model's tensors on a mesh, and the plan that fills those places from a checkpoint."""
 
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from reshard import formats
 from reshard.checkpoint import Checkpoint
@@ -13,6 +14,9 @@ from reshard.layout.transforms import values_of
 from reshard.planner.make import LOST, plan
 from reshard.planner.plan import Plan
 
+if TYPE_CHECKING:
+    from reshard.conversion.optimizer import Optimizer
+
 
 def place(
     source: Checkpoint,
@@ -24,6 +28,15 @@ def place(
 ) -> Placement:
     """Where `format` puts the tensors of `source`'s model on `mesh`; of a quantised one its codes and scales, or (`dequantise`) its weights."""
     kind, layout = formats.get(format), source.layout
+    if ("model" if source.adapter is None else "adapter") not in kind.holds:
+        what, way = (
+            ("LoRA adapters", "--to hf")
+            if source.adapter is None
+            else ("whole models", "--to peft, tp or dcp; or merge it: reshard merge BASE ADAPTER DST --to …")
+        )
+        raise PlanError(
+            [f"format {format} holds {what}, and {source.path} is {'none' if source.adapter is None else 'an adapter'}"], f"use {way}"
+        )
     if dequantise:
         if layout.plain is None:
             raise PlanError([f"{source.path} is not quantised: there is nothing to dequantise"], "leave out --dequantise")
@@ -70,23 +83,28 @@ def join_to(
     ranks: list[Rank] | None = None,
     complete: bool = True,
     cut: list[Stored] | None = None,
+    optimizer: "Optimizer | None" = None,
 ) -> Plan:
-    """The plan that fills `placement` (or some of its ranks, or what was `cut` of its tensors) from `source`."""
+    """The plan that fills `placement` (or some of its ranks, or what was `cut` of its tensors) from `source`; with an `optimizer`'s state."""
     if dtype is not None and dtype not in USER_WORDS:
         raise PlanError([f"unknown dtype {dtype!r}"], f"use one of {', '.join(USER_WORDS)}")
     destinations = list(placement.stored(ranks)) if cut is None else cut
     if placement.problems:
         raise PlanError(placement.problems, split_hint(placement))
-    keep = [t.name for t in source.layout.descriptor.tensors.values() if t.dtype]
+    if optimizer and cut is None:
+        destinations = [*optimizer.named(destinations), *optimizer.destinations]
+    more = optimizer.sources if optimizer else []
+    keep = [t.name for t in source.layout.descriptor.tensors.values() if t.dtype] + [part.first[0] for s in more for part in s.parts]
+    shapes = optimizer.shapes if optimizer else {}
     held = (s.entry for s in source.stored if isinstance(s.entry, Entry) and s.entry.transform)
     try:
         return plan(
-            source.stored,
+            [*source.stored, *more],
             destinations,
             cast=USER_WORDS.get(dtype or ""),
             keep=keep,
             native=source.native,
-            sizes=source.layout.shape_of,
+            sizes=lambda key: shapes[key[0]] if key[0] in shapes else source.layout.shape_of(key),
             omitted=omitted(placement),
             complete=complete,
             check=complete,

@@ -18,13 +18,24 @@ from reshard.stores import FileImage
 from reshard.stores.files import AnyPath
 
 
+@dataclass(frozen=True)
+class States:
+    """What a trainer saved beside the model. `pieces` bear torch's names, ``…state.PARAMETER.exp_avg``; `others` are the bytes of what is no
+    tensor, by name; `paths` are the keys of the saved state by which a name is reached, where that is known."""
+
+    pieces: list[Piece]
+    others: Mapping[str, bytes] = field(default_factory=dict)
+    paths: Mapping[str, tuple[str | int, ...]] = field(default_factory=dict)
+
+
 @dataclass
 class Contents:
     """What a folder holds, as its headers say: every tensor in its files as a piece of what a rank of `mesh` stores.
 
     `stages` is the layers of each pipeline stage where the files show them. `settings` is what each file says of the model's
     sizes. `nested`: names may stand below keys of a larger state, beside what is no model's.
-    `writer`: the program that wrote the files, where they show it.
+    `writer`: the program that wrote the files, where they show it. `masters` reads the same tensors as an optimizer holds them, in
+    fp32, where the folder has both.
     """
 
     mesh: Mesh
@@ -36,6 +47,8 @@ class Contents:
     settings: Mapping[str, Mapping[str, object]] = field(default_factory=dict)
     nested: bool = False
     writer: str | None = None
+    states: Callable[[], States] | None = None  # of an optimizer, read when they are asked for
+    masters: "Callable[[], Contents] | None" = None
 
 
 @dataclass(frozen=True)
@@ -74,13 +87,18 @@ class Format:
     whole: bool = False  # cuts whole tensors itself, over as many ranks as the mesh's tp, where others have each rank placed
     forms: tuple[str, ...] = ()  # of the descriptors' alternatives, those that it writes: the names of a model in memory
     usage: str = ""  # a command or Python that loads a folder of it: {folder}, {repo}, {id}, {tp}, {pp}
+    holds: tuple[str, ...] = ("model",)  # what its folders may be: whole models, LoRA adapters
+    states: bool = False  # whether its folders may hold an optimizer's state, too
+    settings: tuple[str, Callable[[AnyPath], dict[str, object]]] | None = None  # its own config: the file, and that as a config.json
+    platforms: bool = False  # its engine wants other tensors on other platforms
     small: tuple[str, ...] = ()  # names of files beside the weights without which a folder of this format is not whole
 
     def release(self, version: str) -> tuple[int, ...]:
         """The engine's release that `version` names, if its tensors' names are known. Raises PlanError or LayoutError."""
         if self.newest is None:
             raise PlanError(
-                [f"--engine-version {quote(version)} has no meaning for format {self.name}"], "it goes with --to vllm and --to sglang"
+                [f"--engine-version {quote(version)} has no meaning for format {self.name}"],
+                "it goes with --to vllm, --to sglang and --to meta",
             )
         release, oldest, newest = parse_version(version), parse_version(self.oldest), parse_version(self.newest)
         if release[: len(newest)] > newest or release < oldest[: len(release)]:
@@ -90,7 +108,7 @@ class Format:
 
     def check_platform(self, platform: str | None) -> None:
         """Raises PlanError for a platform that no engine runs on, or where none matters."""
-        if platform is not None and (self.newest is None or platform not in PLATFORMS):
+        if platform is not None and not (self.platforms and platform in PLATFORMS):
             raise PlanError(
                 [f"--engine-platform {quote(platform)} has no meaning for format {self.name}"],
                 f"it is {', '.join(PLATFORMS[:-1])} or {PLATFORMS[-1]}, with --to vllm and --to sglang",
@@ -106,6 +124,7 @@ class Target:
     engine_version: str | None = None
     max_file: int | None = None  # bytes; None: what is usual for the format
     over: Mesh | None = None  # whose ranks the files are, of a format that cuts whole tensors itself
+    beside: States | None = None  # of an optimizer's state: what is no tensor, and its paths
 
     def by_rank(self, stored: list[Stored]) -> list[tuple[Rank, dict[str, Stored]]]:
         """Each rank that is written, with its tensors by name."""

@@ -12,11 +12,11 @@ from typing import Any
 
 from reshard.errors import LayoutError
 from reshard.foreign import quote
-from reshard.geometry.block import Part, Stored, chunk
+from reshard.geometry.block import Block, Part, Stored, chunk
 from reshard.geometry.regions import slice_dim
 from reshard.layout.bound import Layout, Scope
 from reshard.layout.expressions import evaluate, holds
-from reshard.layout.fusion import Item, fuse
+from reshard.layout.fusion import Item, fuse, stored_dims
 from reshard.layout.mesh import Mesh, Rank, Rules, expert_cut
 from reshard.layout.model import Constant, Entry, Section, Tensor
 from reshard.layout.values import PLATFORMS
@@ -44,6 +44,11 @@ class Pattern:
     @property
     def expert(self) -> bool:
         return "expert" in self.tensors[0].index
+
+    @property
+    def packed(self) -> bool:
+        """Whether experts lie among the axes of its dimensions, and not one after another."""
+        return self.expert and any("expert" in dim for dim in self.entry.dims or ())
 
     @property
     def stage(self) -> str:
@@ -190,6 +195,12 @@ class Placement:
                     continue
                 for name, expert in each:
                     yield Stored(at, name, "", dims, tuple([Part((t, *lead, expert), block) for t, block in blocks]), entry, "", 0, pad)
+            elif pattern.packed:
+                held = [
+                    Part((t, *lead, experts.start), Block(b.box[:-1], b.offset, b.strides[:-1]), len(experts), b.strides[-1])
+                    for t, b in blocks
+                ]
+                yield Stored(rank.number, head, "", _viewed(entry, shape), tuple(held), entry, pad=pad)
             else:
                 yield self._stack(pattern, rank, head, shape, blocks, pad, [((*lead, experts.start), len(experts))], (len(experts),))
 
@@ -251,11 +262,16 @@ class Placement:
         the sizes are the same."""
         entry = pattern.entry
         index, count = (rank.etp, self.etp) if pattern.expert else (rank.tp, self.mesh.tp)
-        at = index, count, pattern.numbers[number]
+        experts = self._experts(pattern, rank, number) if pattern.packed else range(0)
+        at = index, count, pattern.numbers[number], experts
         if at not in pattern.geometry:
             whole = entry.cut == "whole"
             scope = self.scope(entry.place, number)
             items = [self._item(entry, t, scope, 0 if whole else index, 1 if whole else count) for t in pattern.tensors]
+            if pattern.packed:  # experts are an axis like any, until each has a block of its own
+                numbered = {"expert": ((experts.start, experts.stop), experts.stop)}
+                dims = [stored_dims((*item.dims, ("expert",)), entry.dims) for item in items]
+                items = [Item(i.tensor, own, (*i.axes, "expert"), {**i.held, **numbered}) for i, own in zip(items, dims)]
             shape, blocks = self._fused(entry, items, scope, index, count)
             pad = 0
             if entry.only_rank0 and index:  # elsewhere the same shape with nothing in it

@@ -334,7 +334,7 @@ class Sections:
         entry = Entry(
             raw.label, name, fusion, raw.dims, raw.cut, raw.split, pad, raw.align,
             tuple((names[leaf], text) for leaf, text in raw.aligned), raw.when,
-            raw.stage if stage is None or "count" in self.places[place] else stage, bool(raw.copy and raw.form), raw.copy, raw.omit,
+            raw.stage if stage is None or "count" in self.places[place] else stage, raw.form if raw.copy else None, raw.copy, raw.omit,
             raw.only_rank0, raw.view, raw.dtype, raw.transform, raw.scheme, place,
         )  # fmt: skip
         stacked = [index for index in tensors[0].index if index not in entry.numbered]

@@ -10,7 +10,7 @@ from reshard.geometry.pieces import union_volume
 from reshard.planner.join import Join, Pattern, Run, Slot, join
 from reshard.planner.plan import Plan
 from reshard.planner.retype import typed
-from reshard.planner.values import Value, operand_key
+from reshard.planner.values import Ways, operand_key
 
 #: how a problem ends of a tensor that the destination does not hold
 LOST = "has no place in the destination"
@@ -27,7 +27,7 @@ def plan(
     omitted: Container[Key] = frozenset(),
     complete: bool = True,
     check: bool = True,
-    values: Mapping[str, Value] = {},
+    values: Mapping[str, Ways] = {},
 ) -> Plan:
     """The plan that fills `destinations` from `sources`; gives the destinations their dtypes.
 

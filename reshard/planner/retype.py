@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from reshard.dtypes import DTYPE_SIZE, FLOATS, INTEGERS
 from reshard.geometry.block import Key, Stored
 from reshard.geometry.coverage import label, where
-from reshard.planner.values import Value
+from reshard.planner.values import Ways, ways_of
 
 
 def target_dtype(source: str, *, cast: str | None = None, keep: bool = False, wanted: str | None = None) -> str:
@@ -25,7 +25,7 @@ def typed(
     cast: str | None,
     keep: set[str],
     native: Mapping[str, str],
-    values: Mapping[str, Value] = {},
+    values: Mapping[str, Ways] = {},
 ) -> tuple[tuple[Stored, ...], list[str]]:
     """`destinations` with the dtypes that they get from `sources`, and what is wrong with those."""
     held: dict[str, set[str]] = defaultdict(set)  # of all layers and experts
@@ -33,7 +33,10 @@ def typed(
         for part in s.parts:
             held[part.first[0]].add(s.dtype)
     computed = {
-        name: value.dtype or next(iter(held[value.operands[0].name])) for name, value in values.items() if value.operands[0].name in held
+        name: value.dtype or next(iter(held[value.operands[0].name]))
+        for name, ways in values.items()
+        for value in ways_of(ways)[:1]
+        if value.operands[0].name in held
     }
     for name, own_dtype in computed.items():
         held[name].add(own_dtype)

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 from reshard.dtypes import DTYPE_SIZE
 from reshard.errors import FormatError
@@ -46,12 +46,21 @@ class Stored:
     items: list[Item]
 
 
+class Blob(NamedTuple):
+    """Bytes `start` to `start + length` of `file`: something pickled that is no tensor (a number, a list of names)."""
+
+    file: str
+    start: int
+    length: int
+
+
 @dataclass(frozen=True)
 class Metadata:
-    """What `.metadata` says: tensors by name; the names of what is no tensor (numbers, states of schedulers)."""
+    """What `.metadata` says: tensors by name; what is no tensor; and `paths`, the keys of the saved state by which a name is reached."""
 
     tensors: dict[str, Stored]
-    others: list[str] = field(default_factory=list)
+    others: dict[str, Blob] = field(default_factory=dict)
+    paths: dict[str, tuple[str | int, ...]] = field(default_factory=dict)
 
 
 class _Bare:
@@ -80,7 +89,7 @@ def read_metadata(path: Path) -> Metadata:
     try:
         state = _state(tree, "Metadata")
         places = _places(state.get("storage_data"))
-        return _tensors(state["state_dict_metadata"], places)
+        return _tensors(state["state_dict_metadata"], places, state.get("planner_data"))
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise archive.error(f"it is no metadata of {_HERE}'s ({type(error).__name__}: {quote(error)})") from None
 
@@ -108,13 +117,14 @@ def _places(table: Any) -> dict[tuple[str, Shape | None], tuple[str, int, int]]:
     return out
 
 
-def _tensors(table: Mapping[str, object], places: Mapping[tuple[str, Shape | None], tuple[str, int, int]]) -> Metadata:
-    tensors, others = {}, []
+def _tensors(table: Mapping[str, object], places: Mapping[tuple[str, Shape | None], tuple[str, int, int]], keys: object) -> Metadata:
+    tensors, others = {}, {}
     for name, value in table.items():
         if not isinstance(name, str):
             raise TypeError("a name is no text")
         if isinstance(value, Opaque) and value.name == "BytesStorageMetadata":
-            others.append(name)
+            if (name, None) in places:
+                others[name] = Blob(*places[name, None])
             continue
         state = _state(value, "TensorStorageMetadata")
         properties, size = state["properties"], _sizes(state["size"])
@@ -131,7 +141,12 @@ def _tensors(table: Mapping[str, object], places: Mapping[tuple[str, Shape | Non
                 raise ValueError(f"no file is named for {name} at {list(offsets)}")
             items.append(Item(*found, offsets, sizes))
         tensors[name] = Stored(DTYPE_OF_NAME[dtype.name], size, items)
-    return Metadata(tensors, others)
+    paths = {name: path for name, path in keys.items() if _is_path(path)} if isinstance(keys, dict) else {}
+    return Metadata(tensors, others, paths)
+
+
+def _is_path(value: object) -> bool:
+    return isinstance(value, tuple) and all(type(key) in (str, int) for key in value)
 
 
 def _sizes(value: object) -> Shape:
@@ -201,7 +216,12 @@ def compose_metadata(metadata: Metadata) -> bytes:
             index = _made("MetadataIndex", {"fqn": name, "index": i, "offset": _size(item.offsets)})
             held = {"relative_path": item.file, "offset": item.start, "length": item.length}
             places[index] = Made(f"{_HERE}.filesystem", "_StorageInfo", (), held)
-    state = {"state_dict_metadata": tensors, "planner_data": {name: (name,) for name in tensors}, "storage_data": places,
+    for name, blob in metadata.others.items():
+        tensors[name] = _made("BytesStorageMetadata", {})
+        held = {"relative_path": blob.file, "offset": blob.start, "length": blob.length}
+        places[_made("MetadataIndex", {"fqn": name, "index": None, "offset": None})] = Made(f"{_HERE}.filesystem", "_StorageInfo", (), held)
+    paths = {name: metadata.paths.get(name, (name,)) for name in tensors}
+    state = {"state_dict_metadata": tensors, "planner_data": paths, "storage_data": places,
              "storage_meta": None, "version": "1.0.0"}  # fmt: skip
     out = io.BytesIO()
     Pickler(out).dump(_made("Metadata", state))

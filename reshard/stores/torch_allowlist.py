@@ -13,7 +13,7 @@ from pathlib import PurePosixPath
 from reshard.stores.torch_names import FLAT
 
 #: classes that may occur and are never needed: recorded as Opaque, by package or by full name
-_INERT_PACKAGES = frozenset(("megatron", "transformer_engine", "transformer_engine_torch", "numpy"))
+_INERT_PACKAGES = frozenset(("megatron", "transformer_engine", "transformer_engine_torch", "numpy", "deepspeed"))
 _INERT_MODULES = frozenset((
     "torch.nn.functional", "torch._C._nn", "torch.distributed._mesh_layout", "torch.distributed.device_mesh",
     "torch.distributed.tensor._dtensor_spec", "torch.distributed.tensor.placement_types", "torch.distributed._tensor.placement_types",
