@@ -191,16 +191,24 @@ def locate(path: Path, items: Iterable[tuple[str, Item]]) -> list[TensorInfo]:
 def compose_items(specs: Iterable[tuple[str, Shape]]) -> tuple[FileImage, list[tuple[int, int, int]]]:
     """A ``.distcp`` file that holds a tensor of each (dtype, shape); per item its first byte, its bytes, and where its elements begin."""
     made: dict[tuple[str, Shape], FileImage] = {}
+    images = []
+    for spec in specs:
+        if spec not in made:
+            made[spec] = torchzip.compose(TensorSpec("", *spec))
+        images.append(made[spec])
+    file, starts = one_after_another(images)
+    return file, [(at, image.size, at + image.tensors[""].offset) for at, image in zip(starts, images)]
+
+
+def one_after_another(images: Iterable[FileImage]) -> tuple[FileImage, list[int]]:
+    """The file that holds all of `images`, and the first byte of each."""
     segments: list[tuple[int, bytes]] = []
-    places, at = [], 0
-    for dtype, shape in specs:
-        image = made.get((dtype, shape))
-        if image is None:
-            image = made[dtype, shape] = torchzip.compose(TensorSpec("", dtype, shape))
+    starts, at = [], 0
+    for image in images:
         segments += [(at + offset, content) for offset, content in image.segments]
-        places.append((at, image.size, at + image.tensors[""].offset))
+        starts.append(at)
         at += image.size
-    return FileImage(at, tuple(segments), {}), places
+    return FileImage(at, tuple(segments), {}), starts
 
 
 def compose_metadata(metadata: Metadata) -> bytes:
