@@ -107,7 +107,7 @@ def load(
     from reshard.executor.devices import device_of
     from reshard.loading import load_into, load_rank
 
-    ckpt = _opened(source, options)
+    ckpt = _opened(source, options).precise(dtype)
     if options:
         raise TypeError(f"load() got an unexpected option {next(iter(options))!r}")
     if into is not None and (device is not None or dtype is not None):

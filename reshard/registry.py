@@ -11,7 +11,11 @@ FORMATS = {
     "megatron": "megatron.FORMAT",
     "rank-pt": "rank_pt.FORMAT",
     "peft": "peft.FORMAT",
+    "presharded": "presharded.FORMAT",
     "hf": "hf.FORMAT",
+    "deepspeed": "deepspeed.FORMAT",
+    "meta": "meta.FORMAT",
+    "mistral": "meta.MISTRAL",
 }
 #: read, and not written: their writers have formats that are
-READ_ONLY = ("fsdp",)
+READ_ONLY = ("fsdp", "deepspeed", "mistral", "presharded")

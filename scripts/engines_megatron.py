@@ -41,7 +41,7 @@ def meshes(family: dict, quick: bool) -> list[dict]:
     return [*out, {"tp": 2}, *[{"tp": 2, "ep": 2, "etp": 1}] * family.get("experts", False)]
 
 
-def rank(folder: Path, mesh: dict, rank: int, world: int, work: Path, family: dict) -> dict:
+def rank(folder: Path, mesh: dict, rank: int, world: int, work: Path, computed: dict) -> dict:
     import torch
     from engines_common import NotBuilt, label
 

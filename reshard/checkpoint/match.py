@@ -71,7 +71,9 @@ def match(checkpoint: Checkpoint, kind: formats.Format, contents: formats.Conten
     if problems:
         raise PlanError(list(dict.fromkeys(problems)), _what_is_expected(checkpoint))
     check_constants(checkpoint.path, placement, held)
-    checkpoint.stored = found.stored
+    checkpoint.stored = list({(s.file, s.start, s.name, s.shape): s for s in reversed(found.stored)}.values())[
+        ::-1
+    ]  # one file of all ranks: once
     if contents.states is not None:
         lacking = {(s.rank, s.name) for s in found.missing}
         checkpoint.states, checkpoint.whole = contents.states, [s for s in stored if (s.rank, s.name) not in lacking]
@@ -134,13 +136,16 @@ def _as_found(checkpoint: Checkpoint, section: Section, on_mesh: OnMesh, held: S
 
 
 def _as_written(layout: Layout, section: Section, on_mesh: OnMesh, held: Held) -> Section:
-    """The section with the entries of those variants whose names the files really hold."""
+    """The section with the entries of those variants whose names (or cuts, where these differ) the files really hold."""
     for _, _, variant in section.variants:
         present = []
         for entry in variant.entries:
             probe = on_mesh(layout, Section((entry,)))
             first = next(probe.stored(), None)
-            if first is not None and first.name in held.get(first.rank, ()):
+            piece = None if first is None else held.get(first.rank, {}).get(first.name)
+            base = next((e for e in section.entries if (e.place, e.label) == (entry.place, entry.label)), None)
+            alike = base is not None and base.name == entry.name  # cut otherwise under the same name: shapes tell
+            if first is not None and piece is not None and not (alike and piece.extent not in (None, first.shape)):
                 present.append(entry)
         if present:
             section = section.overlaid(replace(variant, entries=tuple(present)))

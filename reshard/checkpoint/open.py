@@ -1,8 +1,9 @@
 """From a folder to an opened checkpoint: its format, its config.json, the descriptor of its architecture, the match."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from reshard import formats
@@ -10,6 +11,7 @@ from reshard.checkpoint.adapter import adapter_of
 from reshard.checkpoint.config import find_config, model_config, read_config
 from reshard.checkpoint.match import match
 from reshard.checkpoint.opened import Checkpoint
+from reshard.dtypes import INTEGERS
 from reshard.errors import FormatError, LayoutError, PlanError
 from reshard.foreign import quote
 from reshard.formats.manifest import read_manifest
@@ -47,19 +49,38 @@ def open_checkpoint(
     folder = folder_of(path, cache)
     manifest = read_manifest(folder)
     kind = formats.get(format) if format else formats.recognise(folder, manifest)
-    config_path = find_config(folder, config)
+    config_path, make = _config_of(folder, config, kind)
     with noting() as identities:
         if isinstance(config_path, Path):
             identities[str(config_path)] = identity(config_path.stat())
-        settings = read_config(config_path)
-        with reading(folder), _naming(folder):
-            contents = kind.read(folder)
-    with _naming(config_path):
-        checkpoint = _matched(
-            folder, kind, contents, manifest or {}, config_path, settings, load_descriptor(Path(layout)) if layout else None
-        )
-    checkpoint.identities = identities
-    return checkpoint
+        with reading(folder):
+            settings = make(folder) if make else read_config(config_path)
+        own = load_descriptor(Path(layout)) if layout else None
+
+        def opened(read: Callable[[], formats.Contents]) -> Checkpoint:
+            with noting() as noted:
+                with reading(folder), _naming(folder):
+                    contents = read()
+            with _naming(config_path):
+                checkpoint = _matched(folder, kind, contents, manifest or {}, config_path, settings, own)
+            identities.update(noted)
+            checkpoint.identities, checkpoint.made = identities, settings if make else None
+            checkpoint.masters = contents.masters and partial(opened, contents.masters)
+            return checkpoint
+
+        return opened(partial(kind.read, folder))
+
+
+def _config_of(
+    folder: AnyPath, config: str | AnyPath | None, kind: formats.Format
+) -> tuple[AnyPath, Callable[[AnyPath], Mapping[str, object]] | None]:
+    """The file that tells the model's sizes; and, of a format that has one of its own in the place of config.json, what makes that of it."""
+    try:
+        return find_config(folder, config), None
+    except FormatError:
+        if config is not None or kind.settings is None or not (folder / kind.settings[0]).is_file():
+            raise
+        return folder / kind.settings[0], kind.settings[1]
 
 
 @contextmanager
@@ -122,7 +143,8 @@ def _matched(
         if quantised_as and checkpoint.layout.scheme == "none":  # one sentence instead of a line for each scale
             raise refuse(folder, quantised_as, contents) from None
         raise
-    without = None if own else codes_without_scales(folder, settings, checkpoint.stored, checkpoint.layout.operands)
+    numbers = {name for name, tensor in checkpoint.layout.descriptor.tensors.items() if tensor.dtype in INTEGERS}  # no codes
+    without = None if own else codes_without_scales(folder, settings, checkpoint.stored, numbers.union(checkpoint.layout.operands))
     if without:
         raise without
     return checkpoint

@@ -54,13 +54,22 @@ class Checkpoint:
     merges: str | None = None  # which adapter is merged into it as it is read, in words
     identities: Mapping[str, Identity] = field(default_factory=dict)  # of local files, by path, when their headers were read
 
+    made: Mapping[str, object] | None = None  # a config.json made of the settings in `config_path`, where there is none
+    masters: "Callable[[], Checkpoint] | None" = None  # opens its weights as an optimizer holds them beside it, in fp32
+
+    def precise(self, dtype: str | None) -> "Checkpoint":
+        """The checkpoint to read where `dtype` (a user's word) is wanted: an optimizer's own weights for fp32, where they are beside."""
+        return self.masters() if dtype == "fp32" and self.masters else self
+
     @property
     def holders(self) -> int:
         """How many ranks' files it consists of."""
         return len({stored.rank for stored in self.stored})
 
     def what_is_beside(self) -> str | None:
-        """What stands beside the model in its files, in words; None where nothing does."""
+        """What stands beside the model in its files, or was made for lack of a config.json, in words; None where nothing does."""
+        if self.made and self.config_path:
+            return f"config.json is made of {self.config_path.name}, which tells no ids of tokens, and of lengths only what it names"
         if not self.beside:
             return None
         each = [f"{quote(key)} ({count(number, 'tensor')}, {human(size)})" for key, (number, size) in sorted(self.beside.items())]

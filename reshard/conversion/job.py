@@ -219,7 +219,7 @@ def prepare(
     `optimizer`: its state goes with the weights. `allow_overflow`: a value that has no room in its new dtype becomes infinite, and is counted, instead of ending the run.
     Raises PlanError with every problem found; nothing is written.
     """
-    kind = formats.get(format)
+    kind, source = formats.get(format), source.precise(dtype)
     jobs = jobs or default_jobs(source)
     if kind.write is None:
         raise PlanError([f"format {format} is read, not written"], "dcp, transformers and hf are written for the same readers")
@@ -245,8 +245,11 @@ def prepare(
     folder.small[MANIFEST] = manifest_bytes(format, target.mesh, source.layout.name, engine_version, sizes, native, source.origin,
                                             (rank, len(every)) if rank is not None and alone else None, left_out(source, without),
                                             engine_platform)  # fmt: skip
-    if (dtype or dequantise) and source.config_path and source.adapter is None:
-        config = without_quantisation(read_config(source.config_path)) if dequantise else dict(read_config(source.config_path))
+    told = source.made or (
+        read_config(source.config_path) if (dtype or dequantise) and source.config_path and source.adapter is None else None
+    )
+    if told:
+        config = without_quantisation(told) if dequantise else dict(told)
         if dtype:
             key = "dtype" if "dtype" in config or "torch_dtype" not in config else "torch_dtype"
             config[key] = TABLE[USER_WORDS[dtype]].torch
@@ -320,6 +323,6 @@ def companion_files(source: Checkpoint) -> dict[str, AnyPath]:
     folder = source.config_path.parent if source.config_path else source.path
     # code that nobody here asked for is not taken from the Hub
     found = {path.name: path for path in folder.iterdir() if is_side_file(path.name, code=not source.remote) and path.is_file()}
-    if source.config_path:
+    if source.config_path and not source.made:
         found["config.json"] = source.config_path
     return dict(sorted(found.items()))

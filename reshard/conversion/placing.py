@@ -11,7 +11,7 @@ from reshard.geometry.block import Stored
 from reshard.layout import Entry, Mesh, Placement, Rank
 from reshard.layout.check import omitted, refuse_unheld
 from reshard.layout.transforms import values_of
-from reshard.planner.make import plan
+from reshard.planner.make import LOST, plan
 from reshard.planner.plan import Plan
 
 if TYPE_CHECKING:
@@ -95,18 +95,25 @@ def join_to(
     keep = [t.name for t in source.layout.descriptor.tensors.values() if t.dtype] + [part.first[0] for s in more for part in s.parts]
     shapes = optimizer.shapes if optimizer else {}
     held = (s.entry for s in source.stored if isinstance(s.entry, Entry) and s.entry.transform)
-    return plan(
-        [*source.stored, *more],
-        destinations,
-        cast=USER_WORDS.get(dtype or ""),
-        keep=keep,
-        native=source.native,
-        sizes=lambda key: shapes[key[0]] if key[0] in shapes else source.layout.shape_of(key),
-        omitted=omitted(placement),
-        complete=complete,
-        check=complete,
-        values={**source.layout.values, **values_of(placement.layout, dict.fromkeys((*held, *placement.section.entries)))},
-    )
+    try:
+        return plan(
+            [*source.stored, *more],
+            destinations,
+            cast=USER_WORDS.get(dtype or ""),
+            keep=keep,
+            native=source.native,
+            sizes=lambda key: shapes[key[0]] if key[0] in shapes else source.layout.shape_of(key),
+            omitted=omitted(placement),
+            complete=complete,
+            check=complete,
+            values={**source.layout.values, **values_of(placement.layout, dict.fromkeys((*held, *placement.section.entries)))},
+        )
+    except PlanError as error:
+        if error.hint is None and any(LOST in problem for problem in error.problems):
+            own = placement.layout.descriptor
+            hint = f"in {own.path or f'a descriptor that extends {own.name}'}, give it a name in the destination's table, or say there that it is left out: omit = true"
+            raise PlanError(list(error.problems), hint) from None
+        raise
 
 
 def split_hint(placement: Placement) -> str:

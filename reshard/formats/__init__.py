@@ -34,7 +34,8 @@ class Contents:
 
     `stages` is the layers of each pipeline stage where the files show them. `settings` is what each file says of the model's
     sizes. `nested`: names may stand below keys of a larger state, beside what is no model's.
-    `writer`: the program that wrote the files, where they show it.
+    `writer`: the program that wrote the files, where they show it. `masters` reads the same tensors as an optimizer holds them, in
+    fp32, where the folder has both.
     """
 
     mesh: Mesh
@@ -47,6 +48,7 @@ class Contents:
     nested: bool = False
     writer: str | None = None
     states: Callable[[], States] | None = None  # of an optimizer, read when they are asked for
+    masters: "Callable[[], Contents] | None" = None
 
 
 @dataclass(frozen=True)
@@ -88,6 +90,8 @@ class Format:
     usage: str = ""  # a command or Python that loads a folder of it: {folder}, {repo}, {id}, {tp}, {pp}
     holds: tuple[str, ...] = ("model",)  # what its folders may be: whole models, LoRA adapters
     states: bool = False  # whether its folders may hold an optimizer's state, too
+    settings: tuple[str, Callable[[AnyPath], dict[str, object]]] | None = None  # its own config: the file, and that as a config.json
+    platforms: bool = False  # its engine wants other tensors on other platforms
     small: tuple[str, ...] = ()  # names of files beside the weights without which a folder of this format is not whole
 
     def section_of(self, layout: Layout, name: str | None = None) -> Section:
@@ -100,7 +104,8 @@ class Format:
         """The engine's release that `version` names, if its tensors' names are known. Raises PlanError or LayoutError."""
         if self.newest is None:
             raise PlanError(
-                [f"--engine-version {quote(version)} has no meaning for format {self.name}"], "it goes with --to vllm and --to sglang"
+                [f"--engine-version {quote(version)} has no meaning for format {self.name}"],
+                "it goes with --to vllm, --to sglang and --to meta",
             )
         release, oldest, newest = parse_version(version), parse_version(self.oldest), parse_version(self.newest)
         if release[: len(newest)] > newest or release < oldest[: len(release)]:
@@ -110,7 +115,7 @@ class Format:
 
     def check_platform(self, platform: str | None) -> None:
         """Raises PlanError for a platform that no engine runs on, or where none matters."""
-        if platform is not None and (self.newest is None or platform not in PLATFORMS):
+        if platform is not None and not (self.platforms and platform in PLATFORMS):
             raise PlanError(
                 [f"--engine-platform {quote(platform)} has no meaning for format {self.name}"],
                 f"it is {', '.join(PLATFORMS[:-1])} or {PLATFORMS[-1]}, with --to vllm and --to sglang",

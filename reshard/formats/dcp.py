@@ -181,7 +181,7 @@ FORMAT = Format(
     holds=("model", "adapter"),
     whole=True,
     states=True,
-    forms=("memory", "stacked"),
+    forms=("memory", "stacked", "twice"),
     small=(METADATA,),
     usage='import torch.distributed.checkpoint as dcp\n\nstate = model.state_dict()\ndcp.load(state, checkpoint_id="{folder}")',
 )

@@ -120,7 +120,7 @@ def _scope(layout: Layout) -> dict[str, object]:
         "max_position_embeddings": 4096, "rms_norm_eps": 1e-5, "partial_rotary_factor": rope.get("partial_rotary_factor") or 1,
         "norm_topk_prob": False, "n_group": 1, "topk_group": 1, "routed_scaling_factor": 1, "swiglu_limit": 7, "rope_theta": rope.get("rope_theta") or 10000, "sliding_window": None,
         **config,
-        "rope": rope,
+        "rope": rope, "absent": sorted(layout.absent),
         "windowed": bool(config.get("sliding_window") and config.get("use_sliding_window", True) and (any(sliding) or not sliding)),
         "window_layers": [int(flag) for flag in sliding] if any(sliding) and not all(sliding) else None,
         "unrotated_layers": [int(not flag) for flag in rotated] if not all(rotated) else None,

@@ -63,6 +63,6 @@ FORMAT = Format(
     _read,
     _write,
     whole=True,
-    forms=("memory", "stacked"),
+    forms=("memory", "stacked", "twice"),
     usage="from transformers import AutoModelForCausalLM\n\nmodel = AutoModelForCausalLM.from_pretrained({repo})",
 )

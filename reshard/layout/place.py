@@ -103,6 +103,8 @@ class Placement:
         Cuts that can't be made are gathered in `problems`, all of them; the caller raises.
         """
         patterns = [self.pattern(e) for e in self.section.entries if not e.omit and (aliases or not e.alias)]
+        refused = [e.omit for e in self.section.entries if isinstance(e.omit, str) and e.omit not in self.problems and self.holding(e)]
+        self.problems.extend(dict.fromkeys(refused))
         for rank in ranks or self.ranks:
             for pattern in patterns:
                 if pattern.numbers:

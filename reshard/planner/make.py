@@ -12,6 +12,9 @@ from reshard.planner.plan import Plan
 from reshard.planner.retype import typed
 from reshard.planner.values import Ways, operand_key
 
+#: how a problem ends of a tensor that the destination does not hold
+LOST = "has no place in the destination"
+
 
 def plan(
     sources: Iterable[Stored],
@@ -69,7 +72,7 @@ def _unmatched(joined: Join, complete: bool, omitted: Container[Key]) -> list[st
     if complete:
         lost = [key for key in joined.only_source if key not in omitted]
         holders = _first_holders(joined.sources, set(lost))
-        problems += [f"{label(key)} ({where(holders[key])}) has no place in the destination" for key in lost]
+        problems += [f"{label(key)} ({where(holders[key])}) {LOST}" for key in lost]
     return problems
 
 

@@ -3,7 +3,7 @@
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 
-from reshard.dtypes import DTYPE_SIZE, FLOATS
+from reshard.dtypes import DTYPE_SIZE, FLOATS, INTEGERS
 from reshard.geometry.block import Key, Stored
 from reshard.geometry.coverage import label, where
 from reshard.planner.values import Ways, ways_of
@@ -11,9 +11,9 @@ from reshard.planner.values import Ways, ways_of
 
 def target_dtype(source: str, *, cast: str | None = None, keep: bool = False, wanted: str | None = None) -> str:
     """The dtype that a tensor of `source` is stored in: the one its engine wants, else floats follow `cast`, which
-    never narrows those to `keep`."""
+    never narrows those to `keep`. Whole numbers stay whole numbers."""
     if source not in FLOATS:
-        return source
+        return wanted if wanted in INTEGERS and source in INTEGERS else source
     if wanted or cast is None:
         return wanted or source
     return source if keep and DTYPE_SIZE[cast] < DTYPE_SIZE[source] else cast
@@ -68,9 +68,9 @@ def typed(
                     continue  # told as missing
                 wanted = dtype_of(stored, name, source)
                 found.setdefault(wanted, key)
-                if wanted != source and wanted not in FLOATS:
+                if wanted != source and not any({source, wanted} <= set(kinds) for kinds in (FLOATS, INTEGERS)):
                     problems.append(
-                        f"{where(stored)}: {label(key)} is {source} and cannot become {wanted}; only {', '.join(FLOATS)} are cast"
+                        f"{where(stored)}: {label(key)} is {source} and cannot become {wanted}: floats become floats, whole numbers whole numbers"
                     )
         if len(found) > 1:
             kinds = ", ".join(f"{label(key)} is {dtype}" for dtype, key in found.items())
