@@ -3,7 +3,8 @@
 No trace of a mesh: layers and experts have their numbers in the whole model, or lie one after another in one tensor (``decoder.layers.mlp…``
 for all layers, ``experts.experts…`` for all experts). Beside tensors stand bytes: what modules of TransformerEngine keep of FP8
 (``…._extra_state/shard_I_N``, asked for whether there is any or not) and what all ranks share: ``common.pt`` up to core 0.16,
-``common_state/shard_0_1`` since. Sources: megatron-core 0.19.2 and 0.16.1, ``dist_checkpointing``, ``TransformerBlock.sharded_state_dict``.
+``common_state/shard_0_1`` since. Megatron-FSDP's ``fsdp_dtensor`` is read too: a plain DCP folder below Megatron's tracker, each layer and
+each expert by itself, gate and up apart, under ``model.module.``. Sources: megatron-core 0.19.2 and 0.16.1, ``dist_checkpointing``, ``TransformerBlock.sharded_state_dict``.
 """
 
 import argparse
@@ -62,23 +63,23 @@ def _root(folder: Path) -> Path:
 
 def _read(folder: Path) -> Contents:
     root = _root(folder)
-    if not (root / CONFIG).is_file():
-        raise FormatError(f"{root} holds no {CONFIG}, which is written last: the save was not finished, or not copied whole",
-                          "copy the folder again, or take the checkpoint before it")  # fmt: skip
-    told = read_json(root / CONFIG)
-    backend = told.get("sharded_backend") if isinstance(told, Mapping) else None
-    if backend != "torch_dist":
-        raise FormatError(f"{root / CONFIG}: sharded_backend is {quote(repr(backend))}, expected torch_dist",
-                          "load and save it once with a Megatron-LM that knows it (--ckpt-format torch_dist)")  # fmt: skip
     inside = "" if root == folder else f"{root.name}/"
     held = metadata_of(root)
     pieces = pieces_in(root, inside, held.tensors)
     manifest = read_manifest(folder)
     file, common = _common(root, held)
+    if (root / CONFIG).is_file():
+        told = read_json(root / CONFIG)
+        backend = told.get("sharded_backend") if isinstance(told, Mapping) else None
+        if backend != "torch_dist":
+            raise FormatError(f"{root / CONFIG}: sharded_backend is {quote(repr(backend))}, expected torch_dist",
+                              "load and save it once with a Megatron-LM that knows it (--ckpt-format torch_dist)")  # fmt: skip
+    elif common:
+        raise FormatError(f"{root} holds no {CONFIG}, which is written last: the save was not finished, or not copied whole",
+                          "copy the folder again, or take the checkpoint before it")  # fmt: skip
+    writer = "reshard" if manifest else "Megatron-Core" if common else "Megatron-FSDP"
     settings = {inside + file: fields(common.get("args"))}
-    writer = "reshard" if manifest else "Megatron-Core"
-    layout = manifest and manifest.get("layout")
-    return Contents(Mesh(), pieces, layout, settings=settings, nested=True, writer=writer)
+    return Contents(Mesh(), pieces, manifest and manifest.get("layout"), settings=settings, nested=True, writer=writer)
 
 
 def _common(root: Path, held: dcp.Metadata) -> tuple[str, Mapping]:
