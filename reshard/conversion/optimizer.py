@@ -59,7 +59,7 @@ def optimizer_of(source: Checkpoint, kind: Format, placement: Placement) -> Opti
     for piece, head, name, word in parsed:
         if not word:
             by_word["", piece.name].append(piece)
-        elif piece.extent == sizes[name]:
+        elif piece.extent in (None, sizes[name]):
             by_word[word, head].append(piece._replace(name=name))
         elif piece.extent == ():
             by_word[f"{word} of", head].append(piece._replace(name=name))
@@ -91,7 +91,7 @@ def optimizer_of(source: Checkpoint, kind: Format, placement: Placement) -> Opti
     told += [f"{count(len(states.others), 'setting')}: {some(sorted(states.others))}"] if states.others and not same else []
     kept = f"optimizer: {some(words)} of {count(len(named), 'parameter')}, {human(size)}, kept bit for bit"
     kept += f", and {count(len(others), 'setting')} byte for byte" if others else ""
-    return Optimizer(sources, destinations, source.key, shapes, States([], others, {n: p for n, p in states.paths.items() if same}), kept,
+    return Optimizer(sources, destinations, source.key or states.key, shapes, States([], others, {n: p for n, p in states.paths.items() if same}), kept,
                      f"not kept, since parameters have other names here: {'; '.join(told)}" if told else None)  # fmt: skip
 
 
@@ -142,11 +142,12 @@ def _counts(source: Checkpoint, targets: list[Stored], head: str, word: str, pie
             sources: list[Stored], destinations: list[Stored], shapes: dict[str, tuple[int, ...]]) -> None:  # fmt: skip
     """One number per parameter: of all that are fused into one, which must be equal, as replicas are."""
     by_key: dict[Key, list[Piece]] = defaultdict(list)
-    for name, own in Filed.of(pieces).first[0].items():
-        for s in source.whole:
-            if s.name == name:
-                for key, _ in s.blocks:
-                    by_key[key].append(own)
+    by_name: dict[str, list[Piece]] = defaultdict(list)
+    for piece in pieces:
+        by_name[piece.name].append(piece)
+    for s in source.whole:
+        for key, _ in s.blocks:
+            by_key[key] += by_name.get(s.name, ())
     for s in targets:
         found = list(dict.fromkeys(piece for key, _ in s.blocks for piece in by_key.get(key, ())))
         if found:
