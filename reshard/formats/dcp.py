@@ -18,7 +18,7 @@ from reshard.formats.pieces import Piece, dealt
 from reshard.geometry.block import Stored
 from reshard.geometry.regions import Chunk
 from reshard.layout import Mesh, Rules
-from reshard.layout.mesh import even_stages, grid
+from reshard.layout.mesh import even_stages, rows
 from reshard.stores import FileImage, dcp
 from reshard.stores.files import reading, safe_join
 from reshard.text import some
@@ -32,6 +32,8 @@ _OPTIMIZER = "optimizer_0"
 _MOST_BLOBS = 64 << 20  # bytes: numbers and names, of a trainer that saved no arrays as such
 #: modules that wrap others in memory: their names stand in the middle of a parameter's
 _WRAPPERS = frozenset(("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"))
+#: what all ranks of Megatron share, in folders that are its own (torch_dist)
+MEGATRONS = "common_state/shard_0_1"
 _COPY = "copy the folder again, whole"
 
 
@@ -45,6 +47,9 @@ def _read(folder: Path) -> Contents:
     inside = "" if not (folder / _INSIDE).is_dir() or (folder / METADATA).is_file() else f"{_INSIDE}/"
     root = folder / _INSIDE if inside else folder
     metadata = metadata_of(root)
+    if MEGATRONS in metadata.others:
+        raise FormatError(f"{folder} holds no metadata.json, which Megatron writes last: the save was not finished, or not copied whole",
+                          "copy the folder again, or take the checkpoint before it")  # fmt: skip
     pieces = pieces_in(root, inside, metadata.tensors)
 
     def states() -> States:
@@ -169,7 +174,7 @@ def _write(target: Target, stored: list[Stored]) -> Folder:
 FORMAT = Format(
     "dcp",
     "hf",
-    Rules(grid, even_stages, even=False),
+    Rules(rows, even_stages, even=False),
     _recognise,
     _read,
     _write,
