@@ -39,8 +39,6 @@ def hf(tmp_path) -> Path:
 @pytest.mark.parametrize(
     ("files", "says", "hint"),
     [
-        ([".metadata", "__0_0.distcp", "metadata.json"], "is a Megatron torch_dist checkpoint", "--ckpt-format torch"),
-        ([".metadata", "__0_0.distcp", "common.pt"], "is a Megatron torch_dist checkpoint", "--ckpt-format torch"),
         (["adapter_config.json", "adapter_model.safetensors"], "is a LoRA adapter", "reshard merge"),
         (["llama-q4.gguf"], "is a folder of GGUF files", "original Hugging Face"),
         (["model_index.json", "unet/x"], "is a diffusers pipeline", "inside"),

@@ -29,7 +29,7 @@ def spelled(
     for section in (kind.section, *kind.others):
         if section not in layout.descriptor.formats:
             continue
-        known = frozenset(_names(layout, layout.section(section), kind.rules, mesh))
+        known = frozenset(_names(layout, kind.section_of(layout, section), kind.rules, mesh))
         for name in held:
             for key in _keys(name):
                 if name[len(key) :] in known:

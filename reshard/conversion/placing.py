@@ -48,15 +48,13 @@ def place(
         raise PlanError([f"ep={mesh.ep}, but {source.layout.name} is a model without experts"], "leave out --ep")
     version = kind.release(engine_version) if engine_version is not None else None
     kind.check_platform(engine_platform)
-    if kind.whole:
-        if mesh != Mesh(mesh.tp):
-            raise PlanError(
-                [f"format {format} deals each tensor's rows out to ranks, which have no {mesh}"], "say how many with --tp, and nothing else"
-            )
-        mesh = Mesh()
-    placement = Placement(
-        layout, section.for_version(version).spelled(kind.forms), kind.rules, mesh, engine=version, platform=engine_platform
-    )
+    section = section.for_version(version).spelled(kind.forms)
+    over = mesh if kind.whole else None
+    if over:
+        kind.rules.ranks(over)  # which refuses a mesh that the format has no ranks for
+    placement = Placement(layout, section, kind.rules, Mesh() if over else mesh, over=over, engine=version, platform=engine_platform)
+    if kind.stacks and placement.alike("layer"):
+        placement = placement.trial(section=section.stacked())
     refuse_unheld(placement, kind.section)
     return placement
 

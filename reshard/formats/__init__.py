@@ -5,14 +5,14 @@ A format reads a folder into ``Contents`` (which tensors lie where, on which mes
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib import import_module
 
 from reshard.errors import FormatError, LayoutError, PlanError
 from reshard.foreign import quote
 from reshard.formats.pieces import Piece
 from reshard.geometry.block import Stored
-from reshard.layout import PLATFORMS, Layout, Mesh, Placement, Rank, Rules, parse_version
+from reshard.layout import PLATFORMS, Layout, Mesh, Placement, Rank, Rules, Section, parse_version
 from reshard.registry import FORMATS
 from reshard.stores import FileImage
 from reshard.stores.files import AnyPath
@@ -86,12 +86,19 @@ class Format:
     others: tuple[str, ...] = ()  # tables whose names its files may bear as well
     whole: bool = False  # cuts whole tensors itself, over as many ranks as the mesh's tp, where others have each rank placed
     forms: tuple[str, ...] = ()  # of the descriptors' alternatives, those that it writes: the names of a model in memory
+    stacks: bool = False  # all layers of a name may be one tensor, and are where they are alike
     usage: str = ""  # a command or Python that loads a folder of it: {folder}, {repo}, {id}, {tp}, {pp}
     holds: tuple[str, ...] = ("model",)  # what its folders may be: whole models, LoRA adapters
     states: bool = False  # whether its folders may hold an optimizer's state, too
     settings: tuple[str, Callable[[AnyPath], dict[str, object]]] | None = None  # its own config: the file, and that as a config.json
     platforms: bool = False  # its engine wants other tensors on other platforms
     small: tuple[str, ...] = ()  # names of files beside the weights without which a folder of this format is not whole
+
+    def section_of(self, layout: Layout, name: str | None = None) -> Section:
+        """The table of `layout` that its files follow (`name`: another of those whose names they may bear), in all its spellings."""
+        section = layout.section(name or self.section)
+        every = (section, *section.prefixes)
+        return replace(section, prefixes=(*every[1:], *(each.stacked() for each in every))) if self.stacks else section
 
     def release(self, version: str) -> tuple[int, ...]:
         """The engine's release that `version` names, if its tensors' names are known. Raises PlanError or LayoutError."""

@@ -18,49 +18,57 @@ from reshard.formats.pieces import Piece, dealt
 from reshard.geometry.block import Stored
 from reshard.geometry.regions import Chunk
 from reshard.layout import Mesh, Rules
-from reshard.layout.mesh import even_stages, grid
+from reshard.layout.mesh import even_stages, rows
 from reshard.stores import FileImage, dcp
 from reshard.stores.files import reading, safe_join
 from reshard.text import some
 
 _FILE = re.compile(r"__([0-9]{1,6})_([0-9]{1,6})\.distcp")
 _OF_RANK = re.compile(r"__([0-9]{1,6})\.metadata")  # of a save without collectives
-_METADATA = ".metadata"
+METADATA = ".metadata"
 #: where Accelerate, the HF Trainer and Axolotl put the model inside of a checkpoint's folder
 _INSIDE = "pytorch_model_fsdp_0"
 _OPTIMIZER = "optimizer_0"
 _MOST_BLOBS = 64 << 20  # bytes: numbers and names, of a trainer that saved no arrays as such
 #: modules that wrap others in memory: their names stand in the middle of a parameter's
 _WRAPPERS = frozenset(("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"))
+#: what all ranks of Megatron share, in folders that are its own (torch_dist)
+MEGATRONS = "common_state/shard_0_1"
 _COPY = "copy the folder again, whole"
 
 
 def _recognise(folder: Path, names: set[str]) -> bool:
     if names & {"metadata.json", "common.pt"}:  # Megatron's torch_dist
         return False
-    return _METADATA in names or any(_FILE.fullmatch(name) or _OF_RANK.fullmatch(name) for name in names) or (folder / _INSIDE).is_dir()
+    return METADATA in names or any(_FILE.fullmatch(name) or _OF_RANK.fullmatch(name) for name in names) or (folder / _INSIDE).is_dir()
 
 
 def _read(folder: Path) -> Contents:
-    inside = "" if not (folder / _INSIDE).is_dir() or (folder / _METADATA).is_file() else f"{_INSIDE}/"
-    pieces, metadata = _pieces(folder / _INSIDE if inside else folder, inside)
+    inside = "" if not (folder / _INSIDE).is_dir() or (folder / METADATA).is_file() else f"{_INSIDE}/"
+    root = folder / _INSIDE if inside else folder
+    metadata = metadata_of(root)
+    if MEGATRONS in metadata.others:
+        raise FormatError(f"{folder} holds no metadata.json, which Megatron writes last: the save was not finished, or not copied whole",
+                          "copy the folder again, or take the checkpoint before it")  # fmt: skip
+    pieces = pieces_in(root, inside, metadata.tensors)
 
     def states() -> States:
         """Of Accelerate's folders an optimizer's stands beside the model's; elsewhere they share one."""
         beside = folder / _OPTIMIZER
-        more, told = _pieces(beside, f"{_OPTIMIZER}/") if inside and beside.is_dir() else (pieces, metadata)
-        return States(more, _blobs(beside if inside else folder, told.others), told.paths)
+        if not (inside and beside.is_dir()):
+            return States(pieces, _blobs(root, metadata.others), metadata.paths)
+        told = metadata_of(beside)
+        return States(pieces_in(beside, f"{_OPTIMIZER}/", told.tensors), _blobs(beside, told.others), told.paths)
 
     manifest = read_manifest(folder)
     writer = "reshard" if manifest else "Accelerate (HF Trainer, Axolotl)" if inside else "torch.distributed.checkpoint"
     return Contents(Mesh(), pieces, manifest and manifest.get("layout"), nested=True, writer=writer, states=states)
 
 
-def _pieces(root: Path, inside: str) -> tuple[list[Piece], dcp.Metadata]:
-    """What lies in the folder `root`, whose files' paths begin with `inside`."""
-    metadata = _metadata(root)
+def pieces_in(root: Path, inside: str, tensors: Mapping[str, dcp.Stored]) -> list[Piece]:
+    """The chunks of `tensors` in the files of `root`, which is the folder `inside` ("" or "name/") of the checkpoint's."""
     by_file: dict[str, list[tuple[str, dcp.Stored, dcp.Item]]] = defaultdict(list)
-    for name, stored in metadata.tensors.items():
+    for name, stored in tensors.items():
         for item in stored.items:
             by_file[item.file].append((name, stored, item))
     at = {file: safe_join(root, file) for file in sorted(by_file)}
@@ -79,10 +87,10 @@ def _pieces(root: Path, inside: str) -> tuple[list[Piece], dcp.Metadata]:
             pieces.append(
                 Piece(inside + file, info.offset, info.dtype, info.shape, _unwrapped(name), 0, region, info.strides, holder, stored.size)
             )
-    return pieces, metadata
+    return pieces
 
 
-def _blobs(root: Path, others: Mapping[str, dcp.Blob]) -> dict[str, bytes]:
+def _blobs(root: Path, others: Mapping[str, dcp.Item]) -> dict[str, bytes]:
     """What is no tensor, as torch pickled it: never unpickled here."""
     if sum(blob.length for blob in others.values()) > _MOST_BLOBS:
         raise FormatError(f"{root} holds more than {_MOST_BLOBS >> 20} MiB of what is no tensor", "leave out --optimizer")
@@ -103,10 +111,10 @@ def _named(file: str) -> str:
     return f"{file} (rank {int(match[1])})" if match else file
 
 
-def _metadata(root: Path) -> dcp.Metadata:
-    """What a folder's ``.metadata`` says, or those of all its ranks."""
-    if (root / _METADATA).is_file():
-        return dcp.read_metadata(root / _METADATA)
+def metadata_of(root: Path) -> dcp.Metadata:
+    """What lies in a folder, by its ``.metadata`` or those of all its ranks."""
+    if (root / METADATA).is_file():
+        return dcp.read_metadata(root / METADATA)
     own = sorted((int(match[1]), path) for path in root.iterdir() if (match := _OF_RANK.fullmatch(path.name)))
     if not own:
         raise FormatError(f"{root} holds .distcp files and no .metadata, which is written last: the save was not finished, or not copied whole",
@@ -156,19 +164,17 @@ def _write(target: Target, stored: list[Stored]) -> Folder:
             if holder in mine:
                 files.append(OutFile(path, image, holder))
         if not holder and beside.others:
-            path, at, segments = f"__0_{len(groups)}.distcp", 0, []
-            for name, content in beside.others.items():
-                metadata.others[name] = dcp.Blob(path, at, len(content))
-                segments.append((at, content))
-                at += len(content)
-            files += [OutFile(path, FileImage(at, tuple(segments), {}), 0)] if 0 in mine else []
-    return Folder(files, pieces, {_METADATA: dcp.compose_metadata(metadata)})
+            path = f"__0_{len(groups)}.distcp"
+            image, starts = dcp.one_after_another([FileImage(len(each), ((0, each),), {}) for each in beside.others.values()])
+            metadata.others.update({n: dcp.Item(path, at, len(each), (), ()) for at, (n, each) in zip(starts, beside.others.items())})
+            files += [OutFile(path, image, 0)] if 0 in mine else []
+    return Folder(files, pieces, {METADATA: dcp.compose_metadata(metadata)})
 
 
 FORMAT = Format(
     "dcp",
     "hf",
-    Rules(grid, even_stages, even=False),
+    Rules(rows, even_stages, even=False),
     _recognise,
     _read,
     _write,
@@ -177,6 +183,6 @@ FORMAT = Format(
     whole=True,
     states=True,
     forms=("memory", "stacked", "twice"),
-    small=(_METADATA,),
+    small=(METADATA,),
     usage='import torch.distributed.checkpoint as dcp\n\nstate = model.state_dict()\ndcp.load(state, checkpoint_id="{folder}")',
 )

@@ -33,16 +33,6 @@ def _all(*wanted: str) -> Callable[[Names], bool]:
 #: asked in this order, the more particular first
 KINDS = (
     Kind(
-        "a Megatron torch_dist checkpoint",
-        "save it once with `--ckpt-format torch`, and name that folder",
-        _all(r"metadata\.json", r".*\.distcp|\.metadata"),
-    ),
-    Kind(
-        "a Megatron torch_dist checkpoint",
-        "save it once with `--ckpt-format torch`, and name that folder",
-        _all(r"common\.pt", r".*\.distcp|\.metadata"),
-    ),
-    Kind(
         "a LoRA adapter without its weights",
         "copy it again, whole: adapter_model.safetensors stands beside adapter_config.json",
         _any(r"adapter_config\.json"),

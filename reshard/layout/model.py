@@ -137,6 +137,11 @@ class Section:
         constants = tuple(c for c in self.constants if (c.place, c.label) not in names) + other.constants
         return replace(self, entries=kept + other.entries, constants=constants)
 
+    def stacked(self) -> "Section":
+        """The same with all layers of a name in one tensor, along a new first dimension: named without their number."""
+        entries = tuple([replace(entry, name=entry.name.replace(".{layer}", "")) for entry in self.entries])
+        return replace(self, entries=entries, variants=tuple([(name, until, own.stacked()) for name, until, own in self.variants]))
+
     def spelled(self, forms: Container[str]) -> "Section":
         """In those of its variants that are named in `forms`, as are the second names under which a tensor is stored too."""
         out = self

@@ -65,6 +65,7 @@ class Placement:
     mesh: Mesh
     pads: dict[str, int] = field(default_factory=dict)
     engine: tuple[int, ...] | None = None  # the engine's release; None is the newest known
+    over: Mesh | None = None  # of a format that cuts whole tensors itself: the ranks whose rows it pads for
     platform: str | None = None  # what the engine runs on: one of PLATFORMS; None is the first
     problems: list[str] = field(default_factory=list)
     _patterns: dict = field(default_factory=dict, repr=False)
@@ -74,7 +75,13 @@ class Placement:
         self.stages = self.rules.stages(self.layout.layers, self.mesh.pp)
         self.etp = expert_cut(self.mesh, self.ranks)
         engine = list(self.engine or (999,))
-        self._given = {"tp": self.mesh.tp, "pp": self.mesh.pp, "ep": self.mesh.ep, "engine": engine, "scheme": self.layout.scheme}
+        self._given = {
+            "tp": (self.over or self.mesh).tp,
+            "pp": self.mesh.pp,
+            "ep": self.mesh.ep,
+            "engine": engine,
+            "scheme": self.layout.scheme,
+        }
         self._given["platform"] = self.platform or PLATFORMS[0]
         self._scopes: dict[tuple[str, int | None], Scope] = {}
 
@@ -102,6 +109,13 @@ class Placement:
             for pattern in patterns:
                 if pattern.numbers:
                     yield from self._stored(pattern, rank, number)
+
+    def alike(self, place: str) -> bool:
+        """Whether every number of `place` holds the same tensors, each of one size in all of them, and no experts."""
+        every = list(self.layout.numbers(place))
+        patterns = [self.pattern(entry) for entry in self.section.entries if entry.place == place and not entry.omit]
+        held = [pattern for pattern in patterns if pattern.numbers]
+        return all(list(p.numbers) == every and len(set(p.numbers.values())) == 1 and not p.expert for p in held)
 
     def constants(self, rank: Rank) -> Iterator[tuple[str, Constant]]:
         """Names and values of the tensors the engine demands beside the weights on `rank`."""
@@ -207,14 +221,17 @@ class Placement:
     def _stacked(self, pattern: Pattern, rank: Rank, here: list[tuple[int, int]]) -> Iterator[Stored]:
         """A stored tensor that holds all layers of a stage."""
         entry = pattern.entry
-        if "expert" in entry.numbered:
-            raise LayoutError(f"layout {self.layout.name}: {entry.name!r} numbers experts, but not {entry.place}s")
         if len({pattern.numbers[number] for number, _ in here}) > 1:
             self._problem(entry, f"is a stack over {entry.place}s of unequal size")
             return
         shape, blocks, pad = self._blocks(pattern, rank, here[0][0])
         head = self._head(pattern, *here[0])
-        if pattern.expert:
+        if pattern.expert and "expert" in entry.numbered:
+            experts = self._experts(pattern, rank, here[0][0])
+            for name, expert in zip(self._numbered(head, range(len(experts)) if self.rules.local else experts), experts):
+                runs = [((number, expert), 1) for number, _ in here]
+                yield self._stack(pattern, rank, name, shape, blocks, pad, runs, (len(here),))
+        elif pattern.expert:
             experts = self._experts(pattern, rank, here[0][0])
             runs = [((number, experts.start), len(experts)) for number, _ in here]
             yield self._stack(pattern, rank, head, shape, blocks, pad, runs, (len(here), len(experts)))

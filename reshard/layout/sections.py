@@ -338,8 +338,6 @@ class Sections:
             raw.only_rank0, raw.view, raw.dtype, raw.transform, raw.scheme, place,
         )  # fmt: skip
         stacked = [index for index in tensors[0].index if index not in entry.numbered]
-        if entry.name and stacked and stacked[-1] != tensors[0].index[-1]:
-            raise LayoutError(f"{where}: {name!r} numbers experts, but not {stacked[0]}s", "number both, or stack the experts too")
         dims = range(len(stacked) + len(raw.dims or tensors[0].dims))
         if raw.view is not None and sorted(d for group in raw.view for d in group) != list(dims):
             view = [list(group) for group in raw.view]

@@ -4,7 +4,7 @@ from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from math import prod
 
 from reshard.errors import PlanError
-from reshard.geometry.block import Box, Key, Stored, end
+from reshard.geometry.block import Box, Id, Key, Stored, end
 from reshard.geometry.coverage import faults_of, label, unlike, where
 from reshard.geometry.pieces import union_volume
 from reshard.planner.join import Join, Pattern, Run, Slot, join
@@ -51,9 +51,9 @@ def plan(
 def faults(destinations: Iterable[Stored]) -> list[str]:
     """Names that stand twice, and stored tensors whose elements are not each under one block or declared padding."""
     problems = []
-    names: set[tuple[int, str]] = set()
+    names: set[Id] = set()
     for stored in destinations:
-        at = stored.rank, stored.name
+        at = stored.id
         if at in names:
             problems.append(f"{where(stored)}: two entries of the layout store something under this name")
         names.add(at)
