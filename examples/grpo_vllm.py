@@ -89,7 +89,8 @@ def serve(folder: str, port: int, tp: int, log: Path, *more: str) -> subprocess.
     threads = str(max(1, (os.cpu_count() or 1) // tp))
     env = os.environ | {"VLLM_SERVER_DEV_MODE": "1", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind",
                         "OMP_NUM_THREADS": threads, "VLLM_NO_USAGE_STATS": "1"}  # fmt: skip
-    command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", folder, "--host", "127.0.0.1", "--port", str(port), "--tensor-parallel-size", str(tp),
+    # `vllm serve` by its module, since the command of vllm-cpu looks for a package named vllm
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", folder, "--host", "127.0.0.1", "--port", str(port), "--tensor-parallel-size", str(tp),
                "--load-format", "dummy", "--weight-transfer-config", '{"backend": "reshard"}', "--dtype", "float32", "--enforce-eager",
                "--max-model-len", "128", "--max-num-seqs", "64", "--no-enable-prefix-caching", "--generation-config", "vllm", "--served-model-name", "policy", *more]  # fmt: skip
     server = subprocess.Popen(command, env=env, stdout=log.open("w"), stderr=subprocess.STDOUT, start_new_session=True)

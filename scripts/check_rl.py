@@ -111,7 +111,7 @@ def moved(model, seed: int):
 
     random = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for parameter in model.parameters():
+        for parameter in (getattr(p, "_local_tensor", p) for p in model.parameters()):
             parameter.add_(torch.randn(parameter.shape, generator=random) * 0.1)
     return model
 
@@ -158,21 +158,34 @@ def _trl_grpo(rank: int, folder: str, port: int, meeting: int) -> list[str]:
                    "LOCAL_WORLD_SIZE": "2", "ACCELERATE_USE_CPU": "1"}  # fmt: skip
     import torch
     from accelerate import Accelerator
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from reshard.plugins.trl import ReshardVLLMGeneration
 
     own = Accelerator(cpu=True)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    backend = ReshardVLLMGeneration(model, own, AutoTokenizer.from_pretrained(folder), mode="server", server_base_url=f"http://127.0.0.1:{port}",
-                                    temperature=0.0, max_completion_length=8, generation_kwargs={"ignore_eos": True})  # fmt: skip
-    for seed in (3, 4):
-        moved(model, seed)
-        backend.sync_weights()
-        own.wait_for_everyone()
-        out = backend.generate(prompts=[[5, 6, 7]], images=None, num_generations=1)
-        assert list(out[1][0]) == greedy(model, [5, 6, 7], 8), (out[1], greedy(model, [5, 6, 7], 8))
-    return [f"run: VLLMGeneration (server) on {own.num_processes} ranks, replicas, twice; TRL's generate then gives transformers' tokens"]
+    lines = []
+    for sharded in (False, True):
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        backend = ReshardVLLMGeneration(model, own, AutoTokenizer.from_pretrained(folder), mode="server", server_base_url=f"http://127.0.0.1:{port}",
+                                        temperature=0.0, max_completion_length=8, generation_kwargs={"ignore_eos": True})  # fmt: skip
+        if sharded:  # as Accelerate does to the model when training begins, after TRL has made this object
+            for layer in model.model.layers:
+                fully_shard(layer, mesh=init_device_mesh("cpu", (2,)))
+            fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
+        for seed in (3, 4):
+            moved(model, seed + 10 * rank * sharded)
+            backend.sync_weights()
+            own.wait_for_everyone()
+            out, wanted = backend.generate(prompts=[[5, 6, 7]], images=None, num_generations=1), greedy(model, [5, 6, 7], 8)
+            assert list(out[1][0]) == wanted, (out[1], wanted)
+        kind = "FSDP2's shards" if sharded else "replicas"
+        lines.append(
+            f"run: VLLMGeneration (server) on {own.num_processes} ranks, {kind}, twice; TRL's generate then gives transformers' tokens"
+        )
+        backend._trainer.shutdown()
+    return lines
 
 
 # ----------------------------------------------------------------------------------------------------------------------------------- verl

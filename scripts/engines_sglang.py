@@ -19,6 +19,10 @@ def warm() -> None:
     if not (ROOT / "srt" / "models").is_dir():
         raise SystemExit(f"{ROOT} is not SGLang's source: unpack its wheel and set SGLANG to the folder `sglang` in it")
 
+    from engines_files import warm as same
+
+    same()
+
 
 def release() -> str:
     return "SGLang 0.5.23"

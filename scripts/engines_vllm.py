@@ -13,16 +13,6 @@ FORMAT = "vllm"
 def warm() -> None:
     os.environ |= {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
     os.environ.setdefault("VLLM_PLUGINS", "")
-    stand_in(
-        "torchvision",
-        "torchvision.transforms",
-        "torchvision.transforms.v2",
-        "torchvision.transforms.v2.functional",
-        "torchvision.transforms.functional",
-    )
-    stand_in(
-        "cutlass", "cutlass.cute", "cutlass.cute.runtime", "cutlass.utils", "cutlass.cutlass_dsl", "cutlass._mlir", "cutlass._mlir.dialects"
-    )
     import torch
     from vllm.model_executor.models import registry
 
@@ -33,18 +23,22 @@ def warm() -> None:
                    "reshard.conversion.transaction"):  # fmt: skip
         importlib.import_module(module)
     torch.set_num_threads(1)
+    for names in ("torchvision torchvision.transforms torchvision.transforms.v2 torchvision.transforms.v2.functional torchvision.transforms.functional",
+                  "cutlass cutlass.cute cutlass.cute.runtime cutlass.utils cutlass.cutlass_dsl cutlass._mlir cutlass._mlir.dialects"):  # fmt: skip
+        stand_in(*names.split())  # only now, when transformers has looked for them
     registry._run_in_subprocess = lambda work: work()  # a class is looked at in a process of its own, which would import vLLM anew
 
 
 def stand_in(*names: str) -> None:
     """Modules in the place of packages that are not here, and whose code no loading of weights reaches: image processors, GPU kernels."""
     import sys
+    from importlib.machinery import ModuleSpec
     from importlib.util import find_spec
     from unittest.mock import MagicMock
 
     if find_spec(names[0]) is None:
         for name in names:
-            sys.modules[name] = MagicMock(__spec__=None, __path__=[])
+            sys.modules[name] = MagicMock(__spec__=ModuleSpec(name, None), __path__=[], __name__=name)
 
 
 def release() -> str:

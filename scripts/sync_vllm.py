@@ -174,6 +174,8 @@ def elastic(rank: int, told: dict) -> list[dict]:
     ):
         transfer = pair.join(urls, told["address"])
         pair.step()
+        if rank == 0:
+            transfer.client.resume()  # the dead trainer's update left it paused
         before = [pair.off(url) for url in urls]
         transfer.send_weights()
         rows.append({"case": what, "before": min(before), "after": max(pair.off(url) for url in urls)})

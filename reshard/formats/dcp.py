@@ -45,27 +45,30 @@ def _recognise(folder: Path, names: set[str]) -> bool:
 
 def _read(folder: Path) -> Contents:
     inside = "" if not (folder / _INSIDE).is_dir() or (folder / METADATA).is_file() else f"{_INSIDE}/"
-    pieces, metadata = chunks_in(folder / _INSIDE if inside else folder, inside)
+    root = folder / _INSIDE if inside else folder
+    metadata = metadata_of(root)
     if MEGATRONS in metadata.others:
         raise FormatError(f"{folder} holds no metadata.json, which Megatron writes last: the save was not finished, or not copied whole",
                           "copy the folder again, or take the checkpoint before it")  # fmt: skip
+    pieces = pieces_in(root, inside, metadata.tensors)
 
     def states() -> States:
         """Of Accelerate's folders an optimizer's stands beside the model's; elsewhere they share one."""
         beside = folder / _OPTIMIZER
-        more, told = chunks_in(beside, f"{_OPTIMIZER}/") if inside and beside.is_dir() else (pieces, metadata)
-        return States(more, _blobs(beside if inside else folder, told.others), told.paths)
+        if not (inside and beside.is_dir()):
+            return States(pieces, _blobs(root, metadata.others), metadata.paths)
+        told = metadata_of(beside)
+        return States(pieces_in(beside, f"{_OPTIMIZER}/", told.tensors), _blobs(beside, told.others), told.paths)
 
     manifest = read_manifest(folder)
     writer = "reshard" if manifest else "Accelerate (HF Trainer, Axolotl)" if inside else "torch.distributed.checkpoint"
     return Contents(Mesh(), pieces, manifest and manifest.get("layout"), nested=True, writer=writer, states=states)
 
 
-def chunks_in(root: Path, inside: str) -> tuple[list[Piece], dcp.Metadata]:
-    """What lies in the folder `root`, whose files' paths begin with `inside`."""
-    metadata = _metadata(root)
+def pieces_in(root: Path, inside: str, tensors: Mapping[str, dcp.Stored]) -> list[Piece]:
+    """The chunks of `tensors` in the files of `root`, which is the folder `inside` ("" or "name/") of the checkpoint's."""
     by_file: dict[str, list[tuple[str, dcp.Stored, dcp.Item]]] = defaultdict(list)
-    for name, stored in metadata.tensors.items():
+    for name, stored in tensors.items():
         for item in stored.items:
             by_file[item.file].append((name, stored, item))
     at = {file: safe_join(root, file) for file in sorted(by_file)}
@@ -84,10 +87,10 @@ def chunks_in(root: Path, inside: str) -> tuple[list[Piece], dcp.Metadata]:
             pieces.append(
                 Piece(inside + file, info.offset, info.dtype, info.shape, _unwrapped(name), 0, region, info.strides, holder, stored.size)
             )
-    return pieces, metadata
+    return pieces
 
 
-def _blobs(root: Path, others: Mapping[str, dcp.Blob]) -> dict[str, bytes]:
+def _blobs(root: Path, others: Mapping[str, dcp.Item]) -> dict[str, bytes]:
     """What is no tensor, as torch pickled it: never unpickled here."""
     if sum(blob.length for blob in others.values()) > _MOST_BLOBS:
         raise FormatError(f"{root} holds more than {_MOST_BLOBS >> 20} MiB of what is no tensor", "leave out --optimizer")
@@ -108,8 +111,8 @@ def _named(file: str) -> str:
     return f"{file} (rank {int(match[1])})" if match else file
 
 
-def _metadata(root: Path) -> dcp.Metadata:
-    """What a folder's ``.metadata`` says, or those of all its ranks."""
+def metadata_of(root: Path) -> dcp.Metadata:
+    """What lies in a folder, by its ``.metadata`` or those of all its ranks."""
     if (root / METADATA).is_file():
         return dcp.read_metadata(root / METADATA)
     own = sorted((int(match[1]), path) for path in root.iterdir() if (match := _OF_RANK.fullmatch(path.name)))
@@ -161,12 +164,10 @@ def _write(target: Target, stored: list[Stored]) -> Folder:
             if holder in mine:
                 files.append(OutFile(path, image, holder))
         if not holder and beside.others:
-            path, at, segments = f"__0_{len(groups)}.distcp", 0, []
-            for name, content in beside.others.items():
-                metadata.others[name] = dcp.Blob(path, at, len(content))
-                segments.append((at, content))
-                at += len(content)
-            files += [OutFile(path, FileImage(at, tuple(segments), {}), 0)] if 0 in mine else []
+            path = f"__0_{len(groups)}.distcp"
+            image, starts = dcp.one_after_another([FileImage(len(each), ((0, each),), {}) for each in beside.others.values()])
+            metadata.others.update({n: dcp.Item(path, at, len(each), (), ()) for at, (n, each) in zip(starts, beside.others.items())})
+            files += [OutFile(path, image, 0)] if 0 in mine else []
     return Folder(files, pieces, {METADATA: dcp.compose_metadata(metadata)})
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from reshard.errors import FormatError
 from reshard.foreign import quote
 from reshard.formats import Contents, Folder, Format, OutFile, Target, parts
-from reshard.formats.dcp import MEGATRONS, METADATA, chunks_in
+from reshard.formats.dcp import MEGATRONS, METADATA, metadata_of, pieces_in
 from reshard.formats.hf import torch_tree
 from reshard.formats.manifest import read_manifest
 from reshard.formats.megatron import TRACKER, disagreements, tracked
@@ -64,7 +64,8 @@ def _root(folder: Path) -> Path:
 def _read(folder: Path) -> Contents:
     root = _root(folder)
     inside = "" if root == folder else f"{root.name}/"
-    pieces, held = chunks_in(root, inside)
+    held = metadata_of(root)
+    pieces = pieces_in(root, inside, held.tensors)
     manifest = read_manifest(folder)
     file, common = _common(root, held)
     if (root / CONFIG).is_file():
@@ -132,7 +133,7 @@ def _write(target: Target, stored: list[Stored]) -> Folder:
     )
     path = "__0_states.distcp"
     for name, start, image in zip([MEGATRONS, *states], starts, images):
-        metadata.others[name] = dcp.Blob(path, start, image.size)
+        metadata.others[name] = dcp.Item(path, start, image.size, (), ())
     small = {
         TRACKER: b"release",
         f"{_RELEASE}/{path}": bytes_.content,

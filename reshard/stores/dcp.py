@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NoReturn
 
 from reshard.dtypes import DTYPE_SIZE
 from reshard.errors import FormatError
@@ -46,20 +46,13 @@ class Stored:
     items: list[Item]
 
 
-class Blob(NamedTuple):
-    """Bytes `start` to `start + length` of `file`: something pickled that is no tensor (a number, a list of names)."""
-
-    file: str
-    start: int
-    length: int
-
-
 @dataclass(frozen=True)
 class Metadata:
-    """What `.metadata` says: tensors by name; what is no tensor; and `paths`, the keys of the saved state by which a name is reached."""
+    """What `.metadata` says: tensors by name; by name what is no tensor (numbers, states of schedulers), with its bytes; and `paths`, the keys
+    of the saved state by which a name is reached."""
 
     tensors: dict[str, Stored]
-    others: dict[str, Blob] = field(default_factory=dict)
+    others: dict[str, Item] = field(default_factory=dict)
     paths: dict[str, tuple[str | int, ...]] = field(default_factory=dict)
 
 
@@ -124,7 +117,7 @@ def _tensors(table: Mapping[str, object], places: Mapping[tuple[str, Shape | Non
             raise TypeError("a name is no text")
         if isinstance(value, Opaque) and value.name == "BytesStorageMetadata":
             if (name, None) in places:
-                others[name] = Blob(*places[name, None])
+                others[name] = Item(*places[name, None], (), ())
             continue
         state = _state(value, "TensorStorageMetadata")
         properties, size = state["properties"], _sizes(state["size"])
@@ -224,10 +217,12 @@ def compose_metadata(metadata: Metadata) -> bytes:
             index = _made("MetadataIndex", {"fqn": name, "index": i, "offset": _size(item.offsets)})
             held = {"relative_path": item.file, "offset": item.start, "length": item.length}
             places[index] = Made(f"{_HERE}.filesystem", "_StorageInfo", (), held)
-    for name, blob in metadata.others.items():
+    for name, item in metadata.others.items():
         tensors[name] = _made("BytesStorageMetadata", {})
-        held = {"relative_path": blob.file, "offset": blob.start, "length": blob.length}
-        places[_made("MetadataIndex", {"fqn": name, "index": None, "offset": None})] = Made(f"{_HERE}.filesystem", "_StorageInfo", (), held)
+        index = _made("MetadataIndex", {"fqn": name, "index": None, "offset": None})
+        places[index] = Made(
+            f"{_HERE}.filesystem", "_StorageInfo", (), {"relative_path": item.file, "offset": item.start, "length": item.length}
+        )
     paths = {name: metadata.paths.get(name, (name,)) for name in tensors}
     state = {"state_dict_metadata": tensors, "planner_data": paths, "storage_data": places,
              "storage_meta": None, "version": "1.0.0"}  # fmt: skip

@@ -275,7 +275,7 @@ class Unpickler(pickle._Unpickler):
     def _member(self, owner: object, name: object) -> Global:
         """A class inside a class, or a member of an enumeration: all that torch's files ask of getattr. Of what is not made, by name."""
         if not isinstance(owner, Global) or not is_inert(owner.module, owner.name) or type(name) is not str or len(name) > _LONGEST_NAME:
-            self._fail("its pickle asks for an attribute")
+            self._fail("its pickle asks for an attribute, which reshard neither needs nor runs")
         return Global(owner.module, f"{owner.name}.{name}"[:_LONGEST_NAME])
 
 

@@ -46,9 +46,12 @@ def _loads(name: str, folder: Path, written: int, ranks: int) -> str:
 
 
 def _damaged(name: str, folder: Path, ranks: int) -> str:
-    path = next(folder.glob("*.distcp"))
+    import reshard
+
+    held = reshard.open(folder, config=SAMPLES / "hf" / name).stored[-1]
+    path = folder / held.file
     content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
+    content[held.start + 1] ^= 0x40
     path.write_bytes(content)
     return same(memory(SAMPLES / "hf" / name), on_ranks(ranks, load, str(folder), str(SAMPLES / "hf" / name))[0])
 
