@@ -11,7 +11,8 @@ from pathlib import Path
 FORMAT = "files"
 TARGETS = ({"format": "dcp", "tp": 2}, {"format": "tp", "tp": 3}, {"format": "rank-pt", "tp": 2}, {"format": "vllm", "tp": 2}, {"format": "vllm", "tp": 4},
            {"format": "vllm", "tp": 2, "ep": 2}, {"format": "sglang", "tp": 2}, {"format": "megatron", "tp": 2},
-           {"format": "megatron", "tp": 2, "pp": 2}, {"format": "megatron", "tp": 2, "ep": 2, "etp": 1})  # fmt: skip
+           {"format": "megatron", "tp": 2, "pp": 2}, {"format": "megatron", "tp": 2, "ep": 2, "etp": 1}, {"format": "megatron-dist", "tp": 2},
+           {"format": "megatron-dist", "tp": 2, "ep": 2, "etp": 1})  # fmt: skip
 
 
 def warm() -> None:

@@ -203,3 +203,20 @@ def test_megatron_fsdps_folders_are_read(tmp_path, name):
         assert equal(tmp_path / format, model)
         (tmp_path / "run/latest_checkpointed_iteration.txt").write_text("5")
     assert checkpoint.writer == "Megatron-FSDP"
+
+
+def test_several_optimizers_stand_beside_the_model(tmp_path):
+    """Experts and the rest each have their own, whose names begin with chained_N in older folders; flat buckets have names of no parameter."""
+    model = SAMPLES / "llama/hf"
+    genuine = SAMPLES / "llama/torch_dist_tp2/iter_0000010"
+    sizes = dcp.FileSystemReader(genuine).read_metadata().state_dict_metadata
+    state = {name: torch.zeros(value.size, dtype=torch.bfloat16) for name, value in sizes.items() if hasattr(value, "size")}
+    dcp.load(state, checkpoint_id=str(genuine), no_dist=True)
+    moments = {f"chained_{i}.optimizer.state.exp_avg.{name}": tensor.float() for i, name in enumerate(state) for tensor in [state[name]]}
+    flat = {f"chained_{i}.optimizer.distributed.dp_group_idx_0.gbuf_idx_0.bucket_idx_0.exp_avg": torch.zeros(77) for i in range(2)}
+    dcp.save(state | moments | flat, checkpoint_id=str(tmp_path / "in"), no_dist=True)
+    shutil.copy(genuine / "metadata.json", tmp_path / "in")
+    checkpoint = reshard.open(tmp_path / "in", config=model)
+    assert list(checkpoint.beside) == ["optimizer"] and checkpoint.beside["optimizer"][0] == len(moments) + 2
+    reshard.convert(checkpoint, tmp_path / "hf", format="hf")
+    assert equal(tmp_path / "hf", model)

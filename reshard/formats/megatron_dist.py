@@ -44,6 +44,8 @@ _CONFIG = {"sharded_backend": "torch_dist", "sharded_backend_version": 1, "commo
 #: parameters by which a module is known, and modules that are none of TransformerEngine's
 _WEIGHTS = frozenset(("weight", "layer_norm_weight"))
 _WITHOUT_STATE = frozenset(("word_embeddings", "position_embeddings", "output_layer", "router", "conv1d"))
+#: what several optimizers of one model are told apart by, in folders before ``chained_optim_avoid_prefix``
+_TRAINED = re.compile(r"^chained_(?=[0-9]+\.)")
 _COPY = "copy the folder again, whole"
 
 
@@ -69,7 +71,7 @@ def _read(folder: Path) -> Contents:
     root = _root(folder)
     inside = "" if root == folder else f"{root.name}/"
     held = metadata_of(root)
-    pieces = pieces_in(root, inside, held.tensors)
+    pieces = pieces_in(root, inside, {_TRAINED.sub("optimizer.", name): stored for name, stored in held.tensors.items()})
     manifest = read_manifest(folder)
     file, common = _common(root, held)
     if (root / CONFIG).is_file():
