@@ -100,7 +100,9 @@ class States:
         """What rank `m` has of tensor `name`, of which it holds `shape`."""
         if self.tp == 1:
             return Share(shape, shape)
-        found = self._maps.get((name, m))
+        shared = self.first.get("shared_params") or {}
+        names = [name, *(one for pair in shared.items() if name in pair for one in pair)]
+        found = next((self._maps[each, m] for each in names if (each, m) in self._maps), None)
         path = self.root / self.names[min(at for at in self.names if at[1] == m)]
         if found is None:
             raise FormatError(f"{path}: nothing says which part of {quote(name)} rank {m} of {self.tp} holds", _CONVERT)
