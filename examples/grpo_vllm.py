@@ -15,6 +15,7 @@ import html
 import json
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -226,6 +227,7 @@ def main() -> int:
     args = parser.parse_args()
     if not args.tiny and not args.model:
         parser.error("give the model's folder, or --tiny")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that the servers end, too
     with tempfile.TemporaryDirectory() as scratch:
         if args.tiny:
             args.model = f"{scratch}/tiny"
@@ -239,7 +241,7 @@ def main() -> int:
             print((Path(scratch) / "server.log").read_text()[-4000:], file=sys.stderr)
             raise
         finally:
-            os.killpg(server.pid, 15)
+            os.killpg(server.pid, signal.SIGTERM)
             server.wait(30)
     rows = json.loads(args.out.with_suffix(".json").read_text())
     third = max(1, len(rows) // 3)
