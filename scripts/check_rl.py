@@ -238,7 +238,7 @@ def _manager() -> list[str]:
 
     from verl.checkpoint_engine import base
 
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("fork")  # verl takes long to import
     pipes, ranks = [], []
     for number in range(5):
         here, there = context.Pipe()
@@ -258,7 +258,7 @@ def _manager() -> list[str]:
     calls = ("abort_all_requests", "release_kv_cache", "resume_kv_cache", "resume_generation")
 
     def replica(pipe):
-        return types.SimpleNamespace(workers=[pipe], **dict.fromkeys(calls, nothing))
+        return type("Replica", (), {"workers": [pipe], **dict.fromkeys(calls, staticmethod(nothing))})()
 
     config = types.SimpleNamespace(backend="reshard", custom_backend_module="reshard.plugins.verl")
     with (

@@ -230,7 +230,7 @@ def main() -> int:
         folder = Path(scratch) / "model"
         make(families()[args.family]["config"], folder, dtype="float32")
         words(json.loads((folder / "config.json").read_text())["vocab_size"]).save_pretrained(folder)
-        ports, servers, rows = [free_port(), free_port()], [], []
+        ports, servers, rows = [free_port() for _ in range(1 if args.only in ("updates", "dies") else 2)], [], []
         try:
             for number, port in enumerate(ports):
                 servers.append(serve(str(folder), port, args.tp, Path(scratch) / f"server{number}.log", "--max-logprobs", "-1"))
