@@ -14,16 +14,17 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+from reshard import formats
 from reshard.errors import FormatError
 from reshard.foreign import quote
 from reshard.formats import Contents, Format
 from reshard.formats.affine import Share, shares
 from reshard.formats.hf import torch_tree
 from reshard.formats.pieces import Piece
-from reshard.formats.zero import fragments
+from reshard.formats.zero import fragments, moments
 from reshard.layout import Mesh, Rules
 from reshard.layout.mesh import even_stages, grid
-from reshard.stores import TensorInfo
+from reshard.stores import TensorInfo, torchzip
 from reshard.stores.files import read_small
 from reshard.text import some
 
@@ -33,6 +34,8 @@ _EXPERT = re.compile(r"(?:layer_([0-9]{1,5})_)?expert_([0-9]{1,5})_mp_rank_([0-9
 _PIPELINE = re.compile(r"layer_[0-9]+-model_[0-9]+-model_states\.pt")
 _TAG = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,200}")
 _UNIVERSAL = "zero"  # of a universal checkpoint: a folder for each parameter
+_SETTINGS = (int, float, str, list, tuple, type(None))  # what an optimizer's group may say in its own words
+_STATE = "optimizer.state."
 _COPY = "copy the folder again, whole"
 _MIXED = "files of several checkpoints were mixed"
 _CONVERT = "make a universal checkpoint of it with `python -m deepspeed.checkpoint.ds_to_universal`, and name that folder"
@@ -208,7 +211,14 @@ def _read(folder: Path) -> Contents:
                     pieces.append(Piece(inside + file, at.offset, at.dtype, at.shape, name, 0, None, at.strides, m))
                 else:
                     pieces += share.pieces(inside + file, _packed(root / file, name, at), at.dtype, 0, prod(at.shape), name, m)
-    return Contents(Mesh(), pieces, nested=True, writer=states.writer("model states"), masters=partial(_masters, states))
+    return Contents(
+        Mesh(),
+        pieces,
+        nested=True,
+        writer=states.writer("model states"),
+        masters=partial(_masters, states),
+        states=partial(_moments, states),
+    )
 
 
 def _packed(path: Path, name: str, at: TensorInfo) -> int:
@@ -217,9 +227,9 @@ def _packed(path: Path, name: str, at: TensorInfo) -> int:
     return at.offset
 
 
-def _masters(states: States) -> Contents:
-    """The optimizer's fp32 weights, each rank's partition; with them what has none: buffers, frozen parameters, other names of shared ones."""
-    root, inside = states.root, states.inside
+def _optimizers(states: States) -> dict[tuple[int, int], str]:
+    """The optimizer's files, each by the (data-parallel, tensor-parallel) rank whose partition it holds."""
+    root = states.root
     if states.experts or states.first.get("ds_autoep_layers"):
         raise FormatError(f"{root}: experts' optimizer states are partitioned among those that hold the same experts", _CONVERT)
     found = {}
@@ -234,20 +244,82 @@ def _masters(states: States) -> Contents:
     if missing or len(found) > dp * states.tp:
         raise FormatError(f"{root} holds the optimizer states of {len(found)} ranks of {dp * states.tp}, where fp32 weights lie; missing: {some(missing) or 'none'}",
                           _COPY if missing else _MIXED)  # fmt: skip
-    pieces = []
+    return found
+
+
+def _of(states: States, found: Mapping[tuple[int, int], str], m: int) -> tuple[list[tuple[str, Any]], list[dict[str, Any]], list[str]]:
+    """Of tensor-parallel rank `m`: its optimizers with their files, its model states, and these's files."""
+    ranks = sorted(d for d, each in found if each == m)
+    optimizers = [(found[d, m], _tree(states.root / found[d, m], "optimizer_state_dict")["optimizer_state_dict"]) for d in ranks]
+    held = [at for at in sorted(states.trees) if at[1] == m]
+    return optimizers, [states.trees[at] for at in held], [states.names[at] for at in held]
+
+
+def _fragments(states: States, m: int, parts: tuple, moment: str | None = None) -> Iterator[Piece]:
+    """The pieces that tensor-parallel rank `m` has in its optimizers' partitions."""
+    for name, shape, found in fragments(states.root, *parts, moment):
+        share = states.share(name, shape, m)
+        for d, file, at, low, high in found:
+            offset = _packed(states.root / file, name, at)
+            yield from share.pieces(states.inside + file, offset, at.dtype, low, high, name, d * states.tp + m)
+
+
+def _masters(states: States) -> Contents:
+    """The optimizer's fp32 weights, each rank's partition; with them what has none: buffers, frozen parameters, other names of shared ones."""
+    found, pieces = _optimizers(states), []
     for m in range(states.tp):
-        optimizers = [(found[d, m], _tree(root / found[d, m], "optimizer_state_dict")["optimizer_state_dict"]) for d in range(dp)]
-        models = [states.trees[d, m] for d in range(dp if states.partitioned else 1)]
-        for name, shape, parts in fragments(root, optimizers, models, [states.names[d, m] for d in range(len(models))]):
-            share = states.share(name, shape, m)
-            for d, file, at, low, high in parts:
-                pieces += share.pieces(inside + file, _packed(root / file, name, at), at.dtype, low, high, name, d * states.tp + m)
-        buffers = models[0].get("buffer_names") or ()
-        for name, at in models[0]["module"].items():
+        parts = _of(states, found, m)
+        pieces += _fragments(states, m, parts)
+        buffers = parts[1][0].get("buffer_names") or ()
+        for name, at in parts[1][0]["module"].items():
             if name in buffers and isinstance(at, TensorInfo):
-                pieces.append(Piece(inside + states.names[0, m], at.offset, at.dtype, at.shape, name, 0, None, at.strides, m))
+                pieces.append(Piece(states.inside + parts[2][0], at.offset, at.dtype, at.shape, name, 0, None, at.strides, m))
     pieces += list(_shared(states.first, pieces))
-    return Contents(Mesh(), pieces, nested=True, writer=states.writer("the optimizer's fp32 partitions"))
+    return Contents(Mesh(), pieces, nested=True, writer=states.writer("the optimizer's fp32 partitions"), states=partial(_moments, states))
+
+
+def _moments(states: States) -> formats.States:
+    """What the optimizer keeps of each parameter, by torch's names: moments, step counts, fp32 weights where the model's are others; and its
+    groups' settings."""
+    found, pieces = _optimizers(states), []
+    others: dict[str, bytes] = {}
+    for m in range(states.tp):
+        parts = _of(states, found, m)
+        first = parts[0][0][1]
+        held = moments(first)
+        words = sorted(word for word, at in (held[0] if held else {}).items() if isinstance(at, TensorInfo) and at.shape)
+        trained = [list(group) for group in parts[1][0].get("param_shapes") or ()]
+        every = {name for group in trained for name in group}
+        for word in [*words, *([] if states.partitioned else [None])]:
+            own = [piece for piece in _fragments(states, m, parts, word) if piece.name in every]
+            if any(piece.scale != 1 for piece in own):
+                raise FormatError(f"{states.root}: ranks hold biases divided, and their moments multiplied", _CONVERT)
+            pieces += [piece._replace(name=f"{_STATE}{piece.name}.{word or 'fp32'}") for piece in own]
+        for g, group in enumerate(trained):
+            at = held[min(g, len(held) - 1)].get("step") if held else None
+            if isinstance(at, TensorInfo) and at.shape == () and m == 0:
+                file = states.inside + parts[0][0][0]
+                pieces += [Piece(file, at.offset, at.dtype, (), f"{_STATE}{name}.step", 0, None, None, 0) for name in group]
+        base = first.get("base_optimizer_state") or first.get("optimizer_state_dict")
+        for g, group in enumerate(base.get("param_groups") or () if m == 0 and isinstance(base, dict) else ()):
+            told = group | ({"params": trained[g]} if g < len(trained) else {})
+            others |= {f"optimizer.param_groups.{g}.{key}": _saved(value) for key, value in told.items() if isinstance(value, _SETTINGS)}
+    paths: dict[str, tuple[str | int, ...]] = {
+        name: ("optimizer", "param_groups", int(name.split(".")[2]), name.split(".", 3)[3]) for name in others
+    }
+    for piece in pieces:
+        name, _, word = piece.name.removeprefix(_STATE).rpartition(".")
+        paths[piece.name] = ("optimizer", "state", name, word)
+    return formats.States(pieces, others, paths)
+
+
+def _saved(value: object) -> bytes:
+    """A setting as torch.save writes it."""
+    image = torchzip.compose(value)
+    out = bytearray(image.size)
+    for at, content in image.segments:
+        out[at : at + len(content)] = content
+    return bytes(out)
 
 
 def _shared(tree: Mapping[str, Any], pieces: list[Piece]) -> Iterator[Piece]:
