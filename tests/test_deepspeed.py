@@ -150,28 +150,6 @@ def test_what_a_rank_holds_divided_is_computed(tmp_path, dtype):
     assert equal(read(folder, dtype), {name: value / scales.get(name, 1.0) for name, value in want.items()})
 
 
-@pytest.mark.filterwarnings("ignore")
-@pytest.mark.samples
-@pytest.mark.parametrize("folder", [ZERO2, ZERO3, AUTOTP], ids=["zero2", "zero3", "autotp"])
-def test_moments_go_along_as_ds_to_universal_joins_them(tmp_path, folder):
-    """`--optimizer` into torch's own files: moments, steps, fp32 weights and the groups' settings; torch reads them back."""
-    from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
-
-    reshard.convert(reshard.open(folder, config=LLAMA), tmp_path / "dcp", format="dcp", tp=3, optimizer=True, fsync=False)
-    dcp_to_torch_save(tmp_path / "dcp", tmp_path / "all.pt")
-    found = torch.load(tmp_path / "all.pt", weights_only=False)["optimizer"]
-    for path in sorted((folder / "global_step1_universal/zero").glob("*/*.pt")):
-        name, word = path.parent.name, path.stem
-        held = torch.load(path, weights_only=True)
-        want = held["param"] if isinstance(held, dict) else held
-        if word != "fp32" or folder != ZERO3:
-            assert torch.equal(found["state"][name][word].flatten(), want.flatten()), (name, word)
-    assert {name: float(own["step"]) for name, own in found["state"].items()} == dict.fromkeys(found["state"], 1.0) and len(
-        found["state"]
-    ) == 21
-    assert found["param_groups"][0]["lr"] == 0.001 and len(found["param_groups"][0]["params"]) == 21
-
-
 MAPS = {
     "leaves": lambda piece: piece.update(source=[1 << 40, piece["source"][1]]),
     "fill": lambda piece: piece.update(shape=[1, *piece["shape"][1:]]),
