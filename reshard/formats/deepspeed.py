@@ -282,6 +282,8 @@ def _optimizer(states: States, masters: bool) -> Beside:
     shapes = [list(group) for group in states.first.get("param_shapes") or ()]
     for word, called in [*((word, word) for word in words), *([(None, "master_param")] if masters else ())]:
         pieces += [p._replace(name=f"{_STATE}{p.name}.{called}") for p in _partitions(states, optimizers, word)]
+    if any(piece.scale != 1 for piece in pieces):
+        raise FormatError(f"{path}: ranks hold biases divided, and their moments multiplied", _CONVERT)
     for number, names in enumerate(shapes):
         for word, at in kept[min(number, len(kept) - 1)].items():
             if isinstance(at, TensorInfo) and not at.shape:
