@@ -12,7 +12,8 @@ FORMAT = "files"
 CPU = {"engine_platform": "cpu"}  # the one that is judged beside vLLM
 TARGETS = ({"format": "dcp", "tp": 2}, {"format": "tp", "tp": 3}, {"format": "rank-pt", "tp": 2}, {"format": "vllm", "tp": 2, **CPU}, {"format": "vllm", "tp": 4, **CPU},
            {"format": "vllm", "tp": 2, "ep": 2, **CPU}, {"format": "sglang", "tp": 2}, {"format": "megatron", "tp": 2},
-           {"format": "megatron", "tp": 2, "pp": 2}, {"format": "megatron", "tp": 2, "ep": 2, "etp": 1})  # fmt: skip
+           {"format": "megatron", "tp": 2, "pp": 2}, {"format": "megatron", "tp": 2, "ep": 2, "etp": 1}, {"format": "megatron-dist", "tp": 2},
+           {"format": "megatron-dist", "tp": 2, "ep": 2, "etp": 1})  # fmt: skip
 
 
 def warm() -> None:
