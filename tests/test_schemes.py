@@ -223,5 +223,5 @@ def test_packed_codes_are_cut_in_whole_groups(tmp_path):
     assert raw(tmp_path / "plain") == raw(HF / "gpt_oss-mxfp4-dequantized-bf16")
     with pytest.raises(PlanError, match=r"expert_down, cut over 2 ranks, would be cut inside a block \(32 of input\)"):
         api.plan(source, format="tp", tp=2)
-    with pytest.raises(PlanError, match="format vllm cannot hold weights quantised as mxfp4"):
-        api.plan(source, format="vllm", tp=1)
+    with pytest.raises(PlanError, match="format sglang cannot hold weights quantised as mxfp4"):
+        api.plan(source, format="sglang", tp=1)

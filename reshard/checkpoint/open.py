@@ -15,7 +15,7 @@ from reshard.formats.manifest import read_manifest
 from reshard.formats.quantised import codes_without_scales, refuse, scheme
 from reshard.hub import folder_of
 from reshard.layout import Descriptor, Mesh, Placement, architectures, builtin_descriptors, find_descriptor, load_descriptor
-from reshard.layout.schemes import quantised
+from reshard.layout.quantised import beside, quantised
 from reshard.stores.files import AnyPath, reading
 from reshard.stores.identity import identity, noting
 
@@ -88,8 +88,8 @@ def _matched(
     if disagreements:
         raise PlanError([f"{folder}: {text}" for text in disagreements],
                         f"{config_path} is of another model: name the config.json of the one that was trained, with --config")  # fmt: skip
-    names = {piece.name for piece in contents.pieces}
-    bound = quantised(bound, kind.section, names) if quantised_as else bound
+    shapes = {piece.name: piece.extent or piece.shape for piece in contents.pieces} if quantised_as else {}
+    bound = quantised(bound, kind.section, shapes) if quantised_as else bound
     checkpoint = Checkpoint(
         folder, kind.name, contents.mesh, bound, [], engine_version=contents.engine_version, config_path=config_path, writer=contents.writer
     )
@@ -103,7 +103,11 @@ def _matched(
         if quantised_as and checkpoint.layout.scheme == "none":  # one sentence instead of a line for each scale
             raise refuse(folder, quantised_as, contents) from None
         raise
-    without = None if own else codes_without_scales(folder, settings, checkpoint.stored, checkpoint.layout.operands)
+    without = (
+        None
+        if own
+        else codes_without_scales(folder, settings, checkpoint.stored, {*checkpoint.layout.operands, *beside(checkpoint.layout)})
+    )
     if without:
         raise without
     return checkpoint

@@ -262,8 +262,8 @@ def left_out(source: Checkpoint, not_held: Iterable[Stored] = ()) -> LeftOut:
 
 def not_held(source: Checkpoint, placement: Placement) -> tuple[Stored, ...]:
     """Tensors of `source` that the destination's format is declared to do without."""
-    gone = omitted(placement)
-    if not gone.places and not gone.tensors:
+    gone = omitted(placement, source.layout)
+    if not gone:
         return ()
     return tuple(s for s in source.stored if s.parts and all(key in gone for key, _ in s.blocks))
 
@@ -360,10 +360,14 @@ def join_to(
         keep=keep,
         native=source.native,
         sizes=source.layout.shape_of,
-        omitted=omitted(placement),
+        omitted=omitted(placement, source.layout),
         complete=complete,
         check=complete,
-        values={**source.layout.values, **values_of(placement.layout, dict.fromkeys((*held, *placement.section.entries)))},
+        values={
+            **source.layout.values,
+            **source.layout.made,
+            **values_of(placement.layout, dict.fromkeys((*held, *placement.section.entries))),
+        },
     )
 
 

@@ -105,8 +105,9 @@ class Scope(Mapping[str, object]):
 class Layout:
     """`scope` is config.json with the descriptor's defaults, `sizes` are those axes that are alike in all layers,
     `counts` how often each numbered place stands. `absent` are optional places, `lacking` optional tensors (name, number
-    of its place) that a checkpoint does without. Of a quantised checkpoint's, `scheme` is the name of the scheme, `values` how its
-    tensors are computed from what is stored of them, and `plain` the layout of the model as it was before."""
+    of its place) that a checkpoint does without. Of a quantised checkpoint's, `scheme` is the name of the scheme, `quantisation` its settings, `values` how its
+    tensors are computed from what is stored of them, `made` how is computed what goes with them and is not in its files, and `plain` the
+    layout of the model as it was before."""
 
     descriptor: Descriptor
     config: Mapping[str, object]
@@ -116,7 +117,9 @@ class Layout:
     absent: frozenset[str] = frozenset()
     lacking: frozenset[tuple[str, int | None]] = frozenset()
     values: Mapping[str, Value] = field(default_factory=dict)
+    made: Mapping[str, Value] = field(default_factory=dict)
     scheme: str = "none"
+    quantisation: Mapping[str, object] = field(default_factory=dict)
     plain: "Layout | None" = None
     _cache: dict = field(default_factory=dict, repr=False, compare=False)
 

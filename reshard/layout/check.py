@@ -1,10 +1,12 @@
 """What can only be seen with sizes at hand: that a format holds every tensor of the model once, and which it does without."""
 
 from collections import defaultdict
+from collections.abc import Collection
 
 from reshard.errors import LayoutError
 from reshard.layout.bound import Layout
 from reshard.layout.place import Placement
+from reshard.layout.quantised import beside
 from reshard.text import some
 
 
@@ -51,14 +53,20 @@ def refuse_unheld(placement: Placement, format: str) -> None:
 
 
 class Omitted:
-    """Tensors that a format does not hold: those of whole `places`, and those told one by one (name, number of its place)."""
+    """Tensors that a format does not hold: those of whole `places`, those told one by one (name, number of its place), and those
+    of a quantised source that only went with its codes."""
 
-    def __init__(self, layout: Layout, places: tuple[str, ...], tensors: set[tuple[str, int | None]]):
-        self.layout, self.places, self.tensors = layout, places, tensors
+    def __init__(self, layout: Layout, places: tuple[str, ...], tensors: set[tuple[str, int | None]], beside: Collection[str] = ()):
+        self.layout, self.places, self.tensors, self.beside = layout, places, tensors, beside
+
+    def __bool__(self) -> bool:
+        return bool(self.places or self.tensors or self.beside)
 
     def __contains__(self, key: object) -> bool:
         if not isinstance(key, tuple):
             return False
+        if key[0] in self.beside:
+            return True
         tensor = self.layout.descriptor.tensors.get(key[0])
         if tensor is None:
             return False
@@ -66,8 +74,8 @@ class Omitted:
         return tensor.place in self.places or (tensor.name, number) in self.tensors
 
 
-def omitted(placement: Placement) -> Omitted:
-    """The tensors that the format of `placement` is declared to do without."""
+def omitted(placement: Placement, source: Layout) -> Omitted:
+    """The tensors of `source` that the format of `placement` is declared to do without."""
     entries = [entry for entry in placement.section.entries if entry.omit]
     held = {(name, number) for entry in entries for number in placement.holding(entry) for name in entry.of}
-    return Omitted(placement.layout, placement.section.without, held)
+    return Omitted(placement.layout, placement.section.without, held, beside(source) if placement.layout is source.plain else ())

@@ -119,7 +119,7 @@ class Placement:
     def _pattern(self, entry: Entry) -> Pattern:
         tensors = tuple(self.layout.descriptor.tensors[name] for name in entry.of)
         names = self.layout.names(entry.place, 0 if entry.place in self.layout.counts else None)
-        texts = [entry.align, *(text for _, text in (*entry.pad, *entry.aligned))]
+        texts = [entry.align, *(text for _, text in (*entry.pad, *entry.aligned, *entry.unit))]
         axes = dict.fromkeys(axis for tensor in tensors for axis in (*tensor.axes, *tensor.index) if axis in self.layout.descriptor.axes)
         varying = any(map(names.needs, axes)) or any(map(names.depends, texts))
         numbers: dict[int | None, tuple] = {}
@@ -280,7 +280,7 @@ class Placement:
     def _aligned(self, entry: Entry, text: str, scope: Scope) -> int:
         unit = evaluate(text, scope)
         if not isinstance(unit, int) or isinstance(unit, bool) or unit < 1:
-            raise LayoutError(f"layout {self.layout.name}: {entry.name}: align = {text!r} is {quote(repr(unit))}, not a number of rows")
+            raise LayoutError(f"layout {self.layout.name}: {entry.name}: {text!r} is {quote(repr(unit))}, not a number of rows")
         return unit
 
     def _item(self, entry: Entry, tensor: Tensor, scope: Scope, index: int, count: int) -> Item:
@@ -307,10 +307,12 @@ class Placement:
                     parts = left  # the last ranks hold nothing, where the format allows that
                     if self.rules.even:
                         self._problem(entry, f"cannot repeat {size} {axis} over {left} ranks: {left} is not a multiple of {size}")
-            elif self.rules.even and size % parts:
+            unit = self._unit(entry, axis, scope)
+            if self.rules.even and unit == 1 and size % parts:
                 self._problem(entry, f"cannot split axis {axis} ({size}) of {tensor.name} evenly over {parts} ranks")
             left //= parts
-            ranges[axis] = chunk(size, parts, index // left)
+            start, stop = chunk(-(-size // unit), parts, index // left)
+            ranges[axis] = min(start * unit, size), min(stop * unit, size)
             index %= left
         return Item(tensor.name, entry.dims_of(tensor), tensor.axes, {axis: (ranges[axis], true[axis]) for axis in tensor.axes})
 
@@ -326,7 +328,11 @@ class Placement:
                 entry, f"{name}, cut over {count} ranks, would be cut inside a block ({operand.grain}) that shares one {operand.label}"
             )
         sizes = {axis: (extent, over.size) for axis, extent, over in zip(tensor.axes, ranges, operand.axes)}
-        return Item(tensor.name, tensor.dims, tensor.axes, sizes)
+        return Item(tensor.name, entry.dims_of(tensor), tensor.axes, sizes)
+
+    def _unit(self, entry: Entry, axis: str, scope: Scope) -> int:
+        """What `axis` is cut in multiples of."""
+        return next((self._aligned(entry, text, scope) for known, text in entry.unit if known == axis), 1)
 
     def _padded(self, entry: Entry, axis: str, size: int, scope: Scope) -> int:
         for padded, text in entry.pad:
