@@ -5,8 +5,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from reshard.checkpoint import Checkpoint, open_checkpoint
-from reshard.conversion.job import Job, one_rank, place, prepare, rank_at
-from reshard.difference import DiffReport
+from reshard.comparison.difference import DiffReport
+from reshard.conversion.job import Job, prepare
+from reshard.conversion.placing import one_rank, place, rank_at
 from reshard.errors import PlanError
 from reshard.hub import is_remote
 from reshard.layout import Mesh
@@ -33,7 +34,7 @@ def _opened(source: Checkpoint | str | Path, options: dict[str, Any]) -> Checkpo
 def plan(source: Checkpoint | str | Path, *, format: str, tp: int = 1, pp: int = 1, ep: int = 1, etp: int = 0, **options: Any) -> Job:
     """What a conversion of `source` to `format` would read and write, to the byte. Reads headers, writes nothing.
 
-    `options`: `dtype` (bf16, fp16, fp32), `dequantise` (weights of a quantised checkpoint are computed), `allow_overflow` (values with no room in it become infinite), `engine_version`, `engine_platform` (cuda, rocm, cpu), `max_file` (bytes), `rank` (that one alone), `jobs`, `buffer` (bytes), and `layout`, `config`, `cache` for opening.
+    `options`: `dtype` (bf16, fp16, fp32), `dequantise` (weights of a quantised checkpoint are computed), `quantise` (fp8: weights become codes and scales), `refine` (scales are repeated on finer blocks where a cut misses them), `allow_overflow` (values with no room in it become infinite), `engine_version`, `engine_platform` (cuda, rocm, cpu), `max_file` (bytes), `rank` (that one alone), `jobs`, `buffer` (bytes), and `layout`, `config`, `cache` for opening.
     Raises ReshardError with all problems at once.
     """
     ckpt = _opened(source, options)
@@ -136,7 +137,7 @@ def diff(
     `formats` are those of `a` and of `b`, where their files don't tell. With `dtype` (bf16, fp16, fp32) floating-point tensors are equal when they are once both sides are cast to it, which confirms a
     cast; with `atol` elements are equal that lie within it of each other. `maps`: each difference tells where it lies (`heat`).
     """
-    from reshard.compare import Likeness, compare
+    from reshard.comparison.compare import Likeness, compare
     from reshard.dtypes import USER_WORDS
 
     if dtype is not None and dtype not in USER_WORDS:

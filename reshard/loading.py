@@ -18,7 +18,8 @@ import numpy as np
 import torch
 
 from reshard.checkpoint import Checkpoint
-from reshard.conversion.job import counting, default_jobs, join_to
+from reshard.conversion.job import counting, default_jobs
+from reshard.conversion.placing import join_to
 from reshard.dtypes import DTYPE_SIZE
 from reshard.errors import PlanError, ReshardError
 from reshard.executor.devices import Device, device_of, free_bytes

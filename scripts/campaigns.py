@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import reshard
-import reshard.compare
+import reshard.comparison.compare
 import reshard.conversion.transaction
 import reshard.executor.rearrange
 from reshard.demo import CONFIG, make_model

@@ -7,9 +7,9 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 import reshard
-from reshard import compare
 from reshard.checkpoint import match
 from reshard.cli import main
+from reshard.comparison import compare
 from reshard.demo import make_model
 from reshard.geometry import block, regions
 from reshard.geometry.block import Block, Part

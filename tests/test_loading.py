@@ -12,7 +12,7 @@ import reshard
 from reshard import loading
 from reshard.api import load
 from reshard.checkpoint import open_checkpoint
-from reshard.conversion.job import one_rank, place
+from reshard.conversion.placing import one_rank, place
 from reshard.demo import make_model
 from reshard.executor import devices
 from reshard.executor.sources import Source

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from test_cli import model, run  # noqa: F401  fixtures
 
 import reshard
+from reshard.comparison.heat import Heat
 from reshard.geometry.block import Block
-from reshard.heat import Heat
 from reshard.pages.plan import families, intervals, plan_page
 
 

@@ -13,7 +13,7 @@ import torch
 
 import reshard
 from reshard.checkpoint import open_checkpoint
-from reshard.conversion.job import place, rank_at
+from reshard.conversion.placing import place, rank_at
 from reshard.demo import CONFIG, make_model
 from reshard.layout import Mesh
 from reshard.loading import load_into

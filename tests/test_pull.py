@@ -25,8 +25,9 @@ def other(tmp_path_factory):
     return folder
 
 
-def killed_pull(hub, tmp_path, source="hf://org/a", *more, after=20_000_000, sign=signal.SIGKILL):
-    """Run ``pull`` into dst and kill it when so many bytes have gone out."""
+def killed_pull(hub, tmp_path, source="hf://org/a", *more, after=40_000_000, sign=signal.SIGKILL):
+    """Run ``pull`` into dst and kill it when so many bytes have gone out: more than its 8 threads ask for at first (4 MiB each),
+    so that one of them at least has written what it got, and asks again."""
     hub.pause_after(after)
     args = [sys.executable, "-m", "reshard", "pull", source, "dst", *more]
     process = subprocess.Popen(
@@ -55,7 +56,7 @@ def test_pull_after_a_killed_pull_of_another_model_never_serves_that_one(hub, la
 
 def test_killed_pull_goes_on_inside_files(hub, large, tmp_path):
     hub.add_folder("org/a", large)
-    killed_pull(hub, tmp_path, after=30_000_000)
+    killed_pull(hub, tmp_path)
     came = hub.sent()
     hub.clear()
     reshard.pull("hf://org/a", tmp_path / "dst")

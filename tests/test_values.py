@@ -11,7 +11,7 @@ from value_cases import CODES, GRAIN, RNG, ROWS, SCALE, SHAPES, VALUES, check, c
 from reshard.errors import FormatError, PlanError
 from reshard.executor import compute, values
 from reshard.planner.batches import batches
-from reshard.planner.plan import plan as make_plan
+from reshard.planner.make import plan as make_plan
 from reshard.planner.tiles import split
 from reshard.planner.values import Operand, Over, Value
 

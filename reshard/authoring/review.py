@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from reshard import formats
 from reshard.checkpoint import Checkpoint, model_config
-from reshard.conversion.job import join_to, place, split_hint
+from reshard.conversion.placing import join_to, place, split_hint
 from reshard.dtypes import DTYPE_SIZE
 from reshard.errors import LayoutError, PlanError
 from reshard.geometry.block import Stored

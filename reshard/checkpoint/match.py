@@ -148,7 +148,7 @@ def _pads(placement: Placement, held: Held) -> dict[str, int]:
     """Padded sizes that the files show where they differ from the layout's rule."""
     pads: dict[str, int] = {}
     entries = tuple(e for e in placement.section.entries if e.pad)
-    probe = Placement(placement.layout, replace(placement.section, entries=entries), placement.rules, placement.mesh)
+    probe = placement.trial(section=replace(placement.section, entries=entries))
     for s in probe.stored():
         piece = held.get(s.rank, {}).get(s.name)
         extent = piece.extent if piece else None

@@ -15,6 +15,7 @@ from reshard.formats.manifest import read_manifest
 from reshard.formats.quantised import codes_without_scales, refuse, scheme
 from reshard.hub import folder_of
 from reshard.layout import Descriptor, Mesh, Placement, architectures, builtin_descriptors, find_descriptor, load_descriptor
+from reshard.layout.quantise import experts_refined
 from reshard.layout.quantised import beside, quantised
 from reshard.stores.files import AnyPath, reading
 from reshard.stores.identity import identity, noting
@@ -98,7 +99,7 @@ def _matched(
         {"repo": folder.repository.location.repo, "revision": folder.revision} if checkpoint.remote else manifest.get("source")
     )
     try:
-        match(checkpoint, kind, contents)
+        _match_grids(checkpoint, kind, contents)
     except PlanError:
         if quantised_as and checkpoint.layout.scheme == "none":  # one sentence instead of a line for each scale
             raise refuse(folder, quantised_as, contents) from None
@@ -111,6 +112,22 @@ def _matched(
     if without:
         raise without
     return checkpoint
+
+
+def _match_grids(checkpoint: Checkpoint, kind: formats.Format, contents: formats.Contents) -> None:
+    """``match``; an engine's files may have the scales of experts on finer blocks than config.json says."""
+    bound = checkpoint.layout
+    try:
+        match(checkpoint, kind, contents)
+    except PlanError:
+        for finer in experts_refined(bound) if contents.engine_version else ():
+            checkpoint.layout = finer
+            try:
+                match(checkpoint, kind, contents)
+                return
+            except PlanError:
+                checkpoint.layout = bound
+        raise
 
 
 def unknown_architecture(settings: Mapping[str, object], contents: formats.Contents) -> LayoutError:

@@ -26,7 +26,7 @@ def opened(path: str, from_=None, layout=None, config=None, cache=False):
     return open_checkpoint(path, format=from_, layout=layout, config=config, cache=cache)
 
 
-def planned(source, to, tp, pp, ep, etp, dtype, dequantise, engine_version, engine_platform, **options):
+def planned(source, to, tp, pp, ep, etp, dtype, dequantise, quantise, refine, engine_version, engine_platform, **options):
     from reshard.api import plan
 
     return plan(
@@ -38,6 +38,8 @@ def planned(source, to, tp, pp, ep, etp, dtype, dequantise, engine_version, engi
         etp=etp,
         dtype=dtype,
         dequantise=dequantise,
+        quantise=quantise,
+        refine=refine,
         engine_version=engine_version,
         engine_platform=engine_platform,
         **options,
@@ -75,6 +77,8 @@ def run_conversion(
     etp,
     dtype,
     dequantise,
+    quantise,
+    refine,
     engine_version,
     engine_platform,
     rank,
@@ -94,7 +98,7 @@ def run_conversion(
     from reshard.conversion.transaction import resumed
 
     options = {"rank": rank, "jobs": jobs, "buffer": buffer, "allow_overflow": allow_overflow, "max_file": max_shard_size}
-    job = planned(source, to, tp, pp, ep, etp, dtype, dequantise, engine_version, engine_platform, **options)
+    job = planned(source, to, tp, pp, ep, etp, dtype, dequantise, quantise, refine, engine_version, engine_platform, **options)
     if push is not None and not dry_run:
         from reshard.publish.push import convert_and_push
 
@@ -183,7 +187,25 @@ def say_pushed(done, result: dict, as_json: bool, quiet: bool) -> None:
 @report_option
 @json_option
 def plan(
-    src, to, tp, pp, ep, etp, dtype, dequantise, engine_version, engine_platform, from_, layout, config, rank, bandwidth, report, as_json
+    src,
+    to,
+    tp,
+    pp,
+    ep,
+    etp,
+    dtype,
+    dequantise,
+    quantise,
+    refine,
+    engine_version,
+    engine_platform,
+    from_,
+    layout,
+    config,
+    rank,
+    bandwidth,
+    report,
+    as_json,
 ):
     """Tell which bytes a conversion of SRC would read and write, per rank. Writes nothing.
 
@@ -196,7 +218,7 @@ def plan(
         source = describe_checkpoint(config, layout)
     else:
         source = opened(src, from_, layout, config)
-    job = planned(source, to, tp, pp, ep, etp, dtype, dequantise, engine_version, engine_platform, rank=rank)
+    job = planned(source, to, tp, pp, ep, etp, dtype, dequantise, quantise, refine, engine_version, engine_platform, rank=rank)
     if report:
         from reshard.pages.plan import plan_page
 

@@ -5,12 +5,13 @@
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, TypedDict
 
 from reshard import formats
 from reshard.checkpoint import Checkpoint, read_config
+from reshard.conversion.placing import join_to, one_rank, place
 from reshard.dtypes import DTYPE_SIZE, TABLE, USER_WORDS
 from reshard.errors import PlanError
 from reshard.formats import Folder, Target
@@ -18,14 +19,12 @@ from reshard.formats.manifest import NAME as MANIFEST
 from reshard.formats.manifest import manifest_bytes
 from reshard.formats.pieces import placed
 from reshard.geometry.block import Stored
-from reshard.layout import Entry, Layout, Mesh, Placement, Rank
-from reshard.layout.check import omitted, refuse_unheld
-from reshard.layout.transforms import values_of
+from reshard.layout import Layout, Mesh, Placement
+from reshard.layout.check import omitted
 from reshard.planner.batches import GAP, JOBS, Batch, batches, workers
 from reshard.planner.batches import peak as peak_of_fetching
 from reshard.planner.copies import Copy
 from reshard.planner.plan import Plan
-from reshard.planner.plan import plan as make_plan
 from reshard.planner.tiles import BUFFER, Portion, peak_buffer, portions
 from reshard.planner.values import bare
 from reshard.stores.beside import is_side_file
@@ -60,6 +59,14 @@ class Job:
     @property
     def dequantises(self) -> bool:
         return self.layout is self.source.layout.plain
+
+    @property
+    def quantised_anew(self) -> str | None:
+        """The scheme and settings that the result has and the source has not."""
+        layout, before = self.layout, self.source.layout
+        if layout.plain is None or layout is before:
+            return None
+        return f"{layout.scheme}, finer by {layout.finer}: {json.dumps(told_config(layout.quantisation), sort_keys=True)}"
 
     @property
     def section(self) -> str:
@@ -201,10 +208,13 @@ def prepare(
     buffer: int = BUFFER,
     allow_overflow: bool = False,
     dequantise: bool = False,
+    quantise: str | None = None,
+    refine: bool = False,
 ) -> Job:
     """Plan the conversion of `source`, for all ranks or for `rank` alone (replicas in the source are then not compared).
 
-    `dequantise`: the weights of a quantised checkpoint are computed from their codes and scales.
+    `dequantise`: the weights of a quantised checkpoint are computed from their codes and scales. `quantise`: codes and scales are
+    computed from weights, by a recipe (fp8). `refine`: where a cut misses the blocks of scales, these are repeated on finer blocks.
     `allow_overflow`: a value that has no room in its new dtype becomes infinite, and is counted, instead of ending the run.
     Raises PlanError with every problem found; nothing is written.
     """
@@ -214,7 +224,7 @@ def prepare(
         raise PlanError([f"format {format} is read, not written"], "dcp, transformers and hf are written for the same readers")
     if format == "hf" and (mesh.tp, mesh.pp, mesh.ep) != (1, 1, 1):
         raise PlanError([f"format hf is whole: it has no {mesh}"], "leave --tp, --pp and --ep out, or use --to tp")
-    placement = place(source, format, mesh, engine_version, engine_platform, dequantise)
+    placement = place(source, format, mesh, engine_version, engine_platform, dequantise, quantise, refine)
     every = kind.rules.ranks(mesh) if kind.whole else placement.ranks  # those whose files there are
     ranks = every if rank is None else [one_rank(every, mesh, rank)]
     plan = join_to(source, placement, dtype, None if kind.whole else ranks, complete=rank is None)
@@ -233,8 +243,12 @@ def prepare(
     folder.small[MANIFEST] = manifest_bytes(format, target.mesh, source.layout.name, engine_version, sizes, native, source.origin,
                                             (rank, len(every)) if rank is not None and alone else None, left_out(source, without),
                                             engine_platform)  # fmt: skip
-    if (dtype or dequantise) and source.config_path:
-        config = without_quantisation(read_config(source.config_path)) if dequantise else dict(read_config(source.config_path))
+    quantisation = placement.layout.quantisation
+    requantised = bool(quantisation) and quantisation != source.layout.quantisation
+    if (dtype or dequantise or requantised) and source.config_path:
+        config = dict(read_config(source.config_path))
+        if dequantise or requantised:
+            config = without_quantisation(config) | ({"quantization_config": told_config(quantisation)} if requantised else {})
         if dtype:
             key = "dtype" if "dtype" in config or "torch_dtype" not in config else "torch_dtype"
             config[key] = TABLE[USER_WORDS[dtype]].torch
@@ -268,6 +282,11 @@ def not_held(source: Checkpoint, placement: Placement) -> tuple[Stored, ...]:
     return tuple(s for s in source.stored if s.parts and all(key in gone for key, _ in s.blocks))
 
 
+def told_config(quantisation: Mapping[str, object]) -> dict[str, object]:
+    """quantization_config, without what was derived from it."""
+    return {key: value for key, value in quantisation.items() if key != "group"}
+
+
 def without_quantisation(config: Mapping[str, object]) -> dict[str, object]:
     """`config` of a model whose weights are numbers again."""
     kept = {key: value for key, value in config.items() if key not in ("quantization_config", "compression_config")}
@@ -288,89 +307,6 @@ def default_jobs(source: Checkpoint) -> int:
     return JOBS if source.remote else 2
 
 
-def place(
-    source: Checkpoint,
-    format: str,
-    mesh: Mesh,
-    engine_version: str | None = None,
-    engine_platform: str | None = None,
-    dequantise: bool = False,
-) -> Placement:
-    """Where `format` puts the tensors of `source`'s model on `mesh`; of a quantised one its codes and scales, or (`dequantise`) its weights."""
-    kind, layout = formats.get(format), source.layout
-    if dequantise:
-        if layout.plain is None:
-            raise PlanError([f"{source.path} is not quantised: there is nothing to dequantise"], "leave out --dequantise")
-        layout = layout.plain
-    elif layout.plain is not None and kind.section not in layout.descriptor.formats:
-        raise PlanError([f"format {format} cannot hold weights quantised as {layout.scheme}"], "use --dequantise")
-    section = layout.section(kind.section)
-    if mesh.ep > 1 and not source.layout.sizes.get("expert"):
-        raise PlanError([f"ep={mesh.ep}, but {source.layout.name} is a model without experts"], "leave out --ep")
-    version = kind.release(engine_version) if engine_version is not None else None
-    kind.check_platform(engine_platform)
-    if kind.whole:
-        if mesh != Mesh(mesh.tp):
-            raise PlanError(
-                [f"format {format} deals each tensor's rows out to ranks, which have no {mesh}"], "say how many with --tp, and nothing else"
-            )
-        mesh = Mesh()
-    placement = Placement(
-        layout, section.for_version(version).spelled(kind.forms), kind.rules, mesh, engine=version, platform=engine_platform
-    )
-    refuse_unheld(placement, kind.section)
-    return placement
-
-
-def one_rank(ranks: list[Rank], mesh: Mesh, number: int) -> Rank:
-    if not 0 <= number < len(ranks):
-        raise PlanError([f"rank {number} does not exist on {mesh}"], f"ranks are 0 to {len(ranks) - 1}")
-    return ranks[number]
-
-
-def rank_at(placement: Placement, at: tuple[int, ...]) -> Rank:
-    """The rank at (tp, pp), or (tp, pp, ep) where several stand there."""
-    found = [rank for rank in placement.ranks if (rank.tp, rank.pp, rank.ep)[: len(at)] == tuple(at)] if len(at) in (2, 3) else []
-    if not found or len({rank.ep for rank in found}) > 1:
-        text = f"no rank stands at {at}" if not found else f"{len(found)} ranks stand at {at}"
-        raise PlanError([f"{text} of {placement.mesh}"], "at is (tp, pp), or (tp, pp, ep), each from 0")
-    return found[0]
-
-
-def join_to(
-    source: Checkpoint,
-    placement: Placement,
-    dtype: str | None,
-    ranks: list[Rank] | None = None,
-    complete: bool = True,
-    cut: list[Stored] | None = None,
-) -> Plan:
-    """The plan that fills `placement` (or some of its ranks, or what was `cut` of its tensors) from `source`."""
-    if dtype is not None and dtype not in USER_WORDS:
-        raise PlanError([f"unknown dtype {dtype!r}"], f"use one of {', '.join(USER_WORDS)}")
-    destinations = list(placement.stored(ranks)) if cut is None else cut
-    if placement.problems:
-        raise PlanError(placement.problems, split_hint(placement))
-    keep = [t.name for t in source.layout.descriptor.tensors.values() if t.dtype]
-    held = (s.entry for s in source.stored if isinstance(s.entry, Entry) and s.entry.transform)
-    return make_plan(
-        source.stored,
-        destinations,
-        cast=USER_WORDS.get(dtype or ""),
-        keep=keep,
-        native=source.native,
-        sizes=source.layout.shape_of,
-        omitted=omitted(placement, source.layout),
-        complete=complete,
-        check=complete,
-        values={
-            **source.layout.values,
-            **source.layout.made,
-            **values_of(placement.layout, dict.fromkeys((*held, *placement.section.entries))),
-        },
-    )
-
-
 def native_dtypes(source: Checkpoint, plan: Plan) -> dict[str, str]:
     """The model's own dtype of each tensor that the destination's engine wants in another: noted, so that it comes back."""
     wanted = {bare(key[0]): s.entry.dtype for s in plan.destinations if s.entry and s.entry.dtype for key, _ in s.blocks}
@@ -378,21 +314,6 @@ def native_dtypes(source: Checkpoint, plan: Plan) -> dict[str, str]:
         return {}
     held = {bare(key[0]): s.dtype for s in source.stored for key, _ in s.blocks if bare(key[0]) in wanted}
     return {name: own for name in held for own in [source.native.get(name, held[name])] if own != wanted[name]}
-
-
-def split_hint(placement: Placement) -> str:
-    """Tensor-parallel sizes that would work, for the model at hand."""
-    works = []
-    for tp in range(1, 65):
-        try:
-            trial = Placement(placement.layout, placement.section, placement.rules, replace(placement.mesh, tp=tp))
-            for _ in trial.stored(trial.ranks[:1]):
-                pass
-        except PlanError:
-            continue
-        if not trial.problems:
-            works.append(str(tp))
-    return f"tp sizes that fit this model here: {', '.join(works) or 'none'}" + ("; --to tp cuts unevenly" if placement.rules.even else "")
 
 
 def companion_files(source: Checkpoint) -> dict[str, AnyPath]:

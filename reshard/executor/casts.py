@@ -12,8 +12,8 @@ import numpy as np
 from reshard.dtypes import DTYPE_SIZE, TABLE, numbers_of, words_of
 from reshard.errors import CastError
 from reshard.geometry.block import Box, Id, Key, Stored
+from reshard.geometry.coverage import where
 from reshard.planner.copies import Copy
-from reshard.planner.plan import where
 
 #: a box of a tensor in a source, that casts were counted of
 Counted = tuple[Id, Key, Box]

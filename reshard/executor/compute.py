@@ -15,9 +15,8 @@ from reshard.executor.casts import Casts
 from reshard.executor.sources import InMemory, Source, Workspace
 from reshard.executor.values import Array, Given, evaluate, numbers, undefined
 from reshard.geometry.block import Block, Box, Stored, end, row_major
-from reshard.geometry.coverage import label
+from reshard.geometry.coverage import label, where
 from reshard.planner.copies import Computed, Copy, Move, abreast
-from reshard.planner.plan import where
 from reshard.planner.tiles import Tile
 
 #: elements of a result at a time: a few arrays of four bytes each are held of them

@@ -14,11 +14,11 @@ from reshard.errors import FormatError
 from reshard.executor.casts import Casts, Counted, Loss
 from reshard.executor.sources import InMemory, Source, Workspace
 from reshard.geometry.block import Box, Id, Stored, contiguous_from, end
-from reshard.geometry.coverage import label
+from reshard.geometry.coverage import label, where
 from reshard.planner.batches import _split as cut_until
 from reshard.planner.batches import runs
 from reshard.planner.copies import Copy
-from reshard.planner.plan import Plan, where
+from reshard.planner.plan import Plan
 from reshard.planner.tiles import Tile, between, groups, sides, spans, split
 
 _LOSS_TILE = 2 << 20  # bytes

@@ -94,7 +94,8 @@ def _scale(given: Given) -> Array:
 def _rounded(given: Given, out: Array) -> Array:
     """Products as compressed-tensors and the kernels of GPTQ and AWQ leave them: in the dtype of the scales."""
     kept = given.settings.get("rounded") and given.arrays[1].dtype.name in ("float16", "bfloat16")
-    return out.astype(given.arrays[1].dtype) if kept else out
+    made: Array = out.astype(given.arrays[1].dtype) if kept else out
+    return made
 
 
 def _numbers(words: Array, exponents: bool = False) -> Array:
@@ -181,15 +182,23 @@ def groups(given: Given) -> Array:
 
 
 def fp8_scale(given: Given) -> Array:
-    """The scales of blocks: the largest magnitude in each, at least 1e-4, over 448. Source: DeepGEMM's per_block_cast_to_fp8."""
+    """The scales of blocks: the largest magnitude in each, at least 1e-4, over 448. Source: DeepGEMM's per_block_cast_to_fp8,
+    which vLLM has, too."""
     largest, _ = _blocks(given)
-    return (largest / np.float32(448)).reshape(given.shape)
+    overs, shape, inside = given.value.operands[0].axes, [], []
+    for axis, (start, stop) in enumerate(given.box):
+        (over, (low, high)) = next((over, box) for over, box in zip(overs, given.boxes[0]) if over.axes == (axis,))
+        first, last = low * over.grain // over.times, -(-high * over.grain // over.times)
+        shape.append(last - first)
+        inside.append(slice(start - first, stop - first))
+    scales: Array = (largest / np.float32(448)).reshape(shape)[tuple(inside)]
+    return scales
 
 
 def fp8_codes(given: Given) -> Array:
-    """The codes of weights: times 448 over the largest magnitude of their block, rounded to E4M3. Source: as ``fp8_scale``."""
+    """The codes of weights: divided by the scale of their block (times its inverse), rounded to E4M3. Source: as ``fp8_scale``."""
     largest, edges = _blocks(given)
-    factors = np.float32(448) / largest
+    factors = np.float32(1) / (largest / np.float32(448))
     for axis, edge in enumerate(edges):
         factors = np.repeat(factors, edge, axis)
     whole = given.arrays[0].astype(np.float32)

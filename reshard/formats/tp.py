@@ -18,7 +18,7 @@ from reshard.formats.manifest import mesh_of, read_manifest
 from reshard.formats.pieces import Piece, pieces_of
 from reshard.formats.shards import NOTE, metadata_of, name_of, noted, read_shards
 from reshard.geometry.block import Stored, row_major
-from reshard.layout import Mesh, Placement, Rules
+from reshard.layout import Mesh, Rules
 from reshard.layout.mesh import even_stages, grid
 from reshard.stores import safetensors
 from reshard.stores.files import AnyPath
@@ -88,7 +88,7 @@ def _write(target: Target, stored: list[Stored]) -> Folder:
 
 def _offsets(target: Target) -> Callable[[Stored], tuple[int, ...] | None]:
     """``whole_offsets`` for the tensors of `target`, worked out once for all layers and experts, whose blocks they share."""
-    single = Placement(target.placement.layout, target.placement.section, target.placement.rules, Mesh())
+    single = target.placement.trial(mesh=Mesh())
     wholes = {s.name: s for s in single.stored()}
     known: dict[tuple, tuple[int, ...] | None] = {}
 

@@ -123,3 +123,7 @@ def label(key: Key) -> str:
     name, *numbers = key
     words = [f"{axis} {number}" for axis, number in zip(("layer", "expert"), numbers)]
     return f"{name} of {', '.join(words)}" if words else name
+
+
+def where(stored: Stored) -> str:
+    return f"{stored.name} (rank {stored.rank})" if not stored.file else f"{stored.name} ({stored.file})"

@@ -105,7 +105,8 @@ class Scope(Mapping[str, object]):
 class Layout:
     """`scope` is config.json with the descriptor's defaults, `sizes` are those axes that are alike in all layers,
     `counts` how often each numbered place stands. `absent` are optional places, `lacking` optional tensors (name, number
-    of its place) that a checkpoint does without. Of a quantised checkpoint's, `scheme` is the name of the scheme, `quantisation` its settings, `values` how its
+    of its place) that a checkpoint does without. Of a quantised checkpoint's, `scheme` is the name of the scheme, `quantisation` its settings, `finer` by how much its experts'
+    blocks are smaller than those say, `values` how its
     tensors are computed from what is stored of them, `made` how is computed what goes with them and is not in its files, and `plain` the
     layout of the model as it was before."""
 
@@ -120,6 +121,7 @@ class Layout:
     made: Mapping[str, Value] = field(default_factory=dict)
     scheme: str = "none"
     quantisation: Mapping[str, object] = field(default_factory=dict)
+    finer: int = 1
     plain: "Layout | None" = None
     _cache: dict = field(default_factory=dict, repr=False, compare=False)
 

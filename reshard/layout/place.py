@@ -8,6 +8,7 @@ placement on the two sides of a join.
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from math import prod
+from typing import Any
 
 from reshard.errors import LayoutError
 from reshard.foreign import quote
@@ -71,6 +72,10 @@ class Placement:
         self._given = {"tp": self.mesh.tp, "pp": self.mesh.pp, "ep": self.mesh.ep, "engine": engine, "scheme": self.layout.scheme}
         self._given["platform"] = self.platform or PLATFORMS[0]
         self._scopes: dict[tuple[str, int | None], Scope] = {}
+
+    def trial(self, **changes: Any) -> "Placement":
+        """This placement with other fields, and nothing found wrong with it yet."""
+        return replace(self, problems=[], _patterns={}, **changes)
 
     def scope(self, place: str = "", number: int | None = None) -> Scope:
         """What expressions of entries may name, in number `number` of `place`."""

@@ -39,11 +39,14 @@ def with_operands(
     there: Container[Numbered],
     format: str | None = None,
     names: Mapping[str, tuple[int, ...]] = {},
+    finer: Mapping[str, int] = {},
 ) -> Layout:
-    """`layout` with those of its tensors that are `there` quantised. `names`: of the files that are so already, in `format`."""
+    """`layout` with those of its tensors that are `there` quantised. `names`: of the files that are so already, in `format`.
+    `finer`: by how much the blocks of some tensors' scales are smaller than the scheme says."""
     kinds, every = scheme.kinds_of(settings), layout.present(layout.absent)
     tensors, axes, values = dict(layout.descriptor.tensors), dict(layout.descriptor.axes), {}
     lacking, made = set(layout.lacking), {}
+    labels: dict[tuple[str, str], str] = {}
     for tensor in layout.descriptor.tensors.values():
         numbers = [number for number in every.numbers(tensor.place) if every.exists(tensor, number)]
         own = [number for number in numbers if (tensor.name, number) in there]
@@ -56,9 +59,11 @@ def with_operands(
         shape = shapes.pop()
         operands: dict[str, Operand] = {}
         for kind in kinds:
-            new, operand, sizes = _operand(tensor, shape, kind, settings)
+            factor = finer.get(tensor.name, 1) if kind is kinds[1] else 1
+            new, operand, sizes = _operand(tensor, shape, kind, settings, factor)
             tensors[new.name] = new
             axes |= {axis: str(size) for axis, size in sizes.items()}
+            labels[tensor.name, kind.label] = new.name
             operands[kind.label] = operand
             lacking |= {(new.name, number) for number in numbers if number not in own}
         lacking |= {(tensor.name, number) for number in own}
@@ -68,11 +73,11 @@ def with_operands(
         values[tensor.name] = Value(scheme.value, parts, _dtype(layout, scheme), given)
         one = Operand(parts[1].name, tuple(Over((), (), 1) for _ in parts[1].axes))  # no more of it than that it is there
         out, inner = (prod(shape[tensor.axes.index(axis)] for axis in dim) for dim in tensor.dims)
-        for kind in (kind for kind in kinds if kind.made):
+        for kind in (kind for kind in kinds if kind.made and kind.beside):
             told = ("in", inner), ("out", out), ("sizes", " ".join(str(over.size) for over in operands[kind.label].axes))
             made[operands[kind.label].name] = Value(kind.made or "", (one,), kind.dtype, (*given, *told))
     forms = {kind.label: _scalar_as_found(layout, kind, format, names) for kind in kinds}
-    formats = {key: _section(section, key, kinds, forms if key == format else {}, values, tensors)
+    formats = {key: _section(section, key, kinds, forms if key == format else {}, labels, tensors)
                for key, section in layout.descriptor.formats.items() if _holds(kinds, key)}  # fmt: skip
     descriptor = replace(
         layout.descriptor, tensors=MappingProxyType(tensors), axes=MappingProxyType(axes), formats=MappingProxyType(formats)
@@ -134,19 +139,19 @@ def _scalar_as_found(layout: Layout, kind: Kind, format: str | None, names: Mapp
     return None if shape is None else shape == ()
 
 
-def _section(section: Section, format: str, kinds, scalars: Mapping[str, bool | None], values: Container[str], tensors) -> Section:
+def _section(section: Section, format: str, kinds, scalars: Mapping[str, bool | None], labels, tensors) -> Section:
     """`section` with an entry for each operand of what its entries hold, of the same form."""
     entries = list(section.entries)
     for entry in section.entries:
-        if not entry.omit and all(name in values for name in entry.of):
-            entries += [each for kind in kinds for each in _entries(entry, format, kind, scalars.get(kind.label), tensors)]
-    inner = tuple(_section(each, format, kinds, scalars, values, tensors) for each in section.prefixes)
-    variants = tuple((name, until, _section(each, format, kinds, scalars, values, tensors)) for name, until, each in section.variants)
+        if not entry.omit and all((name, kinds[0].label) in labels for name in entry.of):
+            entries += [each for kind in kinds for each in _entries(entry, format, kind, scalars.get(kind.label), labels, tensors)]
+    inner = tuple(_section(each, format, kinds, scalars, labels, tensors) for each in section.prefixes)
+    variants = tuple((name, until, _section(each, format, kinds, scalars, labels, tensors)) for name, until, each in section.variants)
     return replace(section, entries=tuple(entries), prefixes=inner, variants=variants)
 
 
-def _entries(entry: Entry, format: str, kind: Kind, scalar: bool | None, tensors: Mapping[str, Tensor]) -> Iterator[Entry]:
-    names = {name: f"{name}.{kind.label}" for name in entry.of}
+def _entries(entry: Entry, format: str, kind: Kind, scalar: bool | None, labels, tensors: Mapping[str, Tensor]) -> Iterator[Entry]:
+    names = {name: labels[name, kind.label] for name in entry.of}
     form = kind.forms.get(format)
     name = form.filled(entry.name) if form else None
     own = replace(entry, label=f"{entry.label}.{kind.label}", fusion=entry.fusion.renamed(names), dims=None, pad=(), align="1", aligned=(),
@@ -168,14 +173,15 @@ def _entries(entry: Entry, format: str, kind: Kind, scalar: bool | None, tensors
     yield replace(own, name=name, dtype=form.dtype)
 
 
-def _operand(tensor: Tensor, shape: tuple[int, ...], kind: Kind, settings: Settings) -> tuple[Tensor, Operand, dict[str, int]]:
+def _operand(tensor: Tensor, shape: tuple[int, ...], kind: Kind, settings: Settings, factor: int) -> tuple[Tensor, Operand, dict[str, int]]:
     """The operand as a tensor of the model, how it lies over `tensor`, and the sizes of axes that it brings."""
-    where = dict(zip(tensor.axes, range(len(shape))))
+    where, own = dict(zip(tensor.axes, range(len(shape)))), f"{tensor.name}.{kind.label}" + (f"/{factor}" if factor > 1 else "")
     dims, overs, sizes, grains = [], [], {}, []
     for text in reversed(kind.dims) if kind.turned else kind.dims:
         side, grain = grain_of(text, settings)
+        grain = grain // factor if side and grain > 1 else grain
         if not side:
-            name = f"{tensor.name}.{kind.label}:{grain}"
+            name = f"{own}:{grain}"
             dims.append((name,) if grain > 1 else ())
             if grain > 1:
                 sizes[name] = grain
@@ -183,7 +189,7 @@ def _operand(tensor: Tensor, shape: tuple[int, ...], kind: Kind, settings: Setti
             continue
         grains.append(f"{grain} of {'input' if side == 'in' else 'output'}" if grain > 1 else "")
         named = []
-        for axes, over in _grained([where[axis] for axis in tensor.dims[side == "in"]], shape, grain) if grain else ():
+        for axes, over in grained([where[axis] for axis in tensor.dims[side == "in"]], shape, grain) if grain else ():
             kept = over.grain == 1 and len(axes) == 1
             name = tensor.axes[axes[0]] if kept else f"{'·'.join(tensor.axes[axis] for axis in axes)}/{over.grain} of {tensor.name}"
             named.append(name)
@@ -191,11 +197,11 @@ def _operand(tensor: Tensor, shape: tuple[int, ...], kind: Kind, settings: Setti
             if not kept:
                 sizes[name] = over.size
         dims.append(tuple(named))
-    new = replace(tensor, name=f"{tensor.name}.{kind.label}", dims=tuple(dims), split=(), dtype=kind.dtype or "F32", optional=None)
+    new = replace(tensor, name=own, dims=tuple(dims), split=(), dtype=kind.dtype or "F32", optional=None)
     return new, Operand(new.name, tuple(overs), " and ".join(filter(None, grains))), sizes
 
 
-def _grained(axes: list[int], shape: tuple[int, ...], grain: int) -> list[tuple[list[int], Over]]:
+def grained(axes: list[int], shape: tuple[int, ...], grain: int) -> list[tuple[list[int], Over]]:
     """The axes of a dimension whose flat range is divided by `grain`, as axes of the quotient: those outside a block stay, that in
     which it ends is one flat range with those inside it; where it ends nowhere, all are."""
     if grain == 1:

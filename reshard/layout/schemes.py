@@ -18,7 +18,7 @@ from reshard.layout.expressions import evaluate, holds
 from reshard.layout.files import layout_dir, read_table
 from reshard.layout.values import FORMATS, dtype_of, expression, flag, known_keys, table_of, text_of
 
-_KEYS = {"description", "quantised", "value", "dtype", "settings", "quantise"}
+_KEYS = {"description", "quantised", "value", "dtype", "settings", "quantise", "blocks"}
 _KIND_KEYS = {"dims", "dtype", "when", "beside", "made", *FORMATS}
 _FORM_KEYS = {"name", "dtype", "scalar", "flat", "last"}
 _DIM = re.compile(r"(out|in)(?:/(\S+))?|(\d+)")
@@ -65,8 +65,8 @@ class Kind:
 @dataclass(frozen=True)
 class Scheme:
     """One page. `quantised` is an expression over config.json's quantization_config, `value` the function of its operands,
-    `settings` what else that wants to know, as expressions. `quantise`: what quantization_config says of weights that
-    reshard has quantised."""
+    `settings` what else that wants to know, as expressions. `quantise`: the recipe by which weights become codes: its
+    word, the tensors that it keeps, and the quantization_config that is written. `blocks`: where that says how large blocks are."""
 
     name: str
     description: str
@@ -76,6 +76,7 @@ class Scheme:
     settings: tuple[tuple[str, str], ...]
     kinds: tuple[Kind, ...]
     quantise: Mapping[str, object] | None = None
+    blocks: str | None = None
 
     def kinds_of(self, settings: "Settings") -> tuple[Kind, ...]:
         return tuple(kind for kind in self.kinds if holds(kind.when, settings))
@@ -125,8 +126,10 @@ def load_scheme(path: Path) -> Scheme:
     own = table_of(where, "settings", table.get("settings", {}))
     settings = tuple((key, expression(f"{where}: settings: {key}", text)) for key, text in sorted(own.items()))
     quantise = table_of(where, "quantise", table["quantise"]) if "quantise" in table else None
+    if quantise is not None:
+        known_keys(f"{where}: [quantise]", quantise, {"recipe", "keep", "config"}, "keys")
     return Scheme(path.stem, str(table.get("description", "")), expression(f"{where}: quantised", table.get("quantised")),
-                  value, dtype, settings, kinds, quantise)  # fmt: skip
+                  value, dtype, settings, kinds, quantise, table.get("blocks"))  # fmt: skip
 
 
 def _kind(at: str, label: str, table: Mapping[str, object]) -> Kind:

@@ -6,8 +6,8 @@ from itertools import groupby
 
 import numpy as np
 
-from reshard.difference import Difference, DiffReport
-from reshard.heat import Heat
+from reshard.comparison.difference import Difference, DiffReport
+from reshard.comparison.heat import Heat
 from reshard.page import page, rows
 from reshard.text import count, human
 

@@ -1,4 +1,4 @@
-"""The plan of a job that fills stored tensors from a source: dtypes decided, every element counted, all problems together. Pure.
+"""The plan of a job that fills stored tensors from a source (``make`` makes it). Pure.
 
 A plan is a join with the files' choice on top: of several holders of a piece the first is read, and the others are compared
 with it. It stays in patterns × instances until it runs: sums cost by the pattern, and ``tile`` spells out the copies of one
@@ -7,19 +7,16 @@ group of tensors at a time.
 
 import hashlib
 from collections import defaultdict
-from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property
-from math import prod
 
-from reshard.dtypes import DTYPE_SIZE, FLOATS
-from reshard.errors import PlanError
-from reshard.geometry.block import Block, Box, Key, Stored, end, overlap, volume
-from reshard.geometry.coverage import faults_of, label, unlike
+from reshard.dtypes import DTYPE_SIZE
+from reshard.geometry.block import Block, Box, Key, Stored, overlap, volume
 from reshard.geometry.pieces import union_volume
 from reshard.planner.copies import Computed, Copy, Lying, Move
 from reshard.planner.join import Join, Pattern, Run, Slot, join
-from reshard.planner.values import Value, bare, operand_key
+from reshard.planner.values import bare, operand_key
 
 
 def move_between(source: Slot, destination: Slot, box: Box) -> Move:
@@ -220,201 +217,3 @@ def copy_at(key: Key, here: tuple[Stored, int], there: tuple[Stored, int], move:
     """The copy whose `move` is relative to an element of each side: the stored tensor, and where in it the slot begins."""
     (src, a), (dst, b) = here, there
     return Copy(key, src, dst, Move(move.box, move.size, a + move.src_offset, move.src_strides, b + move.dst_offset, move.dst_strides))
-
-
-def plan(
-    sources: Iterable[Stored],
-    destinations: Iterable[Stored],
-    *,
-    cast: str | None = None,
-    keep: Iterable[str] = (),
-    native: Mapping[str, str] = {},
-    sizes: Callable[[Key], tuple[int, ...]] | None = None,
-    omitted: Container[Key] = frozenset(),
-    complete: bool = True,
-    check: bool = True,
-    values: Mapping[str, Value] = {},
-) -> Plan:
-    """The plan that fills `destinations` from `sources`; gives the destinations their dtypes.
-
-    `cast`: store floats as this dtype, but narrow none of the tensors named in `keep`. `native`: the model's own dtype
-    of tensors that the source's engine wanted in another. `sizes`: of a tensor of the model, its size along each axis.
-    `complete`: every element of every source must have a place (off when only some ranks are asked for; needs `sizes`),
-    but for those tensors that the destination is declared to do without, `omitted`.
-    `check`: compare replicas. `values`: how tensors are computed that the source lacks. Raises PlanError with all problems.
-    """
-    sources = tuple(sources)
-    destinations, problems = typed(sources, tuple(destinations), cast, set(keep), native, values)
-    joined = join(sources, destinations, values)
-    problems += faults(joined.destinations)
-    problems += _unmatched(joined, complete, omitted)
-    problems += _counted(joined, sizes if complete else None, check)
-    if problems:
-        raise PlanError(list(dict.fromkeys(problems)))
-    return Plan(joined, check)
-
-
-def target_dtype(source: str, *, cast: str | None = None, keep: bool = False, wanted: str | None = None) -> str:
-    """The dtype that a tensor of `source` is stored in: the one its engine wants, else floats follow `cast`, which
-    never narrows those to `keep`."""
-    if source not in FLOATS:
-        return source
-    if wanted or cast is None:
-        return wanted or source
-    return source if keep and DTYPE_SIZE[cast] < DTYPE_SIZE[source] else cast
-
-
-def typed(
-    sources: Sequence[Stored],
-    destinations: Sequence[Stored],
-    cast: str | None,
-    keep: set[str],
-    native: Mapping[str, str],
-    values: Mapping[str, Value] = {},
-) -> tuple[tuple[Stored, ...], list[str]]:
-    """`destinations` with the dtypes that they get from `sources`, and what is wrong with those."""
-    held: dict[str, set[str]] = defaultdict(set)  # of all layers and experts
-    for s in sources:
-        for part in s.parts:
-            held[part.first[0]].add(s.dtype)
-    computed = {
-        name: value.dtype or next(iter(held[value.operands[0].name])) for name, value in values.items() if value.operands[0].name in held
-    }
-    for name, own_dtype in computed.items():
-        held[name].add(own_dtype)
-    mixed = {name for name, dtypes in held.items() if len(dtypes) > 1}
-    own = {key: s.dtype for s in reversed(sources) for key, _ in s.blocks if key[0] in mixed} if mixed else {}
-    any_of = {name: next(iter(dtypes)) for name, dtypes in held.items()}
-
-    def dtype_of(stored: Stored, name: str, source: str) -> str:
-        wanted = stored.entry.dtype if stored.entry else None
-        return target_dtype(native.get(name, source), cast=cast, keep=name in keep, wanted=wanted)
-
-    problems: list[str] = []
-    out = []
-    sound: dict[tuple[object, ...], str] = {}  # the dtype of what holds these tensors for such an engine, where nothing is wrong with it
-    for stored in destinations:
-        alike = tuple([part.first[0] for part in stored.parts]), stored.entry and stored.entry.dtype
-        dtype = sound.get(alike)
-        if dtype is not None:
-            out.append(Stored(stored.rank, stored.name, dtype, *stored[3:]))
-            continue
-        told = len(problems)
-        found: dict[str, Key] = {}
-        for part in stored.parts:
-            name = part.first[0]
-            for key, source in (
-                ((key, own.get(key, computed.get(name))) for key, _ in part.each()) if name in mixed else ((part.first, any_of.get(name)),)
-            ):
-                if source is None:
-                    continue  # told as missing
-                wanted = dtype_of(stored, name, source)
-                found.setdefault(wanted, key)
-                if wanted != source and wanted not in FLOATS:
-                    problems.append(
-                        f"{where(stored)}: {label(key)} is {source} and cannot become {wanted}; only {', '.join(FLOATS)} are cast"
-                    )
-        if len(found) > 1:
-            kinds = ", ".join(f"{label(key)} is {dtype}" for dtype, key in found.items())
-            problems.append(f"{where(stored)} fuses tensors of different dtypes: {kinds}")
-        name = stored.entry.of[0] if stored.entry else ""
-        # all padding on this rank: of the dtype that the tensor has elsewhere
-        dtype = next(iter(found), None) or stored.dtype or dtype_of(stored, name, native.get(name) or any_of.get(name, "BF16"))
-        out.append(Stored(stored.rank, stored.name, dtype, *stored[3:]))
-        if found and len(problems) == told and mixed.isdisjoint(alike[0]):
-            sound[alike] = dtype
-    return tuple(out), problems
-
-
-def faults(destinations: Iterable[Stored]) -> list[str]:
-    """Names that stand twice, and stored tensors whose elements are not each under one block or declared padding."""
-    problems = []
-    names: set[tuple[int, str]] = set()
-    for stored in destinations:
-        at = stored.rank, stored.name
-        if at in names:
-            problems.append(f"{where(stored)}: two entries of the layout store something under this name")
-        names.add(at)
-    for stored in unlike(destinations):
-        found = faults_of(stored)
-        if stored.pad and stored.size - stored.pad != max((end(b.offset, b.shape, b.strides) for _, b in stored.blocks), default=0):
-            found.append("its padding would lie between its elements; only the first axis of its first dimension can be padded")
-        problems += [f"{where(stored)}: {fault}" for fault in found]
-    return problems
-
-
-def _unmatched(joined: Join, complete: bool, omitted: Container[Key]) -> list[str]:
-    """Tensors that one side alone has."""
-    holders = _first_holders(joined.destinations, set(joined.only_destination))
-    problems = [f"{where(holders[key])} needs {label(key)}, which the source does not have" for key in joined.only_destination]
-    if complete:
-        lost = [key for key in joined.only_source if key not in omitted]
-        holders = _first_holders(joined.sources, set(lost))
-        problems += [f"{label(key)} ({where(holders[key])}) has no place in the destination" for key in lost]
-    return problems
-
-
-def _first_holders(side: Sequence[Stored], keys: set[Key]) -> dict[Key, Stored]:
-    return {key: s for s in reversed(side) for key, _ in s.blocks if key in keys} if keys else {}
-
-
-def _counted(joined: Join, sizes: Callable[[Key], tuple[int, ...]] | None, check: bool) -> list[str]:
-    """Elements that no source holds, or that the destination has no place for: counted pattern by pattern."""
-    problems: list[str] = []
-    told = set()
-    for run in joined.runs:
-        pattern, name = joined.patterns[run.pattern], run.first[0]
-        if (run.pattern, name) in told:
-            continue
-        sources = [joined.sources[column.at(0)[0]] for column in run.sources]
-        before = len(problems)
-        for i, operand, count, size in pattern.lacking:
-            stored = joined.destinations[run.destinations[i].at(0)[0]]
-            problems.append(
-                f"{where(stored)}: {label(run.first)} is computed from {label(operand_key(operand, run.first))}, of which {count} of {size} elements are in no source file"
-            )
-        for i, count in pattern.missing:
-            stored = joined.destinations[run.destinations[i].at(0)[0]]
-            problems.append(
-                f"{where(stored)}: {count} of {pattern.destinations[i].size} elements of {label(run.first)} are in no source file"
-            )
-        if pattern.overlapping:
-            problems.append(f"{label(run.first)}: {where(sources[0])} and other ranks hold overlapping parts of it")
-        problems += _unlike_dtypes(run, pattern, sources, check)
-        for shape in {sizes(run.key(i)) for i in range(run.count)} if sizes else ():
-            problems += _uncovered(run, pattern, shape)
-        if len(problems) == before:
-            told.add((run.pattern, name))  # sound for all of them; faults are told for each tensor
-    return problems
-
-
-def _unlike_dtypes(run: Run, pattern: Pattern, sources: list[Stored], check: bool) -> list[str]:
-    """Holders of one tensor must agree on its dtype, replicas too where they are compared."""
-    problems = []
-    firsts: dict[str, Slot] = {}
-    replicas: dict[tuple[str, Box], int] = {}
-    for i, slot in enumerate(pattern.sources):
-        first = firsts.setdefault(slot.operand, slot)
-        other = replicas.setdefault((slot.operand, slot.box), i)
-        if other != i and check and pattern.sources[other].dtype != slot.dtype:
-            problems.append(
-                f"{label(run.first)}: {where(sources[other])} holds it as {pattern.sources[other].dtype}, {where(sources[i])} as {slot.dtype}"
-            )
-        elif other == i and slot.dtype != first.dtype:
-            problems.append(f"{label(run.first)}: {where(sources[0])} is {first.dtype}, {where(sources[i])} is {slot.dtype}")
-    return problems
-
-
-def _uncovered(run: Run, pattern: Pattern, shape: tuple[int, ...]) -> list[str]:
-    """Whether the destination has a place for each element of a tensor of `shape`, and none outside of it."""
-    boxes = frozenset(slot.box for slot in pattern.destinations)
-    whole, count = prod(shape), union_volume(boxes)
-    if not all(0 <= start < stop <= size for box in boxes for (start, stop), size in zip(box, shape, strict=True)):
-        return [f"{label(run.first)}: the destination has elements of it past its sizes, {list(shape)}"]
-    if count != whole:
-        return [f"{label(run.first)}: {whole - count} of {whole} elements have no place in the destination"]
-    return []
-
-
-def where(stored: Stored) -> str:
-    return f"{stored.name} (rank {stored.rank})" if not stored.file else f"{stored.name} ({stored.file})"

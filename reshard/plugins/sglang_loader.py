@@ -9,7 +9,7 @@ from sglang.srt.model_loader.utils import set_default_torch_dtype
 from sglang.srt.runtime_context import get_parallel
 
 from reshard.checkpoint import open_checkpoint
-from reshard.conversion.job import place, rank_at
+from reshard.conversion.placing import place, rank_at
 from reshard.layout import Mesh
 from reshard.loading import load_into
 from reshard.plugins.fitting import fitted, release

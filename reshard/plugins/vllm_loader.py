@@ -23,7 +23,7 @@ from vllm.platforms import current_platform
 from reshard import formats
 from reshard.checkpoint import Checkpoint, open_checkpoint
 from reshard.checkpoint.config import folder_of
-from reshard.conversion.job import place, rank_at
+from reshard.conversion.placing import place, rank_at
 from reshard.errors import FormatError, LayoutError, PlanError, ReshardError
 from reshard.layout import Mesh, Placement, Rank
 from reshard.layout.values import PLATFORMS

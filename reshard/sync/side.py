@@ -13,7 +13,7 @@ from typing import Any
 
 from reshard import formats
 from reshard.checkpoint import find_config, model_config, read_config
-from reshard.conversion.job import split_hint
+from reshard.conversion.placing import split_hint
 from reshard.dtypes import USER_WORDS
 from reshard.errors import LayoutError, PlanError
 from reshard.geometry.block import Stored, singles

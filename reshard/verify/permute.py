@@ -14,7 +14,7 @@ import torch
 from reshard import formats
 from reshard.api import load
 from reshard.checkpoint import Checkpoint, open_checkpoint
-from reshard.conversion.job import place
+from reshard.conversion.placing import place
 from reshard.errors import FormatError
 from reshard.geometry.block import Stored
 from reshard.layout import Rank

@@ -14,7 +14,8 @@ from math import prod
 import numpy as np
 
 from reshard.checkpoint import Checkpoint
-from reshard.difference import Difference, DiffReport
+from reshard.comparison.difference import Difference, DiffReport
+from reshard.comparison.heat import Heat
 from reshard.dtypes import DTYPE_SIZE, TABLE, numbers_of
 from reshard.executor.casts import cast
 from reshard.executor.rearrange import GAP, mapped, strided
@@ -23,7 +24,6 @@ from reshard.executor.threads import in_threads
 from reshard.geometry.block import Box, Key, Stored, end
 from reshard.geometry.coverage import label
 from reshard.geometry.pieces import union_volume
-from reshard.heat import Heat
 from reshard.layout import Layout, Mesh, Placement
 from reshard.planner.batches import JOBS, Batch, batches, of_pair, runs, workers
 from reshard.planner.copies import Copy
