@@ -88,7 +88,8 @@ def _scale(given: Given) -> Array:
     if len(given.arrays) < 3 or given.settings.get("bits"):
         return scale
     whole = given.arrays[2].astype(np.float32).reshape(-1)[0]
-    return scale / whole if given.settings.get("inverse") else scale * whole
+    factor: Array = scale / whole if given.settings.get("inverse") else scale * whole
+    return factor
 
 
 def _rounded(given: Given, out: Array) -> Array:
