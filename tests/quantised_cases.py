@@ -137,11 +137,11 @@ def ct(format, strategy, num_bits=8, type="float", **weights):
 
 
 def modelopt(algo, **more):
-    return {"quant_method": "modelopt", "quant_algo": algo, "kv_cache_quant_algo": None, "exclude_modules": ["lm_head"], **more}
+    return {"quant_method": "modelopt", "quant_algo": algo, "kv_cache_quant_algo": None, "ignore": ["lm_head"], **more}
 
 
 _FP8 = {"quant_method": "fp8", "activation_scheme": "dynamic"}
-_GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": False, "sym": False, "lm_head": False}
+_GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": False, "sym": True, "lm_head": False}
 _FOUR_BITS = {"inputs": None, "type": "int"}
 #: by name: the scheme that reshard tells, quantization_config, how a matrix is made, the dtype it has when it is dequantised, and the
 #: tp sizes that its grain allows here

@@ -19,6 +19,7 @@ from reshard.layout.expressions import evaluate, holds
 from reshard.layout.fusion import Item, fuse
 from reshard.layout.mesh import Mesh, Rank, Rules, expert_cut
 from reshard.layout.model import Constant, Entry, Section, Tensor
+from reshard.layout.schemes import attention_scales
 from reshard.layout.values import PLATFORMS
 from reshard.planner.values import formed
 
@@ -69,7 +70,8 @@ class Placement:
         self.stages = self.rules.stages(self.layout.layers, self.mesh.pp)
         self.etp = expert_cut(self.mesh, self.ranks)
         engine = list(self.engine or (999,))
-        self._given = {"tp": self.mesh.tp, "pp": self.mesh.pp, "ep": self.mesh.ep, "engine": engine, "scheme": self.layout.scheme}
+        self._given = {"tp": self.mesh.tp, "pp": self.mesh.pp, "ep": self.mesh.ep, "engine": engine}
+        self._given |= {"scheme": self.layout.scheme, "attention_scales": attention_scales(self.layout.scheme)}
         self._given["platform"] = self.platform or PLATFORMS[0]
         self._scopes: dict[tuple[str, int | None], Scope] = {}
 

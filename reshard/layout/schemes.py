@@ -18,7 +18,7 @@ from reshard.layout.expressions import evaluate, holds
 from reshard.layout.files import layout_dir, read_table
 from reshard.layout.values import FORMATS, dtype_of, expression, flag, known_keys, table_of, text_of
 
-_KEYS = {"description", "quantised", "value", "dtype", "settings", "quantise", "blocks"}
+_KEYS = {"description", "quantised", "value", "dtype", "settings", "quantise", "blocks", "attention"}
 _KIND_KEYS = {"dims", "dtype", "when", "beside", "made", *FORMATS}
 _FORM_KEYS = {"name", "dtype", "scalar", "flat", "last"}
 _DIM = re.compile(r"(out|in)(?:/(\S+))?|(\d+)")
@@ -66,7 +66,8 @@ class Kind:
 class Scheme:
     """One page. `quantised` is an expression over config.json's quantization_config, `value` the function of its operands,
     `settings` what else that wants to know, as expressions. `quantise`: the recipe by which weights become codes: its
-    word, the tensors that it keeps, and the quantization_config that is written. `blocks`: where that says how large blocks are."""
+    word, the tensors that it keeps, and the quantization_config that is written. `blocks`: where that says how large blocks are.
+    `attention`: what vLLM registers for scales of attention beside such weights, as descriptors ask for it (attention_scales)."""
 
     name: str
     description: str
@@ -77,6 +78,7 @@ class Scheme:
     kinds: tuple[Kind, ...]
     quantise: Mapping[str, object] | None = None
     blocks: str | None = None
+    attention: str = "none"
 
     def kinds_of(self, settings: "Settings") -> tuple[Kind, ...]:
         return tuple(kind for kind in self.kinds if holds(kind.when, settings))
@@ -113,6 +115,11 @@ def scheme_of(settings: Settings) -> Scheme | None:
     return next((each for each in schemes() if holds(each.quantised, settings)), None)
 
 
+def attention_scales(name: str) -> str:
+    """`attention` of the scheme called `name`; none where weights are not quantised."""
+    return next((scheme.attention for scheme in schemes() if scheme.name == name), "none") if name != "none" else "none"
+
+
 def settings_of(config: Mapping[str, object]) -> Settings | None:
     found = config.get("quantization_config") or config.get("compression_config")
     return Settings(found) if isinstance(found, Mapping) else None
@@ -129,7 +136,7 @@ def load_scheme(path: Path) -> Scheme:
     if quantise is not None:
         known_keys(f"{where}: [quantise]", quantise, {"recipe", "keep", "config"}, "keys")
     return Scheme(path.stem, str(table.get("description", "")), expression(f"{where}: quantised", table.get("quantised")),
-                  value, dtype, settings, kinds, quantise, table.get("blocks"))  # fmt: skip
+                  value, dtype, settings, kinds, quantise, table.get("blocks"), str(table.get("attention", "none")))  # fmt: skip
 
 
 def _kind(at: str, label: str, table: Mapping[str, object]) -> Kind:
