@@ -12,6 +12,8 @@ from reshard.planner.values import Value
 def target_dtype(source: str, *, cast: str | None = None, keep: bool = False, wanted: str | None = None) -> str:
     """The dtype that a tensor of `source` is stored in: the one its engine wants, else floats follow `cast`, which
     never narrows those to `keep`."""
+    if source == "F8_E8M0" and wanted:  # powers of two: a float has each of them
+        return wanted
     if source not in FLOATS:
         return source
     if wanted or cast is None:
@@ -65,7 +67,7 @@ def typed(
                     continue  # told as missing
                 wanted = dtype_of(stored, name, source)
                 found.setdefault(wanted, key)
-                if wanted != source and wanted not in FLOATS:
+                if wanted != source and wanted not in FLOATS and wanted != native.get(name):
                     problems.append(
                         f"{where(stored)}: {label(key)} is {source} and cannot become {wanted}; only {', '.join(FLOATS)} are cast"
                     )
