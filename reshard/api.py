@@ -22,7 +22,7 @@ open = open_checkpoint
 
 
 def _opened(source: Checkpoint | str | Path, options: dict[str, Any]) -> Checkpoint:
-    chosen = {name: options.pop(name) for name in ("layout", "config", "cache") if name in options}
+    chosen = {name: options.pop(name) for name in ("layout", "config", "cache", "adapter") if name in options}
     if not isinstance(source, Checkpoint):
         return open_checkpoint(source, **chosen)
     if chosen:
@@ -34,7 +34,7 @@ def _opened(source: Checkpoint | str | Path, options: dict[str, Any]) -> Checkpo
 def plan(source: Checkpoint | str | Path, *, format: str, tp: int = 1, pp: int = 1, ep: int = 1, etp: int = 0, **options: Any) -> Job:
     """What a conversion of `source` to `format` would read and write, to the byte. Reads headers, writes nothing.
 
-    `options`: `dtype` (bf16, fp16, fp32), `dequantise` (weights of a quantised checkpoint are computed), `quantise` (fp8: weights become codes and scales), `refine` (scales are repeated on finer blocks where a cut misses them), `allow_overflow` (values with no room in it become infinite), `engine_version`, `engine_platform` (cuda, rocm, cpu), `max_file` (bytes), `rank` (that one alone), `jobs`, `buffer` (bytes), and `layout`, `config`, `cache` for opening.
+    `options`: `dtype` (bf16, fp16, fp32), `dequantise` (weights of a quantised checkpoint are computed), `quantise` (fp8: weights become codes and scales), `refine` (scales are repeated on finer blocks where a cut misses them), `optimizer` (its state goes with the weights), `allow_overflow` (values with no room in it become infinite), `engine_version`, `engine_platform` (cuda, rocm, cpu), `max_file` (bytes), `rank` (that one alone), `jobs`, `buffer` (bytes), and `layout`, `config`, `cache`, `adapter` for opening.
     Raises ReshardError with all problems at once.
     """
     ckpt = _opened(source, options)
@@ -107,7 +107,7 @@ def load(
     from reshard.executor.devices import device_of
     from reshard.loading import load_into, load_rank
 
-    ckpt = _opened(source, options)
+    ckpt = _opened(source, options).precise(dtype)
     if options:
         raise TypeError(f"load() got an unexpected option {next(iter(options))!r}")
     if into is not None and (device is not None or dtype is not None):

@@ -143,13 +143,7 @@ def fill(
     with closing(source.source()) as files:
         files.casts = counting(allow_overflow)
         if device is None:
-            raw = {name: bytes_.numpy() for name, bytes_ in flat.items()}
-
-            def write(stored: Stored, element: int, data) -> None:
-                start = element * DTYPE_SIZE[stored.dtype]
-                raw[stored.name][start : start + len(data)] = np.frombuffer(data, np.uint8)
-
-            run(plan, files, write, jobs=jobs, buffer=buffer)
+            run(plan, files, InPlace(flat), jobs=jobs, buffer=buffer)
             files.check_unchanged()
             return
         staged = Staged(device, flat, jobs, buffer)
@@ -168,6 +162,21 @@ def fill(
 def _cores() -> int:
     """Processor cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+class InPlace:
+    """Writes to tensors in the host's memory, or says where their elements lie, so that files are read straight into them."""
+
+    def __init__(self, flat: dict[str, torch.Tensor]):
+        self._raw = {name: bytes_.numpy() for name, bytes_ in flat.items()}
+
+    def __call__(self, stored: Stored, element: int, data: memoryview) -> None:
+        start = element * DTYPE_SIZE[stored.dtype]
+        self._raw[stored.name][start : start + len(data)] = np.frombuffer(data, np.uint8)
+
+    def room(self, stored: Stored, element: int, size: int) -> memoryview:
+        width = DTYPE_SIZE[stored.dtype]
+        return self._raw[stored.name][element * width : (element + size) * width].data
 
 
 @dataclass(slots=True)

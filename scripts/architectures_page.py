@@ -13,6 +13,18 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER, PAGE = ROOT / "docs" / "architectures", ROOT / "docs" / "architectures.md"
+#: lines of the descriptors in the last commit without layouts/parts (199ed66^)
+BEFORE = {
+    "deepseek_v3": 213,
+    "llama": 106,
+    "gpt_neox": 104,
+    "gpt_oss": 94,
+    "qwen3_moe": 70,
+    "mixtral": 45,
+    "qwen3": 17,
+    "phi3": 16,
+    "qwen2": 10,
+}
 FORMATS = ("dcp", "tp", "rank-pt", "vllm", "sglang", "megatron")
 
 
@@ -41,8 +53,8 @@ def short(mesh: str) -> str:
 
 
 def page() -> str:
-    files, vllm, megatron, loader = rows("files"), rows("vllm"), rows("megatron"), rows("loader")
-    families = sorted({r["family"] for r in files + vllm + megatron + loader})
+    files, vllm, megatron, verify, sglang, loader = map(rows, ("files", "vllm", "megatron", "verify", "sglang", "loader"))
+    families = sorted({r["family"] for r in files + vllm + megatron + verify + loader})
     kinds = {r["family"]: r["model_type"] for r in files + vllm + megatron if "model_type" in r}
     lines = [
         "# Architectures, and what was proved of each",
@@ -55,27 +67,61 @@ def page() -> str:
         "reshard's files (`--engine vllm`).",
         f"- **{engine(megatron, 'Megatron-Core')}**: its GPTModel, built from the args that reshard wrote and filled with its files: names, shapes, and the "
         "logits of transformers, within 2e-4 of the largest; with pipeline stages names and shapes alone (`--engine megatron`).",
+        "- **`reshard verify`**: files of tensor-parallel ranks, run one process a rank beside transformers' logits; the defects that it plants in each "
+        "run were found (`--engine verify`).",
+        "- **SGLang**, read only: every word of the names that reshard writes stands in the source of SGLang's model of that class (`--engine sglang`); no "
+        "shape and no cut is proved by that.",
         "- **`--load-format reshard`**: vLLM's parameters after it, beside those after vLLM's own loader, bit for bit, from each kind of source "
         "(`scripts/check_vllm.py`).",
         "",
         "In every run two tensors of a second checkpoint are exchanged, and must be seen. ● equal; – the layout has no such format; what "
-        "else came of it stands in bold, and its reasons below. SGLang was read only.",
+        "else came of it stands in bold, and its reasons below. ",
         "",
-        "| family | there and back | vLLM: bytes | Megatron: logits | `--load-format reshard` |",
-        "| --- | --- | --- | --- | --- |",
+        "| family | there and back | vLLM: bytes | Megatron: logits | `verify`: logits | SGLang | `--load-format reshard` |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     for name in families:
-        own = [[r for r in table if r["family"] == name] for table in (files, vllm, megatron, loader)]
+        own = [[r for r in table if r["family"] == name] for table in (files, vllm, megatron, verify, sglang, loader)]
         kind = f" ({kinds[name]})" if kinds.get(name, name) != name else ""
-        lines.append(f"| {name}{kind} | {there_and_back(own[0])} | {summary(own[1])} | {summary(own[2])} | {sources(own[3])} |")
-    lines += ["", "## What is not equal, and why", ""]
-    for title, table in (("There and back", files), ("vLLM", vllm), ("Megatron-Core", megatron), ("`--load-format reshard`", loader)):
-        bad = [r for r in table if r["status"] not in ("equal", "no layout")]
+        read = ", ".join(r["status"] for r in own[4] if r["status"] != "no layout")
+        lines.append(
+            f"| {name}{kind} | {there_and_back(own[0])} | {summary(own[1])} | {summary(own[2])} | {summary(own[3])} | {read} | {sources(own[5])} |"
+        )
+    lines += ["", "## Computed, or in fewer bits", "", "What a format holds as another value is judged by that value: A = −exp(A_log) within one unit in the "
+              "last place of vLLM's own, and what it rounded to BF16 as rounded. reshard tells of both when it converts.", ""]  # fmt: skip
+    lines += [*computed(files, vllm), "", "## What is not equal, and why", ""]
+    for title, table in (("There and back", files), ("vLLM", vllm), ("Megatron-Core", megatron), ("`reshard verify`", verify), ("SGLang", sglang),
+                         ("`--load-format reshard`", loader)):  # fmt: skip
+        bad = [r for r in table if r["status"] not in ("equal", "read", "no layout")]
         lines += [f"### {title}", ""] + (
             [f"- {r['family']} {r['mesh']} {r.get('source', '')}: {r['status']}: {told(r)}" for r in bad] or ["Nothing."]
         )
         lines.append("")
-    return "\n".join(lines)
+    return "\n".join([*lines, *sizes()])
+
+
+def sizes() -> list[str]:
+    """Lines of the descriptors, without blank ones and comments, and of the nine that there were before parts."""
+
+    def count(path: Path) -> int:
+        return sum(bool(line.split("#")[0].strip()) for line in path.read_text(encoding="utf-8").splitlines())
+
+    pages, parts = ({path.stem: count(path) for path in folder.glob("*.toml")} for folder in (ROOT / "layouts", ROOT / "layouts" / "parts"))
+    ordered = sorted(pages.values())
+    return ["## Lines of TOML", "", f"{len(pages)} pages have {sum(ordered)} lines, half of them {ordered[len(ordered) // 2]} or less, the longest {ordered[-1]}; "
+            f"{len(parts)} parts that they share have {sum(parts.values())}. Before there were parts: "
+            + ", ".join(f"{name} {before}, now {pages[name]}" for name, before in BEFORE.items()) + ".", ""]  # fmt: skip
+
+
+def computed(*tables: list[dict]) -> list[str]:
+    """A line for each family and format: which tensors, and how."""
+    found: dict[str, set[str]] = {}
+    for r in (r for table in tables for r in table if r.get("computed") and r["status"] == "equal"):
+        for name, how in r["computed"].items():
+            found.setdefault(f"{r['family']}, {r.get('format', 'vllm')}", set()).add(
+                f"`{name.rpartition('.layers.')[2].partition('.')[2] or name}` {how}"
+            )
+    return [f"- {where}: {', '.join(sorted(names))}" for where, names in sorted(found.items())] or ["Nothing."]
 
 
 def engine(table: list[dict], name: str) -> str:
@@ -113,7 +159,10 @@ def main() -> int:
     parser.add_argument("--check", action="store_true")
     text = page()
     if parser.parse_args().check:
-        same = PAGE.exists() and PAGE.read_text() == text
+        runs = [
+            found.partition("## Lines of TOML")[0] for found in (PAGE.read_text() if PAGE.exists() else "", text)
+        ]  # descriptors change without a run
+        same = runs[0] == runs[1]
         print(f"{PAGE}: {'as the files say' if same else 'not what the files say: run scripts/architectures_page.py'}")
         return int(not same)
     PAGE.write_text(text)

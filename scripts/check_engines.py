@@ -49,8 +49,10 @@ def reference(model, path: Path) -> None:
         torch.save({"tokens": tokens, "logits": model.float()(tokens).logits}, path)
 
 
-def convert(folder: Path, format: str, mesh: dict, options: dict) -> None:
-    """reshard's files for one mesh: of the checkpoint, and of the control."""
+def convert(folder: Path, format: str, mesh: dict, options: dict) -> dict[str, str]:
+    """reshard's files for one mesh: of the checkpoint, and of the control. What of them is computed, or has fewer bits: name → how."""
+    from engines_common import what_is_computed
+
     import reshard
 
     for source in ("hf", "control"):
@@ -58,6 +60,8 @@ def convert(folder: Path, format: str, mesh: dict, options: dict) -> None:
             reshard.convert(
                 folder / source, folder / f"{source}-{label(mesh)}", format=format, fsync=False, overwrite=True, **mesh, **options
             )
+    source = reshard.open(folder / "hf")
+    return what_is_computed(source, reshard.plan(source, format=format, **mesh, **options))
 
 
 def check(name: str, family: dict, engine, folder: Path, quick: bool) -> list[dict]:
@@ -71,7 +75,7 @@ def check(name: str, family: dict, engine, folder: Path, quick: bool) -> list[di
 def row(name: str, family: dict, mesh: dict, engine, folder: Path, control) -> dict:
     began = time.monotonic()
     out = {"family": name, "model_type": family["config"]["model_type"], "mesh": label(mesh), "status": EQUAL, "detail": []}
-    _, error = forked(convert, folder, engine.FORMAT, mesh, engine.options())()
+    computed, error = forked(convert, folder, engine.FORMAT, mesh, engine.options())()
     if error:
         known = "no layout descriptor" in error[1] or "says nothing of format" in error[1]
         out |= {"status": NO_LAYOUT if known else REFUSED if "Error" in error[0] and "Traceback" not in error[1] else FAILED}
@@ -80,7 +84,7 @@ def row(name: str, family: dict, mesh: dict, engine, folder: Path, control) -> d
     work = folder / f"group-{label(mesh)}"
     work.mkdir()
     world = mesh.get("tp", 1) * mesh.get("pp", 1)
-    waits = [forked(engine.rank, folder, mesh, rank, world, work, family) for rank in range(world)]
+    waits = [forked(engine.rank, folder, mesh, rank, world, work, computed) for rank in range(world)]
     answers = [wait() for wait in waits]
     errors = [error for _, error in answers if error]
     first = next((e for e in errors if e[0] == NOT_BUILT), errors[0] if errors else None)
@@ -93,7 +97,7 @@ def row(name: str, family: dict, mesh: dict, engine, folder: Path, control) -> d
         out |= {key: sum(rank[key] for rank in ranks) for key in ("tensors", "bytes")}
         out |= {key: ranks[0][key] for key in ranks[0] if key not in ("tensors", "bytes", "differences", "control")}
         out |= {"status": DIFFERS if lines else EQUAL if found else MISSED, "detail": lines[:40], "differing": len(lines),
-                "control": f"{control[0]} ↔ {control[1]}: {'told apart' if found else 'NOT SEEN'}" if control else "none possible"}  # fmt: skip
+                "computed": dict(list(computed.items())[:4]), "control": f"{control[0]} ↔ {control[1]}: {'told apart' if found else 'NOT SEEN'}" if control else "none possible"}  # fmt: skip
     for source in ("hf", "control"):
         shutil.rmtree(folder / f"{source}-{label(mesh)}", ignore_errors=True)
     return out | {"seconds": round(time.monotonic() - began, 2)}
@@ -111,7 +115,7 @@ def table(rows: list[dict]) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--engine", choices=("vllm", "megatron", "files"), required=True)
+    parser.add_argument("--engine", choices=("vllm", "megatron", "files", "verify", "sglang"), required=True)
     parser.add_argument("--family", action="append", default=[], help="a table of families.toml; may be repeated (default: all)")
     parser.add_argument("--families", type=Path, default=TABLE, help="another table than scripts/families.toml")
     parser.add_argument("--out", type=Path, help="folder for ENGINE.json; rows of families that were not run stay")

@@ -6,6 +6,7 @@ import select
 import sys
 import time
 import traceback
+from collections.abc import Collection
 
 #: what became of one family on one mesh; only the first is a success, and the last three are no fault of reshard's files
 EQUAL, DIFFERS, MISSED, REFUSED, FAILED, NO_LAYOUT, NOT_BUILT, NO_MODEL = (
@@ -63,8 +64,10 @@ def label(mesh: dict) -> str:
     return "·".join(f"{key}{size}" for key, size in mesh.items() if size > 1) or "tp1"
 
 
-def differences(engine: dict, files: dict, before: dict | None = None) -> list[str]:
-    """What the engine's tensors and the files' disagree in, a line each; `before`: the engine's, before anything was loaded."""
+def differences(engine: dict, files: dict, before: dict | None = None, computed: Collection[str] = ()) -> list[str]:
+    """What the engine's tensors and the files' disagree in, a line each; `before`: the engine's, before anything was loaded. Floats
+    of the names in `computed`, which both sides compute from another tensor, may differ by one unit in the last place: exp is
+    rounded otherwise by each library."""
     import torch
 
     lines = []
@@ -76,11 +79,30 @@ def differences(engine: dict, files: dict, before: dict | None = None) -> list[s
             lines.append(f"{name}: {list(a.shape)} in the engine, {list(b.shape)} in the files")
         elif a.dtype != b.dtype:
             lines.append(f"{name}: {a.dtype} in the engine, {b.dtype} in the files")
+        elif name in computed and a.dtype == torch.float32 and int((a.view(torch.int32) - b.view(torch.int32)).abs().max()) <= 1:
+            continue
         elif not torch.equal(raw(a), raw(b)):
             other = int((raw(a).view(-1, a.element_size()) != raw(b).view(-1, a.element_size())).any(-1).sum())
             untouched = before is not None and name in before and torch.equal(raw(before[name]), raw(a))
             lines.append(f"{name}: {other} of {a.numel()} elements differ{', which the engine did not load' * untouched}")
     return lines
+
+
+def what_is_computed(source, job) -> dict[str, str]:
+    """Of a conversion's stored tensors, those that are computed, and those whose dtype has fewer bits than the model's: name →
+    the function's name, or the dtype."""
+    from reshard.dtypes import DTYPE_SIZE
+    from reshard.planner.values import bare
+
+    own = {key: s.dtype for s in source.stored for key, _ in s.blocks}
+    out = {}
+    for s in job.plan.destinations:
+        for key, _ in s.blocks:
+            if bare(key[0]) != key[0]:
+                out[s.name] = key[0].partition("(")[0]
+            elif DTYPE_SIZE[s.dtype] < DTYPE_SIZE[own.get(key, s.dtype)]:
+                out[s.name] = s.dtype
+    return out
 
 
 def raw(tensor):

@@ -41,7 +41,7 @@ def meshes(family: dict, quick: bool) -> list[dict]:
     return [*out, {"tp": 2}, *[{"tp": 2, "ep": 2, "etp": 1}] * family.get("experts", False)]
 
 
-def rank(folder: Path, mesh: dict, rank: int, world: int, work: Path, family: dict) -> dict:
+def rank(folder: Path, mesh: dict, rank: int, world: int, work: Path, computed: dict) -> dict:
     import torch
     from engines_common import NotBuilt, label
 
@@ -91,8 +91,8 @@ def files(folder: Path, mesh: dict, rank: int) -> dict:
     return {"args": vars(held["args"]), "model": held["model"]}
 
 
-def build(args: dict, mesh: dict, rank: int, world: int, work: Path):
-    """GPTModel of this rank, by the rules of Megatron-LM's core_transformer_config_from_args and model_provider."""
+def build(args: dict, mesh: dict, rank: int, world: int, work: Path, dtype=None):
+    """GPTModel of this rank (in float32, or `dtype`), by the rules of Megatron-LM's core_transformer_config_from_args and model_provider."""
     import torch
     import torch.distributed as dist
     from megatron.core import parallel_state
@@ -121,7 +121,7 @@ def build(args: dict, mesh: dict, rank: int, world: int, work: Path):
         rope_scaling=args["use_rope_scaling"], rope_scaling_factor=args["rope_scaling_factor"],
         seq_len_interpolation_factor=args["rotary_seq_len_interpolation_factor"],
     )  # fmt: skip
-    return model.eval().to(torch.float32)
+    return model.eval().to(dtype or torch.float32)
 
 
 def on_the_cpu() -> None:
@@ -199,10 +199,15 @@ def skipped(name: str) -> bool:
 
 def logits(model, held: dict, folder: Path, work: Path) -> tuple[float, float]:
     """Largest difference of this model's logits, filled with `held`, from transformers', and the largest of those."""
+    model.load_state_dict({name: tensor.float() for name, tensor in held.items()}, strict=False)  # buffers that count tokens stay
+    return computed(model, folder)
+
+
+def computed(model, folder: Path) -> tuple[float, float]:
+    """The same of a model that is filled."""
     import torch
     import torch.distributed as dist
 
-    model.load_state_dict({name: tensor.float() for name, tensor in held.items()}, strict=False)  # buffers that count tokens stay
     reference = torch.load(folder / "logits.pt")
     tokens, wanted = reference["tokens"], reference["logits"]
     length = tokens.shape[1]

@@ -23,7 +23,22 @@ def warm() -> None:
                    "reshard.conversion.transaction"):  # fmt: skip
         importlib.import_module(module)
     torch.set_num_threads(1)
+    for names in ("torchvision torchvision.transforms torchvision.transforms.v2 torchvision.transforms.v2.functional torchvision.transforms.functional",
+                  "cutlass cutlass.cute cutlass.cute.runtime cutlass.utils cutlass.cutlass_dsl cutlass._mlir cutlass._mlir.dialects"):  # fmt: skip
+        stand_in(*names.split())  # only now, when transformers has looked for them
     registry._run_in_subprocess = lambda work: work()  # a class is looked at in a process of its own, which would import vLLM anew
+
+
+def stand_in(*names: str) -> None:
+    """Modules in the place of packages that are not here, and whose code no loading of weights reaches: image processors, GPU kernels."""
+    import sys
+    from importlib.machinery import ModuleSpec
+    from importlib.util import find_spec
+    from unittest.mock import MagicMock
+
+    if find_spec(names[0]) is None:
+        for name in names:
+            sys.modules[name] = MagicMock(__spec__=ModuleSpec(name, None), __path__=[], __name__=name)
 
 
 def release() -> str:
@@ -43,7 +58,7 @@ def meshes(family: dict, quick: bool) -> list[dict]:
     return [*out, {"tp": 2}, *[{"tp": 2, "ep": 2}] * family.get("experts", False)]
 
 
-def rank(folder: Path, mesh: dict, rank: int, world: int, work: Path, family: dict) -> dict:
+def rank(folder: Path, mesh: dict, rank: int, world: int, work: Path, computed: dict) -> dict:
     """One rank: its model loaded by vLLM from the checkpoint, beside the rank's files."""
     from engines_common import NotBuilt, differences
 
@@ -53,8 +68,8 @@ def rank(folder: Path, mesh: dict, rank: int, world: int, work: Path, family: di
         raise NotBuilt(reason(error)) from error
     stage, tp = divmod(rank, mesh.get("tp", 1))
     files = read(folder, "hf", mesh, stage, tp)
-    control = differences(state, read(folder, "control", mesh, stage, tp)) if (folder / "control").is_dir() else []
-    return {"differences": differences(state, files, before), "control": len(control), "tensors": len(state),
+    control = differences(state, read(folder, "control", mesh, stage, tp), None, computed) if (folder / "control").is_dir() else []
+    return {"differences": differences(state, files, before, computed), "control": len(control), "tensors": len(state),
             "bytes": sum(t.nbytes for t in state.values())}  # fmt: skip
 
 

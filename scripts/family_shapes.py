@@ -37,10 +37,35 @@ MAMBA2 = {
 TRANSPOSED = {"qwen3_vl_moe": r".*experts\.(gate_up|down)_proj"}
 TOWER = {"depth": 2, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "out_hidden_size": 64, "patch_size": 4, "spatial_merge_size": 2,
          "temporal_patch_size": 2, "num_position_embeddings": 16, "deepstack_visual_indexes": [0]}  # fmt: skip
+GEMMA4 = {"num_hidden_layers": 4, "head_dim": 16, "global_head_dim": 32, "num_global_key_value_heads": 1, "attention_k_eq_v": True, "num_kv_shared_layers": 2,
+          "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 90, "use_double_wide_mlp": True, "tie_word_embeddings": True, "sliding_window": 16,
+          "layer_types": ["sliding_attention", "full_attention"] * 2}  # fmt: skip
+DEEPSEEK_V4 = {"num_hidden_layers": 4, "num_attention_heads": 64, "num_key_value_heads": 1, "head_dim": 8, "q_lora_rank": 24, "n_routed_experts": 4, "n_shared_experts": 1,
+               "compress_ratios": [0, 128, 4, 4], "num_hash_layers": 1, "qk_rope_head_dim": 4, "hc_mult": 2, "sliding_window": 16, "o_groups": 4, "o_lora_rank": 16,
+               "index_n_heads": 2, "index_head_dim": 8, "index_topk": 8, "topk_method": "noaux_tc", "num_nextn_predict_layers": 1}  # fmt: skip
+MINIMAX_M3 = {"num_hidden_layers": 3, "intermediate_size": 32, "dense_intermediate_size": 96, "shared_intermediate_size": 32, "head_dim": 16,
+              "num_local_experts": 4, "num_experts_per_tok": 2, "rotary_dim": 8, "index_n_heads": 2, "index_head_dim": 16,
+              "layer_types": ["full_attention", "minimax_m3_sparse", "minimax_m3_sparse"], "mlp_layer_types": ["dense", "sparse", "sparse"]}  # fmt: skip
+TOWER_M3 = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2, "patch_size": 4, "image_size": 32}
 #: keys of config.json that published files have and transformers does not write
-KEPT = ("topk_method", "rotary_dim", "conv_dim", "block_dim", "scoring_func", "use_qk_norm", "qk_norm_type")
+KEPT = (
+    "topk_method",
+    "rotary_dim",
+    "conv_dim",
+    "block_dim",
+    "scoring_func",
+    "use_qk_norm",
+    "qk_norm_type",
+    "compress_ratios",
+    "num_hash_layers",
+)
+#: transformers has no model of it: its names were read in vLLM's loader, by hand
+READ = ("kimi_k3",)
 #: where the published files have other names than transformers 5.23 writes
-PUBLISHED = {"kimi_linear": (r"block_sparse_moe\.((?:gate|up|down)_proj)", r"mlp.\1")}
+PUBLISHED = {
+    "kimi_linear": [(r"block_sparse_moe\.((?:gate|up|down)_proj)", r"mlp.\1")],
+    "deepseek_v4": [(r"^model\.", ""), (r"^embed_tokens", "embed"), (r"^hc_head\.hc_", "hc_head_"), (r"attn\.norm", "attn.kv_norm")],
+}
 WINDOWS = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 16}
 GPT2 = {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 64, "vocab_size": 100, "bos_token_id": 1, "eos_token_id": 2}
 FALCON = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 100, "bos_token_id": 1, "eos_token_id": 2}
@@ -125,6 +150,11 @@ FAMILIES = {
     "lfm2": ("Lfm2ForCausalLM", {**COMMON, "tie_word_embeddings": True, "num_hidden_layers": 2, "layer_types": ["conv", "full_attention"], "block_multiple_of": 16, "conv_dim": 64, "block_dim": 64}),
     "lfm2_moe": ("Lfm2MoeForCausalLM", {**COMMON, **MOE, "tie_word_embeddings": True, "num_hidden_layers": 3, "layer_types": ["conv", "full_attention", "conv"], "num_experts": 4,
                                         "num_dense_layers": 1}),
+    "gemma4": ("Gemma4ForCausalLM", {**COMMON, **GEMMA4}),
+    "gemma4_moe": ("Gemma4ForCausalLM", {**COMMON, **GEMMA4, "attention_k_eq_v": False, "hidden_size_per_layer_input": 0, "num_kv_shared_layers": 0,
+                                         "enable_moe_block": True, "num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 32}),
+    "deepseek_v4": ("DeepseekV4ForCausalLM", {**COMMON, **MOE, **DEEPSEEK_V4}),
+    "minimax_m3": ("MiniMaxM3SparseForConditionalGeneration", {"text_config": {**COMMON, **MINIMAX_M3}, "vision_config": TOWER_M3}),
     "kimi_linear": ("KimiLinearForCausalLM", {**COMMON, **MOE, "num_hidden_layers": 4, "num_key_value_heads": 4, "q_lora_rank": None, "kv_lora_rank": 32,
                                               "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 16, "num_experts": 4, "num_shared_experts": 1,
                                               "num_experts_per_token": 2, "first_k_dense_replace": 1, "num_expert_group": 1, "topk_group": 1,
@@ -140,6 +170,14 @@ def mtp(name: str, config: dict, tensors: dict) -> dict:
     if "text_config" in config:
         return {}
     hidden, last = config["hidden_size"], config["num_hidden_layers"] - 1
+    if name == "deepseek_v4":
+        of_last = {n.removeprefix(f"layers.{last}."): v for n, v in tensors.items() if n.startswith(f"layers.{last}.")}
+        own = {"e_proj.weight": [hidden, hidden], "h_proj.weight": [hidden, hidden], "enorm.weight": [hidden], "hnorm.weight": [hidden], "norm.weight": [hidden],
+               "emb.tok_emb.weight": [config["vocab_size"], hidden], "head.weight": [config["vocab_size"], hidden]}  # fmt: skip
+        head = {n: v for n, v in tensors.items() if n.startswith("hc_head_")}
+        return {"mtp.0." + n: v for n, v in {**of_last, **head}.items() if "compressor" not in n and "indexer" not in n} | {
+            "mtp.0." + n: ["BF16", shape] for n, shape in own.items()
+        }
     of_last = {n.split(f"model.layers.{last}.", 1)[1]: v for n, v in tensors.items() if n.startswith(f"model.layers.{last}.")}
     if config.get("num_nextn_predict_layers"):
         at = f"model.layers.{last + 1}."
@@ -172,11 +210,12 @@ def shapes(name: str) -> dict:
         written = json.loads((Path(folder) / "config.json").read_text())
         with safe_open(Path(folder) / "model.safetensors", "pt") as file:
             tensors = {key: [file.get_slice(key).get_dtype(), file.get_slice(key).get_shape()] for key in sorted(file.keys())}
-    tensors = {re.sub(*PUBLISHED.get(name, ("^", "")), key): value for key, value in tensors.items()}
+    for pattern, published in PUBLISHED.get(name, ()):
+        tensors = {re.sub(pattern, published, key): value for key, value in tensors.items()}
     for key, value in tensors.items():
         if re.fullmatch(TRANSPOSED.get(name, "-"), key):
             value[1][-2:] = reversed(value[1][-2:])
-        if key.endswith("e_score_correction_bias"):  # as the published files have it
+        if key.endswith(("e_score_correction_bias", "gate.bias")):  # as the published files have it
             value[0] = "F32"
     written.pop("transformers_version", None)
     written |= {key: value for key, value in settings.items() if "nextn" in key or "mtp" in key or key in KEPT}

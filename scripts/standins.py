@@ -9,10 +9,12 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from megatron.core import parallel_state
+from megatron.core.dist_checkpointing.utils import replace_prefix_for_sharding
 from megatron.core.models.backends import LocalSpecProvider
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.moe.experts import GroupedMLPSubmodules, TEGroupedMLP
+from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 
 
 def normed(x, weight, bias, config, eps: float):
@@ -79,7 +81,7 @@ class Grouped(torch.nn.Module):
         ranks = parallel_state.get_expert_tensor_parallel_world_size()
         sizes = [output_size, input_size]
         sizes[cut] //= ranks
-        self.experts, self.gives_bias = range(num_gemms), skip_bias_add
+        self.experts, self.gives_bias, self.cut = range(num_gemms), skip_bias_add, cut
         for i in range(num_gemms):
             self.register_parameter(f"weight{i}", torch.nn.Parameter(torch.empty(sizes)))
             if bias:
@@ -91,6 +93,25 @@ class Grouped(torch.nn.Module):
         added = [None] * len(biases) if self.gives_bias else biases
         out = torch.cat([F.linear(pieces[i], getattr(self, f"weight{i}"), added[i]) for i in self.experts])
         return out, biases if self.gives_bias and biases[0] is not None else None
+
+    def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
+        """As extensions/transformer_engine.py has it (TEGroupedLinear): each expert's by itself, keys as of one linear."""
+        groups = {"tp_group": parallel_state.get_expert_tensor_parallel_group(), "dp_cp_group": metadata["dp_cp_group"]}
+        before, count = (
+            parallel_state.get_expert_model_parallel_rank() * len(self.experts),
+            parallel_state.get_expert_model_parallel_world_size(),
+        )
+        single, state, out = metadata.get("singleton_local_shards", False), self.state_dict(keep_vars=True), {}
+        for i in self.experts:
+            own = {f"{i}.{name}": state[f"{name}{i}"] for name in ("weight", "bias") if f"{name}{i}" in state} | {f"{i}._extra_state": None}
+            offsets = sharded_offsets if single else (*sharded_offsets, (len(sharded_offsets), before + i, count * len(self.experts)))
+            axes = {f"{i}.weight": self.cut} | ({f"{i}.bias": 0} if self.cut == 0 else {})
+            made = make_sharded_tensors_for_checkpoint(own, "", axes, offsets, **groups)
+            replace_prefix_for_sharding(made, f"{i}.", f"{before + i}.{prefix}" if single else prefix)
+            for name, value in made.items():
+                value.replica_id = (*value.replica_id[:2], parallel_state.get_expert_data_parallel_rank())
+                out[f"{prefix}{name.removeprefix(f'{i}.')}{i if i or not name.endswith('_extra_state') else ''}"] = value
+        return out
 
 
 class Attention(DotProductAttention):

@@ -1,104 +1,215 @@
-"""A running vLLM engine on the CPU, updated by two FSDP2 trainers through vLLM's own weight transfer API, backend ``reshard``.
+"""Running vLLM servers on the CPU, updated over HTTP by trainers that come and go: backend ``reshard`` of vLLM's own weight transfer.
 
     python scripts/sync_vllm.py [--family llama] [--tp 1] [--updates 3]
 
-After each update the engine's log-probabilities of the prompts must be those that transformers computes from the trainers' weights
-(float32, within 1e-3); before it they must not be. At last one trainer lacks a tensor: all must hear of it, and the engine be as it was. The engine's control calls go over a socket, as its HTTP client's would.
+With the Python of an environment that has vLLM and transformers. Two FSDP2 trainers update a server that knows nothing; then a trainer that lacks
+a tensor, one that dies in the middle of an update, a second pair after the first, a second server that joins, and the first that leaves. After
+each, the servers' log-probabilities of a prompt, over the whole vocabulary, must be those that transformers computes from what the trainers hold
+(float32, within 1e-3), or still be those of before; before each they must not be.
 """
 
 import argparse
 import json
+import multiprocessing
 import os
-import socket
-import subprocess
+import signal
 import sys
 import tempfile
 import time
-from multiprocessing.connection import Client, Listener
+import urllib.request
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE.parent), str(HERE)]
+sys.path[:0] = [str(HERE.parent), str(HERE), str(HERE.parent / "examples")]
 PROMPT = [5, 17, 101, 3, 44, 200, 9, 77, 31, 8, 61, 150]
-CALLS = ("init_weight_transfer_engine", "start_weight_update", "update_weights", "finish_weight_update")
 
 
-class Remote:
-    """vLLM's VLLMWeightSyncClient over a socket."""
+class Pair:
+    """One rank of two trainers: FSDP2 over gloo, weights of their own, an end of the transfer."""
 
-    def __init__(self, address: str):
-        self.connection = Client(address)
+    def __init__(self, folder: str, rank: int, meeting: str, seed: int):
+        import torch
+        import torch.distributed as dist
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import fully_shard
+        from transformers import AutoModelForCausalLM
 
-    def _call(self, *message):
-        self.connection.send(message)
-        answer = self.connection.recv()
-        if "error" in answer:
-            raise RuntimeError(answer["error"])
-        return answer["value"]
+        from reshard.plugins.vllm import register
 
-    def init_weight_transfer_engine(self, info):
-        self._call("init_weight_transfer_engine", {"request": {"init_info": info}})
+        register()
+        torch.set_num_threads(1)
+        dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=2)
+        self.folder, self.rank, self.seed = folder, rank, seed
+        self.model, self.whole = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), None
+        mesh = init_device_mesh("cpu", (2,))
+        for layer in self.model.model.layers:
+            fully_shard(layer, mesh=mesh)
+        fully_shard(self.model, mesh=mesh)
 
-    def start_weight_update(self):
-        self._call("start_weight_update", {})
+    def join(self, urls: list[str], address: str, source=None, trainer=""):
+        from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactory
 
-    def update_weights(self, info):
-        self._call("update_weights", {"request": {"update_info": info}})
+        from reshard.plugins.vllm_transfer import ReshardTrainerInit, Servers
 
-    def finish_weight_update(self, weight_version=None):
-        self._call("finish_weight_update", {"weight_version": weight_version})
+        servers = Servers(*urls)
+        info = ReshardTrainerInit(address, self.folder, servers.engines("gloo"), trainer, rank=self.rank, verify=True, timeout=20)
+        self.transfer = WeightTransferTrainerFactory.trainer_init(
+            info, client=servers if self.rank == 0 else None, source=source or self.model
+        )
+        return self.transfer
 
+    def step(self) -> None:
+        """Other weights, and the whole of them for the reference."""
+        import torch
 
-def trainer(folder: str, rank: int, told: dict) -> None:
-    import torch
-    import torch.distributed as dist
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
-    from transformers import AutoModelForCausalLM
-    from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactory
-
-    from reshard.plugins.vllm import register
-    from reshard.plugins.vllm_transfer import ReshardTrainerInit
-
-    register()
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{told['scratch']}/trainers", rank=rank, world_size=2)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    mesh = init_device_mesh("cpu", (2,))
-    for layer in model.model.layers:
-        fully_shard(layer, mesh=mesh)
-    fully_shard(model, mesh=mesh)
-    client = Remote(told["control"]) if rank == 0 else None
-    info = ReshardTrainerInit(address=told["address"], config=folder, trainer={"format": "fsdp", "ranks": 2, "dp": 2, "dtype": "fp32"},
-                              engine={"ranks": told["tp"], "tp": told["tp"], "dtype": "fp32", "backend": "gloo"}, rank=rank, verify=True)  # fmt: skip
-    engine = WeightTransferTrainerFactory.trainer_init(info, client=client, source=model)
-    for step in range(told["updates"]):
+        self.seed += 1
         with torch.no_grad():
-            for parameter in model.parameters():
+            for parameter in self.model.parameters():
                 local = parameter.to_local()
-                local.add_(torch.randn(local.shape, generator=torch.Generator().manual_seed(10 * step + rank)) * 0.02)
-        whole = {name: parameter.full_tensor() for name, parameter in model.named_parameters()}
-        if rank == 0:
-            torch.save(whole, f"{told['scratch']}/step{step}.pt")
-            client._call("check", {"step": step, "after": False})
-        stats = engine.send_weights()
-        if rank == 0:
-            client._call("check", {"step": step, "after": True, "sent": stats.sent, "seconds": stats.seconds})
-        dist.barrier()
-    held = dict(model.named_parameters())
+                local.add_(torch.randn(local.shape, generator=torch.Generator().manual_seed(10 * self.seed + self.rank)) * 0.02)
+        self.whole = {name: parameter.full_tensor().detach() for name, parameter in self.model.named_parameters()}
+
+    def off(self, url: str) -> float:
+        """How far the server's log-probabilities are from transformers' with this pair's weights; the first rank asks."""
+        if self.rank:
+            return 0.0
+        import torch
+        from transformers import AutoModelForCausalLM
+
+        reference = AutoModelForCausalLM.from_pretrained(self.folder, dtype=torch.float32).eval()
+        reference.load_state_dict(self.whole, strict=False)
+        with torch.no_grad():
+            wanted = torch.log_softmax(reference(torch.tensor([PROMPT])).logits[0], -1)
+        asked = {"model": "policy", "prompt": PROMPT, "max_tokens": 1, "temperature": 0, "prompt_logprobs": -1}
+        request = urllib.request.Request(f"{url}/v1/completions", json.dumps(asked).encode(), {"Content-Type": "application/json"})
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            tables = json.load(answer)["choices"][0]["prompt_logprobs"]
+        pairs = [(one["logprob"], float(wanted[i, int(token)])) for i, table in enumerate(tables[1:]) for token, one in table.items()]
+        assert len(pairs) >= (len(PROMPT) - 1) * wanted.shape[1], "not the whole vocabulary"
+        return max(abs(a - b) for a, b in pairs)
+
+
+class Whole:
+    """What a framework that gathers hands over: (name, whole tensor), anew for each pass; the second rank may die on the way."""
+
+    def __init__(self, pair: Pair, dies_at: int = -1):
+        self.pair, self.dies_at = pair, dies_at
+
+    def __iter__(self):
+        for number, (name, parameter) in enumerate(self.pair.model.named_parameters()):
+            if number == self.dies_at and self.pair.rank == 1:
+                os._exit(9)
+            yield name, parameter.full_tensor().detach()
+
+
+def said(call) -> str:
+    try:
+        call()
+    except Exception as error:  # noqa: BLE001  vLLM's, requests', reshard's
+        return f"{error} {error.__cause__ or ''}"
+    return ""
+
+
+def updates(rank: int, told: dict) -> list[dict]:
+    """FSDP2's shards, read from the module; then a trainer that lacks a tensor."""
+    pair, rows, [url] = Pair(told["folder"], rank, told["meeting"], 0), [], told["urls"]
+    transfer = pair.join([url], told["address"])
+    for number in range(told["updates"]):
+        pair.step()
+        before = pair.off(url)
+        began = time.perf_counter()
+        stats = transfer.send_weights()
+        rows.append({"case": f"update {number + 1}, shards as they lie", "before": before, "after": pair.off(url), "sent": stats.sent + stats.mapped,
+                     "sync_s": round(stats.seconds, 3), "seconds": round(time.perf_counter() - began, 3)})  # fmt: skip
+    held = dict(pair.model.named_parameters())
     if rank:
         held.pop("model.layers.0.mlp.down_proj.weight")
-    engine.source = held
-    try:
-        engine.send_weights()
-        refused = False
-    except Exception as error:  # noqa: BLE001  of Sync here, of the engine's answer on rank 0
-        refused = "down_proj" in f"{error} {error.__context__}"
+    transfer.source = held
+    words = said(transfer.send_weights)
     if rank == 0:
-        client._call("check", {"step": told["updates"] - 1, "after": True, "refused": refused})
-        client._call("bye", {})
-    engine.shutdown()
-    sys.exit(0 if refused else 1)
+        transfer.client.resume()  # it was left paused
+    rows.append(
+        {
+            "case": "a trainer lacks a tensor: refused, and the engine as it was",
+            "before": 1.0,
+            "after": pair.off(url),
+            "said": "down_proj" in words,
+        }
+    )
+    transfer.shutdown()
+    return rows
+
+
+def dies(rank: int, told: dict) -> list[dict]:
+    """A second pair after the first: whole tensors, one after another. Its second rank dies in the middle of the second update."""
+    pair, [url] = Pair(told["folder"], rank, told["meeting"], 100), told["urls"]
+    transfer = pair.join([url], told["address"], Whole(pair), {"format": "hf", "ranks": 2, "dtype": "fp32"})
+    pair.step()
+    before = pair.off(url)
+    stats = transfer.send_weights()
+    rows = [
+        {
+            "case": "a second pair after the first, gathered tensors",
+            "before": before,
+            "after": pair.off(url),
+            "sent": stats.sent + stats.mapped,
+        }
+    ]
+    transfer.source = Whole(pair, dies_at=8)
+    began = time.perf_counter()
+    words = said(transfer.send_weights)
+    paused = json.load(urllib.request.urlopen(f"{url}/is_paused"))["is_paused"]
+    return [*rows, {"case": "a trainer dies in the middle: told, and the engine stays paused", "before": 1.0, "after": 0.0, "said": bool(words) and paused,
+                    "seconds": round(time.perf_counter() - began, 1)}]  # fmt: skip
+
+
+def elastic(rank: int, told: dict) -> list[dict]:
+    """A third pair; a second server joins, the first leaves."""
+    pair, (one, two) = Pair(told["folder"], rank, told["meeting"], 200), told["urls"]
+    rows = []
+    for urls, what in (
+        ([one], "after the dead trainer, another"),
+        ([one, two], "a second engine joins"),
+        ([two], "the first engine leaves"),
+    ):
+        transfer = pair.join(urls, told["address"])
+        pair.step()
+        if rank == 0:
+            transfer.client.resume()  # the dead trainer's update left it paused
+        before = [pair.off(url) for url in urls]
+        transfer.send_weights()
+        rows.append({"case": what, "before": min(before), "after": max(pair.off(url) for url in urls)})
+        transfer.shutdown()
+    return rows
+
+
+def pair_of(work, told: dict) -> list[dict]:
+    """What the first of two ranks that do `work` returns."""
+    context = multiprocessing.get_context("spawn")
+    here, there = context.Pipe()
+    ranks = [context.Process(target=_rank, args=(work, rank, told, there if rank == 0 else None)) for rank in range(2)]
+    for process in ranks:
+        process.start()
+    try:
+        rows = here.recv() if here.poll(400) else [{"case": f"{work.__name__}: no answer", "before": 0.0, "after": 1.0}]
+    except EOFError:
+        rows = [{"case": f"{work.__name__}: ended", "before": 0.0, "after": 1.0}]
+    for process in ranks:
+        process.join(30)
+        process.kill()
+    return rows
+
+
+def _rank(work, rank: int, told: dict, pipe) -> None:
+    try:
+        rows = work(rank, told)
+    except BaseException as error:
+        if pipe:
+            pipe.send([{"case": f"{work.__name__}: {type(error).__name__}: {error}", "before": 0.0, "after": 1.0}])
+        raise
+    if pipe:
+        pipe.send(rows)
+    os._exit(0)
 
 
 def main() -> int:
@@ -107,67 +218,35 @@ def main() -> int:
     parser.add_argument("--tp", type=int, default=1)
     parser.add_argument("--updates", type=int, default=3)
     args = parser.parse_args()
-    with tempfile.TemporaryDirectory() as scratch:
-        return run(args, scratch)
-
-
-def run(args, scratch: str) -> int:
-    import torch
     from check_vllm import entry_points
+    from grpo_vllm import free_port, serve, words
     from tiny_models import families, make
-    from transformers import AutoModelForCausalLM
 
-    entry_points(Path(scratch) / "site")
-    os.environ["PYTHONPATH"] = os.pathsep.join([str(HERE.parent), f"{scratch}/site"])
-    os.environ |= {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", "OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
-    folder = f"{scratch}/hf"
-    make(families()[args.family]["config"], Path(folder), dtype="float32")
-    reference = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    from vllm import LLM, SamplingParams
-
-    engine = LLM(folder, load_format="dummy", tensor_parallel_size=args.tp, dtype="float32", enforce_eager=True, max_model_len=64, max_logprobs=-1,
-                 skip_tokenizer_init=True, disable_log_stats=True, enable_prefix_caching=False, weight_transfer_config={"backend": "reshard"})  # fmt: skip
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    told = {
-        "scratch": scratch,
-        "control": f"{scratch}/control",
-        "address": f"tcp://127.0.0.1:{port}",
-        "tp": args.tp,
-        "updates": args.updates,
-    }
-    rows = []
-    with Listener(told["control"]) as listener:
-        script = f"import sys, json; sys.path[:0] = {sys.path[:2]!r}; import sync_vllm; sync_vllm.trainer({folder!r}, int(sys.argv[1]), json.loads(sys.argv[2]))"
-        ranks = [subprocess.Popen([sys.executable, "-c", script, str(rank), json.dumps(told)]) for rank in range(2)]
-        with listener.accept() as control:
-            while True:
-                name, options = control.recv()
-                began = time.monotonic()
-                try:
-                    if name == "bye":
-                        control.send({"value": None})
-                        break
-                    if name == "check":
-                        reference.load_state_dict(torch.load(f"{scratch}/step{options['step']}.pt"), strict=False)
-                        with torch.no_grad():
-                            wanted = torch.log_softmax(reference(torch.tensor([PROMPT])).logits[0], -1)
-                        sampling = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=-1, detokenize=False)
-                        told_by = engine.generate([{"prompt_token_ids": PROMPT}], sampling, use_tqdm=False)[0].prompt_logprobs
-                        pairs = [(log.logprob, float(wanted[i, t])) for i, table in enumerate(told_by[1:]) for t, log in table.items()]
-                        rows.append({**options, "max_abs_dlogprob": max(abs(a - b) for a, b in pairs), "over": len(pairs)})
-                        print(json.dumps(rows[-1]), flush=True)
-                        control.send({"value": None})
-                    else:
-                        assert name in CALLS
-                        control.send({"value": getattr(engine, name)(**options)})
-                        print(f"{name}: {time.monotonic() - began:.3f} s", flush=True)
-                except Exception as error:  # noqa: BLE001  the trainer is told, and ends
-                    control.send({"error": repr(error)})
-        codes = [process.wait(120) for process in ranks]
-    good = [row["max_abs_dlogprob"] < 1e-3 if row["after"] else row["max_abs_dlogprob"] > 1e-2 for row in rows]
-    passed = codes == [0, 0] and len(rows) == 2 * args.updates + 1 and all(good) and rows[-1]["refused"]
+    with tempfile.TemporaryDirectory() as scratch:
+        entry_points(Path(scratch) / "site")
+        os.environ["PYTHONPATH"] = os.pathsep.join([str(HERE.parent), f"{scratch}/site", os.environ.get("PYTHONPATH", "")])
+        folder = Path(scratch) / "model"
+        make(families()[args.family]["config"], folder, dtype="float32")
+        words(json.loads((folder / "config.json").read_text())["vocab_size"]).save_pretrained(folder)
+        ports, servers, rows = [free_port(), free_port()], [], []
+        try:
+            for number, port in enumerate(ports):
+                servers.append(serve(str(folder), port, args.tp, Path(scratch) / f"server{number}.log", "--max-logprobs", "-1"))
+            urls = [f"http://127.0.0.1:{port}" for port in ports]
+            for work, which in ((updates, urls[:1]), (dies, urls[:1]), (elastic, urls)):
+                told = {"folder": str(folder), "urls": which, "updates": args.updates, "meeting": f"tcp://127.0.0.1:{free_port()}",
+                        "address": f"tcp://127.0.0.1:{free_port()}"}  # fmt: skip
+                for row in pair_of(work, told):
+                    rows.append({**row, "good": row["after"] < 1e-3 and row["before"] > 1e-2 and row.get("said", True)})
+                    print(json.dumps(rows[-1]), flush=True)
+        finally:
+            if not rows or not all(row["good"] for row in rows):
+                for log in sorted(Path(scratch).glob("server*.log")):
+                    print(log.read_text()[-3000:], file=sys.stderr)
+            for server in servers:
+                os.killpg(server.pid, signal.SIGTERM)
+                server.wait(60)
+    passed = len(rows) == args.updates + 6 and all(row["good"] for row in rows)
     print(json.dumps({"passed": passed, "family": args.family, "tp": args.tp, "updates": args.updates}))
     return int(not passed)
 

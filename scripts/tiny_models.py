@@ -4,6 +4,7 @@ Every number of them is random, norms and biases too: a tensor in the wrong plac
 """
 
 import json
+import re
 import tomllib
 from pathlib import Path
 
@@ -25,22 +26,49 @@ def families(path: Path = TABLE) -> dict[str, dict]:
 
 
 def make(config: dict, folder: Path, *, seed: int = 0, dtype: str = "bfloat16"):
-    """A model of random weights, saved to `folder` as transformers publishes it; the model."""
+    """A model of random weights, saved to `folder` as transformers publishes it; the model. Of `config`, `class` names transformers'
+    class where it has several, `published` are keys that the published config.json has beside transformers' own, those in `unpublished` are not; `rename`
+    are pairs of a pattern and what takes its place in the published names, `turned` a pattern of those that are published with the last two
+    dimensions exchanged."""
     import torch
+    import transformers
     from transformers import AutoConfig, AutoModelForCausalLM
 
     torch.manual_seed(seed)
     settings = dict(config)
+    own, published, unpublished = settings.pop("class", None), settings.pop("published", {}), settings.pop("unpublished", [])
+    rename, turned = settings.pop("rename", []), settings.pop("turned", None)
     bound = AutoConfig.for_model(settings.pop("model_type"), **settings)
-    try:
-        model = AutoModelForCausalLM.from_config(bound, dtype=getattr(torch, dtype))
-    except ValueError:  # a wrapper of several modalities
-        from transformers import AutoModelForImageTextToText
+    if own:
+        model = getattr(transformers, own)._from_config(bound, dtype=getattr(torch, dtype))
+    else:
+        try:
+            model = AutoModelForCausalLM.from_config(bound, dtype=getattr(torch, dtype))
+        except ValueError:  # a wrapper of several modalities
+            from transformers import AutoModelForImageTextToText
 
-        model = AutoModelForImageTextToText.from_config(bound, dtype=getattr(torch, dtype))
+            model = AutoModelForImageTextToText.from_config(bound, dtype=getattr(torch, dtype))
     randomise(model)
     model.eval().save_pretrained(folder)
+    as_published(folder, published, unpublished, rename, turned)
     return model
+
+
+def as_published(folder: Path, keys: dict, without: list, rename: list, turned: str | None) -> None:
+    """Give the files in `folder` the names, and config.json the keys, that the published ones have."""
+    from safetensors.torch import load_file, save_file
+
+    path = folder / "config.json"
+    config = {key: value for key, value in (json.loads(path.read_text()) | keys).items() if key not in without}
+    path.write_text(json.dumps(config))
+    for file in folder.glob("*.safetensors") if rename or turned else ():
+        tensors = {
+            name: tensor.transpose(-1, -2).contiguous() if turned and re.fullmatch(turned, name) else tensor
+            for name, tensor in load_file(file).items()
+        }
+        for pattern, name in rename:
+            tensors = {re.sub(pattern, name, key): tensor for key, tensor in tensors.items()}
+        save_file(tensors, file, metadata={"format": "pt"})
 
 
 def randomise(model) -> None:

@@ -27,7 +27,7 @@ def test_only_what_was_equal_is_ticked(tmp_path, monkeypatch):
     (tmp_path / "vllm.json").write_text(json.dumps(rows))
     monkeypatch.setattr(architectures_page, "FOLDER", tmp_path)
     line = next(line for line in architectures_page.page().splitlines() if line.startswith("| a "))
-    assert line == "| a |  | ● tp1; **differs**: tp2; **not built**: tp4; **control missed**: pp2 |  |  |"
+    assert line == "| a |  | ● tp1; **differs**: tp2; **not built**: tp4; **control missed**: pp2 |  |  |  |  |"
     assert "- a tp2 : differs: why \\| so" in architectures_page.page()
 
 
@@ -40,6 +40,13 @@ def test_a_difference_of_one_bit_is_a_line():
     assert lines == ["extra [1]: only in the files", "n [1]: only in the engine", "s: 1 of 1 elements differ, which the engine did not load",
                      "w: 1 of 6 elements differ, which the engine did not load"]  # fmt: skip
     assert differences({"w": engine["w"]}, {"w": engine["w"].bfloat16()}) == ["w: torch.float32 in the engine, torch.bfloat16 in the files"]
+
+
+def test_what_both_compute_may_differ_in_its_last_bit_alone():
+    one = torch.tensor([-1.5, -2.25])
+    near, far = torch.nextafter(one, one - 1), torch.nextafter(torch.nextafter(one, one - 1), one - 1)
+    assert differences({"A": one}, {"A": near}, computed={"A"}) == []
+    assert differences({"A": one}, {"A": near}) == differences({"A": one}, {"A": far}, computed={"A"}) == ["A: 2 of 2 elements differ"]
 
 
 def test_a_family_says_what_to_exchange():

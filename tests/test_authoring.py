@@ -3,19 +3,22 @@
 import json
 import re
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
 
 from reshard.authoring.draft import draft
+from reshard.authoring.frameworks import Loaded, engine_entries
 from reshard.authoring.review import doubts, review
 from reshard.cli import cli
+from reshard.errors import ReshardError
 from reshard.layout import builtin_descriptors, load_descriptor
 
 sys.path.append(str(Path(__file__).parents[1] / "scripts"))
 from check_drafts import judged  # noqa: E402
-from test_family_shapes import DATA, checkpoint  # noqa: E402
+from family_checkpoints import DATA, checkpoint  # noqa: E402
 
 OLMO2_AS_LLAMA = """
 extends = "llama"
@@ -84,13 +87,13 @@ def test_a_parents_tensors_may_go_with_its_own_entries(tmp_path):
 @pytest.mark.parametrize("family", ["mistral", "qwen2", "qwen3", "phi3", "gemma2", "glm4", "starcoder2", "nemotron"])
 def test_a_draft_is_right_unaided(family, tmp_path):
     """As if its own descriptor were not known; the judge is that descriptor's cut, byte for byte. All: scripts/check_drafts.py."""
-    status, detail = judged(family, tmp_path, False)
+    status, detail = judged(family, tmp_path, {})
     assert status == "right", detail
 
 
 def test_a_draft_marks_what_the_files_cannot_tell(tmp_path):
     """OLMo 2's norm over all queries has as many weights as the hidden state: which it is, and whether it is split, a person decides."""
-    status, _ = judged("olmo2", tmp_path, False)
+    status, _ = judged("olmo2", tmp_path, {})
     text = (tmp_path / "draft.toml").read_text()
     line = next(line for line in text.splitlines() if line.startswith("self_attn_q_norm ="))
     assert status == "opens" and "DECIDE" in line
@@ -115,3 +118,32 @@ def test_check_and_new_from_the_command_line(tmp_path):
     assert checked.exit_code == 3 and "INCONSISTENT" in checked.output and "nothing holds norm" in checked.output
     with pytest.raises(Exception, match="no descriptor that is known"):
         draft(source, without=frozenset(builtin_descriptors()))
+
+
+def test_what_vllm_told_is_written_where_it_differs():
+    """Of Llama's own parameters nothing; a norm that is an own tensor, a router in float32 and two halves in another order are."""
+    layout = builtin_descriptors()["llama"].bind(config("llama"))
+    at = "model.layers.0."
+    held = {"model.layers.*.q": ("q",), "model.layers.*.k": ("k",), "model.layers.*.v": ("v",), "model.layers.*.own": ("own",),
+            "model.layers.*.gate": ("gate",), "model.layers.*.up": ("up",), "lm_head.weight": ("lm_head",)}  # fmt: skip
+    qkv, fused = at + "self_attn.qkv_proj.weight", at + "mlp.gate_up_proj.weight"
+    plain = {at + "q": [Loaded(qkv, 0, "colwise", False)], at + "k": [Loaded(qkv, 1, "colwise", False)], at + "v": [Loaded(qkv, 2, "colwise", False)],
+             at + "gate": [Loaded(fused, 0, "colwise", False)], at + "up": [Loaded(fused, 1, "colwise", False)],
+             "lm_head.weight": [Loaded("lm_head.weight", 0, "colwise", False)]}  # fmt: skip
+    assert engine_entries(layout, held, plain) == []
+    turned = plain | {at + "gate": [Loaded(fused, 1, "colwise", False)], at + "up": [Loaded(fused, 0, "colwise", False)],
+                      at + "own": [Loaded(at + "router.weight", 0, "replicated", True)]}  # fmt: skip
+    assert engine_entries(layout, held, turned) == [
+        'up = { name = "mlp.gate_up_proj.weight", of = "up gate" }',
+        'own = { name = "router.weight", of = "own", dtype = "F32" }',
+    ]
+    elsewhere = {at + "own": [Loaded("transformer.h.0.own", 0, None, False)]}
+    assert engine_entries(layout, held, elsewhere) is None  # no entry can say it: left to a person
+
+
+def test_a_draft_that_asks_for_what_is_not_here_says_so(tmp_path):
+    source = checkpoint("llama", tmp_path / "hf")
+    if find_spec("vllm"):
+        pytest.skip("vLLM is installed")
+    with pytest.raises(ReshardError, match="--from-vllm needs vLLM"):
+        draft(source, from_vllm=True)

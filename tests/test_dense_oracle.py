@@ -5,8 +5,8 @@ No descriptor here: each family's split is written as its `_split_heads` or `for
 
 import pytest
 import torch
+from family_checkpoints import checkpoint
 from safetensors.torch import load_file
-from test_family_shapes import checkpoint
 
 import reshard
 from reshard.checkpoint import read_config

@@ -32,6 +32,17 @@ def test_a_layer_less_is_another_number(tmp_path):
     assert describe_checkpoint(tmp_path).parameters < PARAMETERS["gpt-oss-120b"]
 
 
+@pytest.mark.models
+@pytest.mark.parametrize("name, kind", [("deepseek-v3", "deepseek_v3"), ("deepseek-v3.2", "deepseek_v32"), ("glm-5", "glm_moe_dsa"),
+                                        ("gpt-oss-120b", "gpt_oss"), ("minimax-m2", "minimax_m2")])  # fmt: skip
+def test_configs_are_what_transformers_has_of_these_models(name, kind):
+    """Their classes' own defaults are the published model's: every size that shapes hang on."""
+    known = pytest.importorskip("transformers").AutoConfig.for_model(kind)
+    config = json.loads((CONFIGS / f"{name}.json").read_text())
+    sizes = {key: value for key, value in config.items() if isinstance(value, int) and hasattr(known, key) and "position" not in key}
+    assert len(sizes) > 8 and {key: getattr(known, key) for key in sizes} == sizes
+
+
 def test_plan_without_a_checkpoint(capsys):
     for arguments, code, words in (
         (["--config", str(CONFIGS / "llama-3.1-405b.json"), "--to", "vllm", "--tp", "8"], 0, "405,853,388,800 parameters"),

@@ -39,16 +39,18 @@ def hf(tmp_path) -> Path:
 @pytest.mark.parametrize(
     ("files", "says", "hint"),
     [
-        ([".metadata", "__0_0.distcp", "metadata.json"], "is a Megatron torch_dist checkpoint", "--ckpt-format torch"),
-        ([".metadata", "__0_0.distcp", "common.pt"], "is a Megatron torch_dist checkpoint", "--ckpt-format torch"),
-        (["zero_pp_rank_0_mp_rank_00_model_states.pt"], "is a DeepSpeed checkpoint", "zero_to_fp32.py"),
-        (["mp_rank_00_model_states.pt"], "is a DeepSpeed checkpoint", "zero_to_fp32.py"),
-        (["consolidated.00.pth", "params.json"], "Meta's own layout", "convert_llama_weights_to_hf.py"),
-        (["consolidated.safetensors", "params.json"], "Mistral's own layout", "convert_mistral_weights_to_hf.py"),
-        (["adapter_config.json", "adapter_model.safetensors"], "is a LoRA adapter", "merge_and_unload"),
+        (["adapter_config.json", "adapter_model.safetensors"], "is a LoRA adapter", "reshard merge"),
         (["llama-q4.gguf"], "is a folder of GGUF files", "original Hugging Face"),
         (["model_index.json", "unet/x"], "is a diffusers pipeline", "inside"),
         (["model.nemo"], "is a NeMo checkpoint", "export"),
+        (["context/model.yaml", "weights/common.pt"], "is a NeMo 2 checkpoint", "weights inside"),
+        (["rank0.engine", "config.json"], "is a folder of TensorRT engines", "built from"),
+        (["rank0.safetensors", "config.json"], "is a TensorRT-LLM checkpoint", "converted from"),
+        (["epoch=0-step=10.ckpt"], "is a folder of Lightning checkpoints", "state_dict"),
+        (["manifest.ocdbt", "_METADATA"], "is an Orbax checkpoint", "export"),
+        (["weights.npz", "config.json"], "is an MLX model", "converted from"),
+        (["blobs/x", "snapshots/y", "refs/main"], "is a repository in the Hub's cache", "snapshots/COMMIT"),
+        (["config.json", "tokenizer.json"], "holds a config.json and no weights", "download the weights"),
         (["tf_model.h5", "config.json"], "TensorFlow", "from_tf"),
         (
             ["checkpoint-500/model.safetensors", "checkpoint-1500/model.safetensors", "checkpoint-90/x"],
@@ -80,10 +82,6 @@ def test_folders_are_called_by_their_names(tmp_path, files, says, hint):
 @pytest.mark.parametrize(
     ("sample", "says"),
     [
-        ("deepspeed/llama-zero2-dp2-bf16/global_step1", "DeepSpeed"),
-        ("deepspeed/llama-zero1-dp1-bf16-autotp2/global_step1", "DeepSpeed"),
-        ("meta/llama2-style-mp2", "Meta's"),
-        ("mistral_native/mistral-tiny", "Mistral's"),
         ("lora/phi3-r8", "LoRA"),
         ("megatron/llama/torch_dist_tp2/iter_0000010", "torch_dist"),
     ],
@@ -96,7 +94,9 @@ def test_genuine_folders_are_called_by_their_names(sample, says):
     assert says in str(caught.value) and caught.value.hint and "problems" not in str(caught.value)
 
 
-@pytest.mark.parametrize("name", ["model.gguf", "model.safetensors", "model.nemo", "model.pth", "notes"])
+@pytest.mark.parametrize(
+    "name", ["model.gguf", "model.safetensors", "model.nemo", "model.pth", "last.ckpt", "rank0.engine", "model.onnx", "notes"]
+)
 def test_a_file_is_no_folder(tmp_path, name):
     (tmp_path / name).write_bytes(b"")
     with pytest.raises(FormatError, match="is not a folder but a") as caught:

@@ -2,14 +2,18 @@
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from family_checkpoints import checkpoint
 from safetensors.torch import load_file, save_file
 
 import reshard
-from reshard.layout import load_descriptor
+from reshard.conversion.placing import join_to, place
+from reshard.errors import PlanError
+from reshard.layout import Mesh, load_descriptor
 
 LAYOUT = """
 description = "made up: query and key fused head by head, a wide gate, one tensor transposed"
@@ -118,3 +122,12 @@ def test_descriptors_of_the_guide_load(tmp_path, number):
     (tmp_path / "guide.toml").write_text(texts[number])
     descriptor = load_descriptor(tmp_path / "guide.toml")
     assert "hf" in descriptor.formats and descriptor.architectures
+
+
+def test_a_tensor_without_a_place_says_what_to_write(tmp_path):
+    source = reshard.open(checkpoint("llama", tmp_path / "hf"))
+    placement = place(source, "vllm", Mesh(2))
+    entries = tuple(entry for entry in placement.section.entries if entry.label != "down")
+    with pytest.raises(PlanError, match="down of layer 0 .* has no place in the destination") as error:
+        join_to(source, replace(placement, section=replace(placement.section, entries=entries)), None)
+    assert "a descriptor that extends llama" in error.value.hint and "omit = true" in error.value.hint

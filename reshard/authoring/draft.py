@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from reshard import formats
+from reshard.authoring.frameworks import Loaded, engine_entries, loaded, tensor_parallel_plan
 from reshard.checkpoint import find_config, model_config, read_config
 from reshard.checkpoint.config import folder_of
 from reshard.errors import LayoutError, ReshardError
@@ -42,18 +43,23 @@ class Nearest(NamedTuple):
         return len(shapes.keys() - right) + len(self.stored.keys() - right)
 
 
-def draft(path: str | Path, *, from_transformers: bool = False, without: frozenset[str] = frozenset()) -> str:
+def draft(path: str | Path, *, from_transformers: bool = False, from_vllm: bool = False, without: frozenset[str] = frozenset()) -> str:
     """The text of a descriptor for the checkpoint in folder `path`. `without`: descriptors that are not looked at.
 
-    `from_transformers` asks the tensor-parallel plan of transformers' model of this architecture what is split. Raises
-    FormatError or LayoutError where nothing that is known comes near.
+    `from_transformers` asks the tensor-parallel plan of transformers' model of this architecture what is split; `from_vllm` asks
+    vLLM's model and loader that, and what its parameters are called and made of. Raises FormatError or LayoutError where
+    nothing that is known comes near, ReshardError where what is asked is not installed or does not know the architecture.
     """
     folder = folder_of(path)
     settings = read_config(find_config(folder, None))
     shapes = {piece.name: piece.whole or piece.shape for piece in formats.get("hf").read(folder).pieces}
     nearest = _nearest(shapes, settings, without)
-    plan = _plan(settings) if from_transformers else None
-    return "\n".join(_lines(nearest, shapes, architectures(settings), plan)) + "\n"
+    plan = tensor_parallel_plan(settings) if from_transformers else None
+    told = loaded(folder, shapes) if from_vllm else {}
+    if told:
+        ways = {name: next((each.way for each in found if each.way), None) for name, found in told.items()}
+        plan = {**(plan or {}), **{_generic(name): way for name, way in ways.items() if way}}
+    return "\n".join(_lines(nearest, shapes, architectures(settings), plan, told)) + "\n"
 
 
 def _nearest(shapes: Shapes, settings: Mapping[str, object], without: frozenset[str]) -> Nearest:
@@ -112,35 +118,28 @@ def _switches(descriptor: Descriptor) -> list[tuple[str, str, str]]:
     return [(table, name, value) for table, name in tables if name in names for value in ("true", "false")]
 
 
-def _plan(settings: Mapping[str, object]) -> Mapping[str, str]:
-    """transformers' way to split, by the module's name with * for numbers: colwise, rowwise …"""
-    try:
-        from transformers import CONFIG_MAPPING
-    except ImportError:
-        raise ReshardError("--from-transformers needs transformers", "pip install 'reshard[verify]'") from None
-    known = settings.get("model_type")
-    if known not in CONFIG_MAPPING:
-        raise ReshardError(f"transformers knows no model_type {quote(repr(known))}", "leave out --from-transformers")
-    return getattr(CONFIG_MAPPING[known], "base_model_tp_plan", None) or {}
-
-
-def _lines(nearest: Nearest, shapes: Shapes, names: list[str], plan: Mapping[str, str] | None) -> Iterator[str]:
+def _lines(
+    nearest: Nearest, shapes: Shapes, names: list[str], plan: Mapping[str, str] | None, told: Mapping[str, list[Loaded]]
+) -> Iterator[str]:
     layout = nearest.layout
     right = nearest.agreeing(shapes)
     lacking = [s for name, s in nearest.stored.items() if name not in right]
     left = {name: shape for name, shape in shapes.items() if name not in right}
     yield f'extends = "{layout.name}"'
     yield f"architectures = [{', '.join(f'{quote(repr(name))}' for name in names)}]".replace("'", '"')
+    fused, gone, own = _explained(nearest, lacking, left)
+    engine = engine_entries(nearest.layout, _held(nearest, right, fused, own), told) if told else None
     if left or lacking:
         for format in ("vllm", "sglang", "megatron"):
+            if format == "vllm" and engine is not None:
+                continue
             if format in layout.descriptor.formats:
                 yield f"{format} = false" + " " * (25 - len(format)) + "# DECIDE: what it calls the tensors below, if it has this model"
-    for table in ("defaults", "conditions"):
-        turned = {name: value for kind, name, value in nearest.switches if kind == table}
+    for kind in ("defaults", "conditions"):
+        turned = {name: value for place, name, value in nearest.switches if place == kind}
         if turned:
-            yield f"\n[{table}]"
+            yield f"\n[{kind}]"
             yield from (f'{name} = "{value}"' for name, value in turned.items())
-    fused, gone, own = _explained(nearest, lacking, left)
     if own:
         yield from _own_part(layout, own, plan)
     if gone:
@@ -150,6 +149,9 @@ def _lines(nearest: Nearest, shapes: Shapes, names: list[str], plan: Mapping[str
         yield "\n[hf]"
         for label, name, of in fused:
             yield f'{label} = {{ name = "{name}", of = "{" ".join(of)}" }}   # DECIDE: this order, or head by head ("kv: {" ".join(of)}")'
+    if engine:
+        yield "\n[vllm]"
+        yield from engine
 
 
 def _explained(nearest: Nearest, lacking: list, left: dict[str, tuple[int, ...]]):
@@ -203,8 +205,7 @@ def _own_part(layout: Layout, own: Mapping[str, tuple[int, ...]], plan: Mapping[
         yield f"\n[place.{place}]\nparts = [{parts}]"
         tensors, entries = [], []
         for name, shape in mine.items():
-            label = re.sub(r"\W+", "_", name.split("*.", 1)[-1].removesuffix(".weight").split("model.")[-1])
-            label = f"own_{label}" if label in layout.descriptor.tensors else label
+            label = _label(layout, name)
             way = (
                 next((v for k, v in (plan or {}).items() if name.partition(".")[2].startswith(k) or name.startswith(k)), "")
                 if plan
@@ -212,7 +213,7 @@ def _own_part(layout: Layout, own: Mapping[str, tuple[int, ...]], plan: Mapping[
             )
             dims, sure = _dims(shape, sizes, unknown)
             starred = _starred(dims, way)
-            known = all(sure) and plan is not None
+            known = all(sure) and bool(way)
             tensors.append(
                 f'{label} = "{" ".join(starred)}"' + ("" if known else "   # DECIDE: axes, and * at what tensor parallelism splits")
             )
@@ -225,6 +226,20 @@ def _own_part(layout: Layout, own: Mapping[str, tuple[int, ...]], plan: Mapping[
         yield from tensors
         yield f"\n[part.own_{place}.hf]"
         yield from entries
+
+
+def _label(layout: Layout, name: str) -> str:
+    """What a tensor of its own is called in the draft."""
+    label = re.sub(r"\W+", "_", name.split("*.", 1)[-1].removesuffix(".weight").split("model.")[-1])
+    return f"own_{label}" if label in layout.descriptor.tensors else label
+
+
+def _held(nearest: Nearest, right: set[str], fused: list, own: Mapping[str, object]) -> dict[str, tuple[str, ...]]:
+    """By the name with * for its layer's number, the labels of the draft's tensors that a tensor of the checkpoint holds."""
+    found = {_generic(name): nearest.stored[name].entry.of for name in right}
+    layer = next((name.partition("*")[0] for name in found if "*" in name), "")
+    found |= {f"{layer}*{name}" if name.startswith(".") else name: tuple(of) for _, name, of in fused}
+    return found | {name: (_label(nearest.layout, name),) for name in own}
 
 
 def _use(use: Use) -> str:

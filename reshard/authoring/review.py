@@ -43,14 +43,15 @@ def review(descriptor: Descriptor, config: Mapping[str, object]) -> list[Finding
     for kind in map(formats.get, FORMATS):
         if kind.section in descriptor.formats:
             section = descriptor.section(kind.section)
-            releases = [until for _, until, _ in section.variants if until] if kind.newest else []
+            oldest = max(parse_version(kind.oldest), parse_version(section.since or kind.oldest)) if kind.newest else ()
+            releases = [until for _, until, _ in section.variants if until and parse_version(until) > oldest] if kind.newest else []
             meshes = [
                 mesh
                 for mesh in MESHES
                 if (mesh.ep == 1 or layout.sizes.get("expert")) and (mesh == Mesh() or not kind.whole and kind.name != "hf")
             ]
             out += [_found(source, kind, mesh, None) for mesh in meshes]
-            out += [_found(source, kind, Mesh(2), release) for release in releases if parse_version(release) >= parse_version(kind.oldest)]
+            out += [_found(source, kind, Mesh(2), release) for release in releases]
     return out
 
 

@@ -17,6 +17,9 @@ def find_config(folder: AnyPath, config: str | AnyPath | None) -> AnyPath:
     path = next(
         (path for path in (folder / "config.json", folder / "huggingface" / "config.json") if path.is_file()), None
     )  # the latter: verl
+    if path is None and (folder / "adapter_config.json").is_file():
+        raise FormatError(f"{folder} is a LoRA adapter; the config.json of the model that it adapts gives the sizes",
+                          f"name it with --config FILE|DIR; to merge the two: reshard merge BASE {folder} DST --to …")  # fmt: skip
     if path is None:
         raise FormatError(f"{folder} has no config.json, which gives the model's sizes", "name the original model's with --config FILE|DIR")
     return path

@@ -33,7 +33,7 @@ def match(checkpoint: Checkpoint, kind: formats.Format, contents: formats.Conten
         raise PlanError([f"{checkpoint.path} holds {sum(map(len, contents.stages))} layers, config.json says {layout.layers}"])
     name, pieces = kind.section, contents.pieces
     if contents.nested:
-        name, pieces, checkpoint.beside = spelled(layout, kind, mesh, pieces)
+        name, pieces, checkpoint.beside, checkpoint.key = spelled(layout, kind, mesh, pieces)
     filed = Filed.of(pieces)
     held = filed.first
     names = frozenset().union(*held.values())
@@ -41,7 +41,7 @@ def match(checkpoint: Checkpoint, kind: formats.Format, contents: formats.Conten
     def on_mesh(layout: Layout, section: Section) -> Placement:
         return Placement(layout, section, rules, mesh, platform=contents.engine_platform)
 
-    section = _as_written(layout, _prefixed(layout, layout.section(name), on_mesh, names), on_mesh, held)
+    section = _as_written(layout, _prefixed(layout, kind.section_of(layout, name), on_mesh, names), on_mesh, held)
     carried = found_carried(section, ((piece.name, _reach(piece), piece.dtype) for piece in pieces))
     section, checkpoint.layout = with_entries(section, carried), carrying(layout, carried)
     layout = checkpoint.layout = _as_found(checkpoint, section, on_mesh, names)
@@ -71,7 +71,12 @@ def match(checkpoint: Checkpoint, kind: formats.Format, contents: formats.Conten
     if problems:
         raise PlanError(list(dict.fromkeys(problems)), _what_is_expected(checkpoint))
     check_constants(checkpoint.path, placement, held)
-    checkpoint.stored = found.stored
+    checkpoint.stored = list({(s.file, s.start, s.name, s.shape): s for s in reversed(found.stored)}.values())[
+        ::-1
+    ]  # one file of all ranks: once
+    if contents.states is not None:
+        lacking = {(s.rank, s.name) for s in found.missing}
+        checkpoint.states, checkpoint.whole = contents.states, [s for s in stored if (s.rank, s.name) not in lacking]
     checkpoint.dropped = sorted(set(checkpoint.dropped))
 
 
@@ -131,13 +136,16 @@ def _as_found(checkpoint: Checkpoint, section: Section, on_mesh: OnMesh, held: S
 
 
 def _as_written(layout: Layout, section: Section, on_mesh: OnMesh, held: Held) -> Section:
-    """The section with the entries of those variants whose names the files really hold."""
+    """The section with the entries of those variants whose names (or cuts, where these differ) the files really hold."""
     for _, _, variant in section.variants:
         present = []
         for entry in variant.entries:
             probe = on_mesh(layout, Section((entry,)))
             first = next(probe.stored(), None)
-            if first is not None and first.name in held.get(first.rank, ()):
+            piece = None if first is None else held.get(first.rank, {}).get(first.name)
+            base = next((e for e in section.entries if (e.place, e.label) == (entry.place, entry.label)), None)
+            alike = base is not None and base.name == entry.name  # cut otherwise under the same name: shapes tell
+            if first is not None and piece is not None and not (alike and piece.extent not in (None, first.shape)):
                 present.append(entry)
         if present:
             section = section.overlaid(replace(variant, entries=tuple(present)))

@@ -16,8 +16,9 @@ _TRAINERS = frozenset(("optim", "optimizer", "optimizers", "lr_scheduler", "lr_s
 
 def spelled(
     layout: Layout, kind: formats.Format, mesh: Mesh, pieces: Iterable[Piece]
-) -> tuple[str, list[Piece], dict[str, tuple[int, int]]]:
-    """The section whose names `pieces` bear, the pieces by those names, and what stands beside the model: key → (tensors, bytes).
+) -> tuple[str, list[Piece], dict[str, tuple[int, int]], str]:
+    """The section whose names `pieces` bear, the pieces by those names, what stands beside the model: key → (tensors, bytes), and the key
+    below which the model stands.
 
     A trainer saves more than a model: names may all stand below ``model.`` or ``state.model.``, beside an optimizer's. That key
     is the model's below which most names are the layout's; among equals the shortest. Raises FormatError where two fit.
@@ -28,13 +29,13 @@ def spelled(
     for section in (kind.section, *kind.others):
         if section not in layout.descriptor.formats:
             continue
-        known = frozenset(_names(layout, layout.section(section), kind.rules, mesh))
+        known = frozenset(_names(layout, kind.section_of(layout, section), kind.rules, mesh))
         for name in held:
             for key in _keys(name):
                 if name[len(key) :] in known:
                     score[section, key] += 1
     if not score:
-        return kind.section, pieces, {}
+        return kind.section, pieces, {}, ""
     most = max(score.values())
     section, key = best = min((at for at, count in score.items() if count == most), key=lambda at: at[1].count("."))
     rival = next((at for at in score if at != best and score[at] == most and at[0] == section and at[1].count(".") == key.count(".")), None)
@@ -53,7 +54,7 @@ def spelled(
         count, size = beside.get(head, (0, 0))
         beside[head] = count + (piece.name not in others), size + piece.nbytes
         others.add(piece.name)
-    return section, model, beside
+    return section, model, beside, key
 
 
 def _keys(name: str) -> list[str]:

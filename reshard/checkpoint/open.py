@@ -1,14 +1,17 @@
 """From a folder to an opened checkpoint: its format, its config.json, the descriptor of its architecture, the match."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from reshard import formats
+from reshard.checkpoint.adapter import adapter_of
 from reshard.checkpoint.config import find_config, model_config, read_config
 from reshard.checkpoint.match import match
 from reshard.checkpoint.opened import Checkpoint
+from reshard.dtypes import INTEGERS
 from reshard.errors import FormatError, LayoutError, PlanError
 from reshard.foreign import quote
 from reshard.formats.manifest import read_manifest
@@ -28,30 +31,57 @@ def open_checkpoint(
     layout: str | Path | None = None,
     config: str | AnyPath | None = None,
     cache: bool = False,
+    adapter: str | Path | None = None,
 ) -> Checkpoint:
     """Read the headers of the checkpoint in folder `path`, and match them with its layout.
 
     `format` forces what is otherwise recognised from the files; `layout` is a TOML file of the user's own; `config` is a
     config.json, or the folder of one, for formats that have none. `path` may be hf://ORG/NAME[@REV][/SUBDIR]: ranges of its
-    files are read then, unless they are in the Hub's cache; `cache` puts them there first. Raises FormatError, LayoutError,
-    PlanError or HubError.
+    files are read then, unless they are in the Hub's cache; `cache` puts them there first. `adapter` is the folder of a LoRA adapter, which
+    is merged into the weights as they are read. A folder that is an adapter itself is one side of a conversion, too: `config` is its base's.
+    Raises FormatError, LayoutError, PlanError or HubError.
     """
+    if adapter is not None:
+        from reshard.checkpoint.merged import mergeable, merged
+
+        base = open_checkpoint(path, format=format, layout=layout, config=config, cache=cache)
+        mergeable(base)
+        return merged(base, open_checkpoint(adapter, layout=layout, config=base.config_path))
     folder = folder_of(path, cache)
     manifest = read_manifest(folder)
     kind = formats.get(format) if format else formats.recognise(folder, manifest)
-    config_path = find_config(folder, config)
+    config_path, make = _config_of(folder, config, kind)
     with noting() as identities:
         if isinstance(config_path, Path):
             identities[str(config_path)] = identity(config_path.stat())
-        settings = read_config(config_path)
-        with reading(folder), _naming(folder):
-            contents = kind.read(folder)
-    with _naming(config_path):
-        checkpoint = _matched(
-            folder, kind, contents, manifest or {}, config_path, settings, load_descriptor(Path(layout)) if layout else None
-        )
-    checkpoint.identities = identities
-    return checkpoint
+        with reading(folder):
+            settings = make(folder) if make else read_config(config_path)
+        own = load_descriptor(Path(layout)) if layout else None
+
+        def opened(read: Callable[[], formats.Contents]) -> Checkpoint:
+            with noting() as noted:
+                with reading(folder), _naming(folder):
+                    contents = read()
+            with _naming(config_path):
+                checkpoint = _matched(folder, kind, contents, manifest or {}, config_path, settings, own)
+            identities.update(noted)
+            checkpoint.identities, checkpoint.made = identities, settings if make else None
+            checkpoint.masters = contents.masters and partial(opened, contents.masters)
+            return checkpoint
+
+        return opened(partial(kind.read, folder))
+
+
+def _config_of(
+    folder: AnyPath, config: str | AnyPath | None, kind: formats.Format
+) -> tuple[AnyPath, Callable[[AnyPath], Mapping[str, object]] | None]:
+    """The file that tells the model's sizes; and, of a format that has one of its own in the place of config.json, what makes that of it."""
+    try:
+        return find_config(folder, config), None
+    except FormatError:
+        if config is not None or kind.settings is None or not (folder / kind.settings[0]).is_file():
+            raise
+        return folder / kind.settings[0], kind.settings[1]
 
 
 @contextmanager
@@ -81,7 +111,7 @@ def _matched(
         raise refuse(folder, quantised_as, contents)
     if descriptor is None:
         raise unknown_architecture(settings, contents)
-    if not own and contents.layout not in (None, descriptor.name):
+    if not own and contents.layout not in (None, descriptor.name, f"{descriptor.name}+lora"):
         raise FormatError(f"{folder} was written by layout {quote(contents.layout)}, {config_path} is a model of layout {descriptor.name}",
                           "pass the layout's file with --layout, or the right config.json with --config")  # fmt: skip
     bound = descriptor.bind(model_config(settings))
@@ -91,8 +121,18 @@ def _matched(
                         f"{config_path} is of another model: name the config.json of the one that was trained, with --config")  # fmt: skip
     shapes = {piece.name: piece.extent or piece.shape for piece in contents.pieces} if quantised_as else {}
     bound = quantised(bound, kind.section, shapes) if quantised_as else bound
+    adapter = adapter_of(folder, contents, bound) if "adapter" in kind.holds else None
+    bound = adapter.layout(bound) if adapter else bound
     checkpoint = Checkpoint(
-        folder, kind.name, contents.mesh, bound, [], engine_version=contents.engine_version, config_path=config_path, writer=contents.writer
+        folder,
+        kind.name,
+        contents.mesh,
+        bound,
+        [],
+        engine_version=contents.engine_version,
+        config_path=config_path,
+        writer=contents.writer,
+        adapter=adapter,
     )
     checkpoint.native = manifest.get("dtypes", {})
     checkpoint.origin = (
@@ -104,10 +144,11 @@ def _matched(
         if quantised_as and checkpoint.layout.scheme == "none":  # one sentence instead of a line for each scale
             raise refuse(folder, quantised_as, contents) from None
         raise
+    numbers = {name for name, tensor in checkpoint.layout.descriptor.tensors.items() if tensor.dtype in INTEGERS}  # no codes
     without = (
         None
         if own
-        else codes_without_scales(folder, settings, checkpoint.stored, {*checkpoint.layout.operands, *beside(checkpoint.layout)})
+        else codes_without_scales(folder, settings, checkpoint.stored, numbers.union(checkpoint.layout.operands, beside(checkpoint.layout)))
     )
     if without:
         raise without

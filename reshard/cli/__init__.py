@@ -9,7 +9,7 @@ import sys
 import click
 
 from reshard import __version__
-from reshard.cli.convert import convert, plan
+from reshard.cli.convert import convert, merge, plan
 from reshard.cli.doctor import doctor
 from reshard.cli.hub import pull, push
 from reshard.cli.layouts import layouts
@@ -25,7 +25,7 @@ def cli():
     """Move a model's weights from the shape they are in to the shape they must be in."""
 
 
-for command in (convert, plan, inspect, diff, verify, layouts, pull, push, demo, doctor):
+for command in (convert, merge, plan, inspect, diff, verify, layouts, pull, push, demo, doctor):
     cli.add_command(command)
 
 

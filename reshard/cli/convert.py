@@ -20,13 +20,13 @@ from reshard.foreign import quote
 from reshard.text import count, human, some
 
 
-def opened(path: str, from_=None, layout=None, config=None, cache=False):
+def opened(path: str, from_=None, layout=None, config=None, cache=False, adapter=None):
     from reshard.checkpoint import open_checkpoint
 
-    return open_checkpoint(path, format=from_, layout=layout, config=config, cache=cache)
+    return open_checkpoint(path, format=from_, layout=layout, config=config, cache=cache, adapter=adapter)
 
 
-def planned(source, to, tp, pp, ep, etp, dtype, dequantise, quantise, refine, engine_version, engine_platform, **options):
+def planned(source, to, tp, pp, ep, etp, dtype, dequantise, quantise, refine, optimizer, engine_version, engine_platform, **options):
     from reshard.api import plan
 
     return plan(
@@ -40,6 +40,7 @@ def planned(source, to, tp, pp, ep, etp, dtype, dequantise, quantise, refine, en
         dequantise=dequantise,
         quantise=quantise,
         refine=refine,
+        optimizer=optimizer,
         engine_version=engine_version,
         engine_platform=engine_platform,
         **options,
@@ -57,12 +58,32 @@ def convert(src, dst, from_, layout, config, cache, public, create_pr, include_c
     """Convert the checkpoint in SRC into DST, in another format or on another mesh. Both may be hf://ORG/NAME[@REV][/SUBDIR].
 
     To the Hub, files are written and sent one by one, with disk for one of them, and appear there in one commit."""
+    convert_or_merge(src, dst, from_, layout, config, cache, public, create_pr, include_code, base_model, **options)
+
+
+@click.command()
+@click.argument("base", type=Place())
+@click.argument("adapter", type=Place())
+@click.argument("dst", type=Place(target=True))
+@target_options
+@source_options
+@run_options
+@push_options
+def merge(base, adapter, dst, from_, layout, config, cache, public, create_pr, include_code, base_model, **options):
+    """Merge the LoRA adapter in the folder ADAPTER into the checkpoint in BASE, and write DST in any format.
+
+    Weights become base + scale·B·A while they are read: as `reshard convert` of what PEFT's merge_and_unload makes, without the model in memory.
+    """
+    convert_or_merge(base, dst, from_, layout, config, cache, public, create_pr, include_code, base_model, adapter, **options)
+
+
+def convert_or_merge(src, dst, from_, layout, config, cache, public, create_pr, include_code, base_model, adapter=None, **options):
     from reshard.hub import is_remote
 
     push = {"public": public, "create_pr": create_pr, "include_code": include_code, "base_model": base_model}
     if any(push.values()) and not is_remote(dst):
         raise click.UsageError("--public, --create-pr, --include-code and --base-model go with a destination on the Hub (hf://ORG/NAME)")
-    run_conversion(opened(src, from_, layout, config, cache), dst, push if is_remote(dst) else None, **options)
+    run_conversion(opened(src, from_, layout, config, cache, adapter), dst, push if is_remote(dst) else None, **options)
 
 
 def run_conversion(
@@ -79,6 +100,7 @@ def run_conversion(
     dequantise,
     quantise,
     refine,
+    optimizer,
     engine_version,
     engine_platform,
     rank,
@@ -98,7 +120,7 @@ def run_conversion(
     from reshard.conversion.transaction import resumed
 
     options = {"rank": rank, "jobs": jobs, "buffer": buffer, "allow_overflow": allow_overflow, "max_file": max_shard_size}
-    job = planned(source, to, tp, pp, ep, etp, dtype, dequantise, quantise, refine, engine_version, engine_platform, **options)
+    job = planned(source, to, tp, pp, ep, etp, dtype, dequantise, quantise, refine, optimizer, engine_version, engine_platform, **options)
     if push is not None and not dry_run:
         from reshard.publish.push import convert_and_push
 
@@ -131,6 +153,8 @@ def run_conversion(
         click.echo(
             f"{resumed(report)}wrote {count(files - report.resumed_files, 'file')}, {human(report.bytes_written)} in {report.seconds:.1f}s ({rate}/s): {dst}, {job.format} {job.mesh}{came}"
         )
+        if source.merges:
+            click.echo(source.merges)
         say_what_is_lost(job)
 
 
@@ -142,7 +166,7 @@ def say_what_is_lost(job) -> None:
     """Weights that the result lacks, and values that became infinite because that was allowed."""
     if job.left_out:
         click.echo(job.what_is_left_out())
-    if told := job.source.what_is_beside():
+    for told in job.what_is_beside():
         click.echo(told)
     for loss in job.casts.lost.values() if job.casts else ():
         click.echo(f"infinite now: {loss.words()}")
@@ -197,6 +221,7 @@ def plan(
     dequantise,
     quantise,
     refine,
+    optimizer,
     engine_version,
     engine_platform,
     from_,
@@ -218,7 +243,7 @@ def plan(
         source = describe_checkpoint(config, layout)
     else:
         source = opened(src, from_, layout, config)
-    job = planned(source, to, tp, pp, ep, etp, dtype, dequantise, quantise, refine, engine_version, engine_platform, rank=rank)
+    job = planned(source, to, tp, pp, ep, etp, dtype, dequantise, quantise, refine, optimizer, engine_version, engine_platform, rank=rank)
     if report:
         from reshard.pages.plan import plan_page
 

@@ -125,13 +125,14 @@ def check(name, config, as_json):
 @layouts.command("new")
 @click.argument("path", type=Place())
 @click.option("--from-transformers", is_flag=True, help="Ask transformers' model of this architecture what tensor parallelism splits.")
+@click.option("--from-vllm", is_flag=True, help="Ask vLLM's model and loader what is split, and what its parameters hold and are called.")
 @click.option("-o", "--output", type=click.Path(dir_okay=False), help="Write it there, not to the terminal.")
-def new(path, from_transformers, output):
+def new(path, from_transformers, from_vllm, output):
     """Write a descriptor of the checkpoint in PATH, which no layout explains: from its names, shapes and config.json. What a person
     must decide is marked DECIDE."""
     from reshard.authoring.draft import draft
 
-    text = draft(path, from_transformers=from_transformers)
+    text = draft(path, from_transformers=from_transformers, from_vllm=from_vllm)
     if output is None:
         click.echo(text, nl=False)
         return

@@ -83,6 +83,9 @@ def target_options(command, required=True):
         help="What that engine runs on, where names or shapes hang on it; cuda by default.",
     )(command)
     command = click.option("--dtype", type=click.Choice(["bf16", "fp16", "fp32"]), help="Store floating-point tensors as this.")(command)
+    command = click.option("--optimizer", is_flag=True, help="With the optimizer's state, where SRC has it and the format holds it.")(
+        command
+    )
     command = click.option("--dequantise", is_flag=True, help="Compute the weights of a quantised checkpoint from its codes and scales.")(
         command
     )

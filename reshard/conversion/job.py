@@ -11,12 +11,14 @@ from typing import TYPE_CHECKING, TypedDict
 
 from reshard import formats
 from reshard.checkpoint import Checkpoint, read_config
+from reshard.conversion.optimizer import Optimizer, optimizer_of
 from reshard.conversion.placing import join_to, one_rank, place
 from reshard.dtypes import DTYPE_SIZE, TABLE, USER_WORDS
 from reshard.errors import PlanError
 from reshard.formats import Folder, Target
 from reshard.formats.manifest import NAME as MANIFEST
 from reshard.formats.manifest import manifest_bytes
+from reshard.formats.peft import CONFIG as ADAPTER
 from reshard.formats.pieces import placed
 from reshard.geometry.block import Stored
 from reshard.layout import Layout, Mesh, Placement
@@ -79,6 +81,7 @@ class Job:
 
     casts: "Casts | None" = None  # counts values that become infinite, where that is allowed; None: they are refused
     not_held: tuple[Stored, ...] = ()  # tensors of the source that this format is declared to do without
+    optimizer: Optimizer | None = None  # whose state goes with the weights
 
     @property
     def bytes_read(self) -> int:
@@ -116,6 +119,12 @@ class Job:
         who = f"format {self.format} does not hold" if self.not_held else f"layout {self.source.layout.name} does not carry"
         return f"left out: {count(len(names), 'tensor')}, {human(size)}, which {who}: {some(names)}"
 
+    def what_is_beside(self) -> list[str]:
+        """What becomes of all that a trainer saved beside the model, in lines."""
+        if self.optimizer is not None:
+            return [self.optimizer.kept, *filter(None, [self.optimizer.lost])]
+        return [told] if (told := self.source.what_is_beside()) else []
+
     def ranks(self) -> list[dict[str, int]]:
         """Per destination rank: bytes it needs read, bytes of its files, bytes of its tensors."""
         written: dict[int, int] = {}
@@ -137,13 +146,14 @@ class Job:
         ]
         computed = sorted(set(self.dropped) - set(self.left_out))
         lines += [self.what_is_computed()] if self.plan.computes else []
+        lines += [source.merges] if source.merges else []
         left = self.what_is_left_out()
         lines += [left] if left else []
         if computed:
             lines.append(
                 f"dropped: {count(len(computed), 'buffer')}, {human(source.dropped_bytes - source.left_out_bytes)}: {some(computed)}"
             )
-        lines += [told] if (told := source.what_is_beside()) else []
+        lines += self.what_is_beside()
         lines += [f"padded: {some(plan.padded)}"] if plan.padded else []
         return "\n".join(lines)
 
@@ -166,7 +176,8 @@ class Job:
                 "architecture": source.architecture,
                 "mesh": mesh_json(source.mesh),
             }
-            | ({"revision": source.revision} if source.remote else {}),
+            | ({"revision": source.revision} if source.remote else {})
+            | ({"merged": source.merges} if source.merges else {}),
             "destination": {"path": path, "format": self.format, "architecture": source.architecture, "mesh": mesh_json(self.mesh)},
             "tensors": len(self.plan.destinations),
             "bytes_read": self.bytes_read,
@@ -210,33 +221,35 @@ def prepare(
     dequantise: bool = False,
     quantise: str | None = None,
     refine: bool = False,
+    optimizer: bool = False,
 ) -> Job:
     """Plan the conversion of `source`, for all ranks or for `rank` alone (replicas in the source are then not compared).
 
     `dequantise`: the weights of a quantised checkpoint are computed from their codes and scales. `quantise`: codes and scales are
     computed from weights, by a recipe (fp8). `refine`: where a cut misses the blocks of scales, these are repeated on finer blocks.
-    `allow_overflow`: a value that has no room in its new dtype becomes infinite, and is counted, instead of ending the run.
+    `optimizer`: its state goes with the weights. `allow_overflow`: a value that has no room in its new dtype becomes infinite, and is counted, instead of ending the run.
     Raises PlanError with every problem found; nothing is written.
     """
-    kind = formats.get(format)
+    kind, source = formats.get(format), source.precise(dtype)
     jobs = jobs or default_jobs(source)
     if kind.write is None:
         raise PlanError([f"format {format} is read, not written"], "dcp, transformers and hf are written for the same readers")
-    if format == "hf" and (mesh.tp, mesh.pp, mesh.ep) != (1, 1, 1):
-        raise PlanError([f"format hf is whole: it has no {mesh}"], "leave --tp, --pp and --ep out, or use --to tp")
+    if format in ("hf", "peft") and (mesh.tp, mesh.pp, mesh.ep) != (1, 1, 1):
+        raise PlanError([f"format {format} is whole: it has no {mesh}"], "leave --tp, --pp and --ep out, or use --to tp")
     placement = place(source, format, mesh, engine_version, engine_platform, dequantise, quantise, refine)
     every = kind.rules.ranks(mesh) if kind.whole else placement.ranks  # those whose files there are
     ranks = every if rank is None else [one_rank(every, mesh, rank)]
-    plan = join_to(source, placement, dtype, None if kind.whole else ranks, complete=rank is None)
+    kept = optimizer_of(source, kind, placement) if optimizer else None
+    plan = join_to(source, placement, dtype, None if kind.whole else ranks, complete=rank is None, optimizer=kept)
     without = not_held(source, placement)
     engine_version = engine_version or kind.newest
-    target = Target(placement, ranks, engine_version, max_file, mesh if kind.whole else None)
+    target = Target(placement, ranks, engine_version, max_file, mesh if kind.whole else None, kept.beside if kept else None)
     folder = kind.write(target, list(plan.destinations))
     here = placed(plan.destinations, folder.pieces, complete=rank is None)
     if all(piece.region is None for piece in folder.pieces):
         plan = plan.located(here.stored)
     else:  # tensors that the format cuts itself: each of its pieces is a destination, counted like any
-        plan = join_to(source, placement, dtype, None, rank is None, here.stored)
+        plan = join_to(source, placement, dtype, None, rank is None, here.stored, kept)
     sizes = {file.path: file.image.size for file in folder.files}
     native = native_dtypes(source, plan)
     alone = rank is not None and len(every) > 1
@@ -245,10 +258,12 @@ def prepare(
                                             engine_platform)  # fmt: skip
     quantisation = placement.layout.quantisation
     requantised = bool(quantisation) and quantisation != source.layout.quantisation
-    if (dtype or dequantise or requantised) and source.config_path:
-        config = dict(read_config(source.config_path))
-        if dequantise or requantised:
-            config = without_quantisation(config) | ({"quantization_config": told_config(quantisation)} if requantised else {})
+    anew = (dtype or dequantise or requantised) and source.config_path and source.adapter is None
+    told = source.made or (read_config(source.config_path) if anew and source.config_path else None)
+    if told:
+        config = without_quantisation(told) if dequantise or requantised else dict(told)
+        if requantised:
+            config["quantization_config"] = told_config(quantisation)
         if dtype:
             key = "dtype" if "dtype" in config or "torch_dtype" not in config else "torch_dtype"
             config[key] = TABLE[USER_WORDS[dtype]].torch
@@ -258,7 +273,7 @@ def prepare(
     peak = peak_buffer(plan, jobs, buffer) if fetched is None else peak_of_fetching(workers(jobs, buffer))
     seen = {str(path): identity(path.stat()) for path in companions.values() if isinstance(path, Path)}
     return Job(source, format, target.mesh, placement.layout, plan, folder, companions, engine_version, engine_platform, dtype, peak, fetched, rank if alone else None, max_file, seen,
-               counting(allow_overflow), without)  # fmt: skip
+               counting(allow_overflow), without, kept)  # fmt: skip
 
 
 class LeftOut(TypedDict):
@@ -318,9 +333,15 @@ def native_dtypes(source: Checkpoint, plan: Plan) -> dict[str, str]:
 
 def companion_files(source: Checkpoint) -> dict[str, AnyPath]:
     """config.json, tokenizer and their like: name in the destination → file at the source."""
+    if source.adapter is not None:  # its config.json is its base's
+        return {
+            path.name: path
+            for path in sorted(source.path.iterdir())
+            if path.name == ADAPTER or (is_side_file(path.name) and path.name != "config.json")
+        }
     folder = source.config_path.parent if source.config_path else source.path
     # code that nobody here asked for is not taken from the Hub
     found = {path.name: path for path in folder.iterdir() if is_side_file(path.name, code=not source.remote) and path.is_file()}
-    if source.config_path:
+    if source.config_path and not source.made:
         found["config.json"] = source.config_path
     return dict(sorted(found.items()))

@@ -1,6 +1,7 @@
 """Where a format puts a model's tensors on a mesh, and the plan that fills those places from a checkpoint."""
 
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from reshard import formats
 from reshard.checkpoint import Checkpoint
@@ -11,9 +12,12 @@ from reshard.layout import Entry, Layout, Mesh, Placement, Rank
 from reshard.layout.check import omitted, refuse_unheld
 from reshard.layout.quantise import quantising, refinements
 from reshard.layout.transforms import values_of
-from reshard.planner.make import plan
+from reshard.planner.make import LOST, plan
 from reshard.planner.plan import Plan
 from reshard.planner.values import bare
+
+if TYPE_CHECKING:
+    from reshard.conversion.optimizer import Optimizer
 
 
 def place(
@@ -49,6 +53,15 @@ def place(
 
 def _stored_as(source: Checkpoint, kind: formats.Format, dequantise: bool, quantise: str | None) -> Layout:
     layout = source.layout
+    if ("model" if source.adapter is None else "adapter") not in kind.holds:
+        what, way = (
+            ("LoRA adapters", "--to hf")
+            if source.adapter is None
+            else ("whole models", "--to peft, tp or dcp; or merge it: reshard merge BASE ADAPTER DST --to …")
+        )
+        raise PlanError(
+            [f"format {kind.name} holds {what}, and {source.path} is {'none' if source.adapter is None else 'an adapter'}"], f"use {way}"
+        )
     if quantise and layout.plain is not None:
         raise PlanError([f"{source.path} is quantised already, as {layout.scheme}"], "dequantise it first, into a folder of its own")
     if quantise:
@@ -78,15 +91,13 @@ def on_mesh(
         raise PlanError([f"ep={mesh.ep}, but {source.layout.name} is a model without experts"], "leave out --ep")
     version = kind.release(engine_version) if engine_version is not None else None
     kind.check_platform(engine_platform)
-    if kind.whole:
-        if mesh != Mesh(mesh.tp):
-            raise PlanError(
-                [f"format {format} deals each tensor's rows out to ranks, which have no {mesh}"], "say how many with --tp, and nothing else"
-            )
-        mesh = Mesh()
-    placement = Placement(
-        layout, section.for_version(version).spelled(kind.forms), kind.rules, mesh, engine=version, platform=engine_platform
-    )
+    section = section.for_version(version).spelled(kind.forms)
+    over = mesh if kind.whole else None
+    if over:
+        kind.rules.ranks(over)  # which refuses a mesh that the format has no ranks for
+    placement = Placement(layout, section, kind.rules, Mesh() if over else mesh, over=over, engine=version, platform=engine_platform)
+    if kind.stacks and placement.alike("layer"):
+        placement = placement.trial(section=section.stacked())
     refuse_unheld(placement, kind.section)
     return placement
 
@@ -113,33 +124,47 @@ def join_to(
     ranks: list[Rank] | None = None,
     complete: bool = True,
     cut: list[Stored] | None = None,
+    optimizer: "Optimizer | None" = None,
 ) -> Plan:
-    """The plan that fills `placement` (or some of its ranks, or what was `cut` of its tensors) from `source`."""
+    """The plan that fills `placement` (or some of its ranks, or what was `cut` of its tensors) from `source`; with an `optimizer`'s state."""
     if dtype is not None and dtype not in USER_WORDS:
         raise PlanError([f"unknown dtype {dtype!r}"], f"use one of {', '.join(USER_WORDS)}")
     destinations = list(placement.stored(ranks)) if cut is None else cut
     if placement.problems:
         raise PlanError(placement.problems, split_hint(placement))
-    keep = [t.name for t in source.layout.descriptor.tensors.values() if t.dtype]
+    if optimizer and cut is None:
+        destinations = [*optimizer.named(destinations), *optimizer.destinations]
+    more = optimizer.sources if optimizer else []
+    keep = [t.name for t in source.layout.descriptor.tensors.values() if t.dtype] + [part.first[0] for s in more for part in s.parts]
+    shapes = optimizer.shapes if optimizer else {}
     known = source.layout.descriptor.tensors
     held = (s.entry for s in source.stored if isinstance(s.entry, Entry) and s.entry.transform)
-    return plan(
-        source.stored,
-        destinations,
-        cast=USER_WORDS.get(dtype or ""),
-        keep=keep,
-        native=source.native,
-        sizes=lambda key: (source.layout if bare(key[0]) in known else placement.layout).shape_of(key),
-        omitted=omitted(placement, source.layout),
-        complete=complete,
-        check=complete,
-        values={
-            **source.layout.values,
-            **source.layout.made,
-            **placement.layout.made,
-            **values_of(placement.layout, dict.fromkeys((*held, *placement.section.entries))),
-        },
-    )
+    try:
+        return plan(
+            [*source.stored, *more],
+            destinations,
+            cast=USER_WORDS.get(dtype or ""),
+            keep=keep,
+            native=source.native,
+            sizes=lambda key: (
+                shapes[key[0]] if key[0] in shapes else (source.layout if bare(key[0]) in known else placement.layout).shape_of(key)
+            ),
+            omitted=omitted(placement, source.layout),
+            complete=complete,
+            check=complete,
+            values={
+                **source.layout.values,
+                **source.layout.made,
+                **placement.layout.made,
+                **values_of(placement.layout, dict.fromkeys((*held, *placement.section.entries))),
+            },
+        )
+    except PlanError as error:
+        if error.hint is None and any(LOST in problem for problem in error.problems):
+            own = placement.layout.descriptor
+            hint = f"in {own.path or f'a descriptor that extends {own.name}'}, give it a name in the destination's table, or say there that it is left out: omit = true"
+            raise PlanError(list(error.problems), hint) from None
+        raise
 
 
 def split_hint(placement: Placement) -> str:

@@ -1,6 +1,7 @@
-"""Floats of one dtype as those of another, and what is lost by it: a finite value that the smaller one has no room for.
+"""Numbers of one dtype as those of another, and what is lost by it: a finite value that the smaller one has no room for.
 
-Rounding is what a cast is for. Infinity in the place of a number is not: it is refused, or counted where it was allowed.
+Rounding is what a cast is for. Infinity in the place of a number is not: it is refused, or counted where it was allowed. A whole
+number that has no room is refused always: another would stand in its place.
 """
 
 import threading
@@ -24,7 +25,8 @@ def cast(view: np.ndarray, src: str, dst: str) -> np.ndarray:
     if src == dst:
         return view
     with np.errstate(over="ignore", invalid="ignore"):  # what no longer fits is counted, not warned of
-        return np.ascontiguousarray(view).view(numbers_of(src)).astype(numbers_of(dst)).view(words_of(DTYPE_SIZE[dst]))
+        flat = np.ascontiguousarray(view).view(numbers_of(src)).astype(numbers_of(dst)).view(words_of(DTYPE_SIZE[dst]))
+        return flat.reshape(view.shape)  # which may be of no dimension
 
 
 @dataclass
@@ -37,7 +39,8 @@ class Loss:
     largest: float = 0.0
 
     def words(self, at_least: str = "") -> str:
-        return f"{where(self.stored)}: {at_least}{self.values:,} values of up to {self.largest:.6g} do not fit {self.dtype}, which ends at {TABLE[self.dtype].largest:.6g}"
+        ends = TABLE[self.dtype].largest or int(np.iinfo(numbers_of(self.dtype)).max)
+        return f"{where(self.stored)}: {at_least}{self.values:,} values of up to {self.largest:.6g} do not fit {self.dtype}, which ends at {ends:.6g}"
 
 
 @dataclass
@@ -59,7 +62,11 @@ class Casts:
         """``cast`` of the words of `copy`. `counted` are the source boxes that were counted already, for other destinations."""
         src, dst = copy.src.dtype, copy.dst.dtype
         out = cast(view, src, dst)
-        if src != dst and TABLE[src].largest > TABLE[dst].largest and _not_finite(out, dst):
+        if src != dst and (
+            _other_number(view, out, src, dst)
+            if TABLE[src].kind == "int"
+            else TABLE[src].largest > TABLE[dst].largest and _not_finite(out, dst)
+        ):
             at = copy.src.id, copy.key, copy.move.box
             if at not in counted:
                 counted.add(at)
@@ -67,15 +74,16 @@ class Casts:
         return out
 
     def _count(self, copy: Copy, view: np.ndarray, out: np.ndarray) -> None:
-        values = np.abs(numbers(view, copy.src.dtype))
-        lost = np.isfinite(values) & ~np.isfinite(numbers(out, copy.dst.dtype))
+        whole = TABLE[copy.src.dtype].kind == "int"
+        values, others = np.abs(numbers(view, copy.src.dtype)), numbers(out, copy.dst.dtype)
+        lost = values != np.abs(others) if whole else np.isfinite(values) & ~np.isfinite(others)
         if not lost.any():
             return
         with self._lock:
             loss = self.lost.setdefault(copy.key, Loss(copy.src, copy.dst.dtype))
             loss.values += int(np.count_nonzero(lost))
             loss.largest = max(loss.largest, float(values[lost].max()))
-            if not self.allow:
+            if whole or not self.allow:
                 raise refused([loss], "at least ")
 
 
@@ -84,6 +92,11 @@ def refused(losses: Iterable[Loss], at_least: str = "") -> CastError:
     return CastError(
         text, "use --dtype bf16 or fp32, which have room for them; --allow-overflow (allow_overflow) writes infinity in their place"
     )
+
+
+def _other_number(words: np.ndarray, out: np.ndarray, src: str, dst: str) -> bool:
+    """Whether any of a whole number's words is another number as `dst`."""
+    return not np.array_equal(words.view(numbers_of(src)), out.view(numbers_of(dst)))
 
 
 def _not_finite(words: np.ndarray, dtype: str) -> bool:

@@ -142,13 +142,15 @@ def _fill(copies: list[Copy], windows: Windows, write: Callable[[Stored, int, me
         for copy, view in zip(copies, views):
             scatter(view, copy.move.dst_offset, copy.move.dst_strides, dst, write)
         return
-    buffer = np.frombuffer(space.take((high - low) * width), words_of(width))
+    room = getattr(write, "room", None)
+    buffer = np.frombuffer(room(dst, low, high - low) if room else space.take((high - low) * width), words_of(width))
     for copy, view in zip(copies, views):
         place = np.lib.stride_tricks.as_strided(
             buffer[copy.move.dst_offset - low :], view.shape, [s * width for s in copy.move.dst_strides]
         )
         np.copyto(place, view)
-    write(dst, low, _bytes(buffer))
+    if not room:
+        write(dst, low, _bytes(buffer))
 
 
 def _bytes(array: np.ndarray) -> memoryview:

@@ -36,7 +36,8 @@ _PIECE = 1 << 20  # bytes: of a run, at a time; they stay in a core's own cache
 def run_tile(
     tile: Tile, source: Source | InMemory, write: Callable[[Stored, int, memoryview], None], space: Workspace, casts: "Casts | None" = None
 ) -> int:
-    """Move one tile. `write(stored, element, bytes)` stores a contiguous run. Returns bytes read from the source."""
+    """Move one tile. `write(stored, element, bytes)` stores a contiguous run. Where it has `room(stored, element, size)`, the memory in which
+    these elements lie, they are put straight there. Returns bytes read from the source."""
     if tile.computed:
         from reshard.executor.compute import compute
 
@@ -100,8 +101,13 @@ def _pass_on(runs: list[Runs], source: Source | InMemory, write: Callable[[Store
     for run_ in runs:
         width = DTYPE_SIZE[run_.src.dtype]
         step = _PIECE // width
-        buffer = space.take(min(run_.size, step) * width)
+        room = getattr(write, "room", None) if len(run_.copies) == 1 else None
+        buffer = space.take(min(run_.size, step) * width) if room is None else memoryview(b"")
         for i, start in enumerate(run_.starts):
+            if room is not None:
+                [(dst, places)] = run_.copies
+                source.read(run_.src, start, room(dst, places[i], run_.size))
+                continue
             for at in range(0, run_.size, step):
                 piece = buffer[: min(step, run_.size - at) * width]
                 source.read(run_.src, start + at, piece)

@@ -242,9 +242,12 @@ def log_minus(given: Given) -> Array:
 
 
 def merged(given: Given) -> Array:
-    """A weight and a low-rank update of it: W + factor · B·A."""
-    base, a, b = (array.astype(np.float32) for array in given.arrays)
-    return base + np.float32(given.settings["factor"]) * (b @ a)
+    """A weight and a low-rank update of it: W + factor · R·C; the operands are W, C (the rank, and W's last axes) and R (W's first axes, and the rank)."""
+    base, columns, rows = (array.astype(np.float32) for array in given.arrays)
+    update = rows.reshape(-1, rows.shape[-1]) @ columns.reshape(columns.shape[0], -1)
+    update *= np.float32(given.settings["factor"])
+    base += update.reshape(base.shape)
+    return base
 
 
 def repeated(given: Given) -> Array:

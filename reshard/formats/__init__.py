@@ -5,17 +5,27 @@ A format reads a folder into ``Contents`` (which tensors lie where, on which mes
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib import import_module
 
 from reshard.errors import FormatError, LayoutError, PlanError
 from reshard.foreign import quote
 from reshard.formats.pieces import Piece
 from reshard.geometry.block import Stored
-from reshard.layout import PLATFORMS, Layout, Mesh, Placement, Rank, Rules, parse_version
+from reshard.layout import PLATFORMS, Layout, Mesh, Placement, Rank, Rules, Section, parse_version
 from reshard.registry import FORMATS
 from reshard.stores import FileImage
 from reshard.stores.files import AnyPath
+
+
+@dataclass(frozen=True)
+class States:
+    """What a trainer saved beside the model. `pieces` bear torch's names, ``…state.PARAMETER.exp_avg``; `others` are the bytes of what is no
+    tensor, by name; `paths` are the keys of the saved state by which a name is reached, where that is known."""
+
+    pieces: list[Piece]
+    others: Mapping[str, bytes] = field(default_factory=dict)
+    paths: Mapping[str, tuple[str | int, ...]] = field(default_factory=dict)
 
 
 @dataclass
@@ -24,7 +34,8 @@ class Contents:
 
     `stages` is the layers of each pipeline stage where the files show them. `settings` is what each file says of the model's
     sizes. `nested`: names may stand below keys of a larger state, beside what is no model's.
-    `writer`: the program that wrote the files, where they show it.
+    `writer`: the program that wrote the files, where they show it. `masters` reads the same tensors as an optimizer holds them, in
+    fp32, where the folder has both.
     """
 
     mesh: Mesh
@@ -36,6 +47,8 @@ class Contents:
     settings: Mapping[str, Mapping[str, object]] = field(default_factory=dict)
     nested: bool = False
     writer: str | None = None
+    states: Callable[[], States] | None = None  # of an optimizer, read when they are asked for
+    masters: "Callable[[], Contents] | None" = None
 
 
 @dataclass(frozen=True)
@@ -73,14 +86,26 @@ class Format:
     others: tuple[str, ...] = ()  # tables whose names its files may bear as well
     whole: bool = False  # cuts whole tensors itself, over as many ranks as the mesh's tp, where others have each rank placed
     forms: tuple[str, ...] = ()  # of the descriptors' alternatives, those that it writes: the names of a model in memory
+    stacks: bool = False  # all layers of a name may be one tensor, and are where they are alike
     usage: str = ""  # a command or Python that loads a folder of it: {folder}, {repo}, {id}, {tp}, {pp}
+    holds: tuple[str, ...] = ("model",)  # what its folders may be: whole models, LoRA adapters
+    states: bool = False  # whether its folders may hold an optimizer's state, too
+    settings: tuple[str, Callable[[AnyPath], dict[str, object]]] | None = None  # its own config: the file, and that as a config.json
+    platforms: bool = False  # its engine wants other tensors on other platforms
     small: tuple[str, ...] = ()  # names of files beside the weights without which a folder of this format is not whole
+
+    def section_of(self, layout: Layout, name: str | None = None) -> Section:
+        """The table of `layout` that its files follow (`name`: another of those whose names they may bear), in all its spellings."""
+        section = layout.section(name or self.section)
+        every = (section, *section.prefixes)
+        return replace(section, prefixes=(*every[1:], *(each.stacked() for each in every))) if self.stacks else section
 
     def release(self, version: str) -> tuple[int, ...]:
         """The engine's release that `version` names, if its tensors' names are known. Raises PlanError or LayoutError."""
         if self.newest is None:
             raise PlanError(
-                [f"--engine-version {quote(version)} has no meaning for format {self.name}"], "it goes with --to vllm and --to sglang"
+                [f"--engine-version {quote(version)} has no meaning for format {self.name}"],
+                "it goes with --to vllm, --to sglang and --to meta",
             )
         release, oldest, newest = parse_version(version), parse_version(self.oldest), parse_version(self.newest)
         if release[: len(newest)] > newest or release < oldest[: len(release)]:
@@ -90,7 +115,7 @@ class Format:
 
     def check_platform(self, platform: str | None) -> None:
         """Raises PlanError for a platform that no engine runs on, or where none matters."""
-        if platform is not None and (self.newest is None or platform not in PLATFORMS):
+        if platform is not None and not (self.platforms and platform in PLATFORMS):
             raise PlanError(
                 [f"--engine-platform {quote(platform)} has no meaning for format {self.name}"],
                 f"it is {', '.join(PLATFORMS[:-1])} or {PLATFORMS[-1]}, with --to vllm and --to sglang",
@@ -106,6 +131,7 @@ class Target:
     engine_version: str | None = None
     max_file: int | None = None  # bytes; None: what is usual for the format
     over: Mesh | None = None  # whose ranks the files are, of a format that cuts whole tensors itself
+    beside: States | None = None  # of an optimizer's state: what is no tensor, and its paths
 
     def by_rank(self, stored: list[Stored]) -> list[tuple[Rank, dict[str, Stored]]]:
         """Each rank that is written, with its tensors by name."""

@@ -135,7 +135,16 @@ def constant_bytes(value: float, dtype: str) -> bytes:
 def _format(name: str, oldest: str, newest: str) -> Format:
     recognise = _recognise if name == "vllm" else lambda folder, names: False  # the two look alike; --from tells
     return Format(
-        name, name, Rules(grid, uneven_stages), recognise, partial(_read, name), partial(_write, name), newest, oldest, usage=_USAGE[name]
+        name,
+        name,
+        Rules(grid, uneven_stages),
+        recognise,
+        partial(_read, name),
+        partial(_write, name),
+        newest,
+        oldest,
+        platforms=True,
+        usage=_USAGE[name],
     )
 
 

@@ -1,11 +1,13 @@
-"""``fsdp``: one pickle of DTensors per rank, as verl writes its actors and Accelerate its models without DCP. Read, not written.
+"""``fsdp``: one pickle of DTensors (FSDP1: ShardedTensors, or flat parts) per rank, as verl writes its actors and Accelerate its models without DCP. Read, not written.
 
 ``model_world_size_W_rank_R.pt`` (verl, config.json in ``huggingface/``) or ``pytorch_model_fsdp_0_rankR.bin``. A DTensor tells its whole
-size, its rank's place in the device mesh and how that cuts it; a plain tensor is whole on every rank. Sources: verl 0.9
+size, its rank's place in the device mesh and how that cuts it, a ShardedTensor its boxes. A plain tensor is whole on every rank; but where
+no rank has one of the others, each has a flat part, the lower rank the earlier one (FSDP1's local state with original parameters). Sources: verl 0.9
 ``fsdp_checkpoint_manager.py``, accelerate 1.15 ``fsdp_utils.py``, torch 2.13 ``DTensor``.
 """
 
 import re
+from collections import defaultdict
 from collections.abc import Iterator
 from itertools import product
 from math import prod
@@ -18,15 +20,17 @@ from reshard.formats import Contents, Format
 from reshard.formats.hf import torch_tree
 from reshard.formats.pieces import Piece
 from reshard.geometry.block import row_major
-from reshard.geometry.regions import Chunk, intervals
+from reshard.geometry.regions import Chunk, FlatRange, intervals
 from reshard.layout import Mesh, Rules
 from reshard.layout.mesh import even_stages, grid
 from reshard.stores import TensorInfo
-from reshard.stores.torch_names import Sharded
+from reshard.stores.torch_names import Sharded, Shards
 from reshard.text import some
 
 _VERL = re.compile(r"model_world_size_([0-9]{1,6})_rank_([0-9]{1,6})\.pt")
 _ACCELERATE = re.compile(r"pytorch_model_fsdp_0_rank([0-9]{1,6})\.bin")
+#: what FSDP1 calls all parameters of a module in one
+_FLAT = ("_flat_param", "flat_param")
 _COPY = "copy the folder again, whole"
 
 
@@ -49,18 +53,42 @@ def _read(folder: Path) -> Contents:
     missing = [str(rank) for rank in range(world) if rank not in files]
     if missing or len(files) > world:
         raise FormatError(f"{folder} holds {len(files)} of the files of {world} ranks; missing: rank {some(missing)}", _COPY)
-    pieces: list[Piece] = []
+    trees = {}
     for rank, name in sorted(files.items()):
-        tree = torch_tree(folder / name)
+        tree = trees[rank] = torch_tree(folder / name)
         if not isinstance(tree, dict):
             raise FormatError(f"{folder / name} holds no state dict but a {type(tree).__name__}")
+        odd = next(
+            (key for key, value in tree.items() if isinstance(value, (dict, list, tuple)) and not isinstance(value, TensorInfo)), None
+        )
+        if odd is not None:
+            raise FormatError(f"{folder / name} holds a {type(tree[odd]).__name__} under {quote(repr(odd))}, expected tensors by name")
+        flat = [key for key in tree if isinstance(key, str) and key.rpartition(".")[2] in _FLAT]
+        if len(flat) == len(tree):
+            raise FormatError(f"{folder / name} holds {quote(flat[0])}, all parameters of a module one after another, and not in which order",
+                              "load it as it was saved, and save it with StateDictType.SHARDED_STATE_DICT")  # fmt: skip
+        for key in flat:  # the same elements once more, beside each parameter's own
+            del tree[key]
+    pieces: list[Piece] = []
+    flat_parts = world > 1 and not any(isinstance(value, (Sharded, Shards)) for tree in trees.values() for value in tree.values())
+    begins: dict[str, int] = defaultdict(int)
+    for rank, tree in trees.items():
         for key, value in tree.items():
-            if isinstance(value, TensorInfo) and isinstance(key, str):
-                pieces.append(Piece(name, value.offset, value.dtype, value.shape, key, 0, None, value.strides, rank))
-            elif isinstance(value, Sharded) and isinstance(key, str):
-                pieces += _pieces(folder / name, key, value, rank, world)
-            elif isinstance(value, (dict, list, tuple)):
-                raise FormatError(f"{folder / name} holds a {type(value).__name__} under {quote(repr(key))}, expected tensors by name")
+            if not isinstance(key, str):
+                continue
+            if isinstance(value, Shards):
+                boxes = [(at, Chunk(offsets), value.size) for at, offsets in value.local]
+            elif isinstance(value, Sharded):
+                pieces += _pieces(folder / files[rank], key, value, rank, world)
+                continue
+            elif isinstance(value, TensorInfo):
+                boxes = [(value, FlatRange(begins[key]) if flat_parts and len(value.shape) == 1 else None, None)]
+                begins[key] += prod(value.shape)
+            else:
+                continue
+            pieces += [
+                Piece(files[rank], at.offset, at.dtype, at.shape, key, 0, region, at.strides, rank, size) for at, region, size in boxes
+            ]
     return Contents(Mesh(), pieces, nested=True, writer="verl" if verl else "Accelerate (HF Trainer, Axolotl)")
 
 

@@ -37,7 +37,7 @@ _MIXED = "files of several checkpoints were mixed"
 def _recognise(folder: AnyPath, names: set[str]) -> bool:
     if any(FOLDER.fullmatch(name) for name in names):
         return True
-    root = _tracked(folder) if TRACKER in names else None
+    root = tracked(folder) if TRACKER in names else None
     return root is not None and (not root.is_dir() or _has_ranks(root))  # torch_dist has the same tracker, other files
 
 
@@ -45,7 +45,7 @@ def _has_ranks(root: AnyPath) -> bool:
     return any(FOLDER.fullmatch(path.name) for path in root.iterdir())
 
 
-def _tracked(folder: AnyPath) -> AnyPath | None:
+def tracked(folder: AnyPath) -> AnyPath | None:
     """The folder that `folder`'s tracker names, which may be missing; None where there is no tracker."""
     tracker = folder / TRACKER
     if not tracker.is_file() or tracker.stat().st_size > 100:
@@ -60,7 +60,7 @@ def _root(folder: AnyPath) -> AnyPath:
     """The folder that holds mp_rank_…: `folder`, or the one that its tracker names."""
     if _has_ranks(folder):
         return folder
-    root = _tracked(folder)
+    root = tracked(folder)
     if root is not None and not root.is_dir():
         there = sorted(path.name for path in folder.iterdir() if path.is_dir() and _has_ranks(path))
         hint = f"here are: {', '.join(there)}; write the one you mean into {TRACKER}" if there else "copy the checkpoint again, whole"
@@ -97,7 +97,7 @@ def _read(folder: AnyPath) -> Contents:
     return Contents(virtual, pieces, manifest and manifest.get("layout"), stages=stages, settings=settings)
 
 
-def _disagreements(layout: Layout, contents: Contents) -> list[str]:
+def disagreements(layout: Layout, contents: Contents) -> list[str]:
     """Sizes that the files' args state otherwise than config.json: by equal products, they would scramble rows unseen."""
     told = {file: table for file, table in contents.settings.items() if table}
     if not told:
@@ -239,7 +239,7 @@ FORMAT = Format(
     _recognise,
     _read,
     _write,
-    disagreements=_disagreements,
+    disagreements=disagreements,
     small=(TRACKER,),
     usage="--load {folder} --ckpt-format torch --use-checkpoint-args --tensor-model-parallel-size {tp} --pipeline-model-parallel-size {pp}",
 )

@@ -14,6 +14,7 @@ from reshard.geometry.block import Stored
 from reshard.layout import Layout, Section
 from reshard.layout.bound import Scope
 from reshard.layout.expressions import evaluate
+from reshard.layout.mesh import expert_cut
 
 #: name → expression over config.json, over _scope, and over the layout's axes; a descriptor's [megatron.args] adds to it
 ARGS = {
@@ -61,11 +62,11 @@ def megatron_args(target: Target, stored: list[Stored]) -> dict[str, object]:
     first = target.placement.stored(target.placement.ranks[:1])  # which need not be among those that are written
     padded = next((s for s in first if s.entry and s.entry.pad), None)
     if padded is not None:
-        out["padded_vocab_size"] = padded.shape[0] * mesh.tp
+        out["padded_vocab_size"] = padded.shape[0] * target.placement.mesh.tp
     dtype = next((s.dtype for s in stored if s.dtype in ("BF16", "F16")), None)
     return out | {
         "tensor_model_parallel_size": mesh.tp, "pipeline_model_parallel_size": mesh.pp,
-        "expert_model_parallel_size": mesh.ep, "expert_tensor_parallel_size": target.placement.etp,
+        "expert_model_parallel_size": mesh.ep, "expert_tensor_parallel_size": expert_cut(mesh, target.placement.rules.ranks(mesh)),
         "virtual_pipeline_model_parallel_size": None, "num_layers_per_virtual_pipeline_stage": None,
         "ckpt_format": "torch", "use_distributed_optimizer": False, "bf16": dtype == "BF16", "fp16": dtype == "F16",
     }  # fmt: skip
@@ -119,7 +120,7 @@ def _scope(layout: Layout) -> dict[str, object]:
         "max_position_embeddings": 4096, "rms_norm_eps": 1e-5, "partial_rotary_factor": rope.get("partial_rotary_factor") or 1,
         "norm_topk_prob": False, "n_group": 1, "topk_group": 1, "routed_scaling_factor": 1, "swiglu_limit": 7, "rope_theta": rope.get("rope_theta") or 10000, "sliding_window": None,
         **config,
-        "rope": rope,
+        "rope": rope, "absent": sorted(layout.absent),
         "windowed": bool(config.get("sliding_window") and config.get("use_sliding_window", True) and (any(sliding) or not sliding)),
         "window_layers": [int(flag) for flag in sliding] if any(sliding) and not all(sliding) else None,
         "unrotated_layers": [int(not flag) for flag in rotated] if not all(rotated) else None,

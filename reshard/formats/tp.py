@@ -142,5 +142,6 @@ FORMAT = Format(
     _recognise,
     _read,
     _write,
+    holds=("model", "adapter"),
     usage='import reshard\n\nstate = reshard.load("hf://{id}", format="tp", tp={tp}, rank=0)',
 )

@@ -15,7 +15,7 @@ from reshard.formats.shards import NOTE, metadata_of, name_of, noted, read_shard
 from reshard.geometry.block import Stored
 from reshard.geometry.regions import Chunk
 from reshard.layout import Mesh, Rules
-from reshard.layout.mesh import even_stages, grid
+from reshard.layout.mesh import even_stages, rows
 from reshard.stores import safetensors
 
 
@@ -58,11 +58,11 @@ def _write(target: Target, stored: list[Stored]) -> Folder:
 FORMAT = Format(
     "transformers",
     "hf",
-    Rules(grid, even_stages, even=False),
+    Rules(rows, even_stages, even=False),
     _recognise,
     _read,
     _write,
     whole=True,
-    forms=("memory", "stacked"),
+    forms=("memory", "stacked", "twice"),
     usage="from transformers import AutoModelForCausalLM\n\nmodel = AutoModelForCausalLM.from_pretrained({repo})",
 )

@@ -33,37 +33,9 @@ def _all(*wanted: str) -> Callable[[Names], bool]:
 #: asked in this order, the more particular first
 KINDS = (
     Kind(
-        "a Megatron torch_dist checkpoint",
-        "save it once with `--ckpt-format torch`, and name that folder",
-        _all(r"metadata\.json", r".*\.distcp|\.metadata"),
-    ),
-    Kind(
-        "a Megatron torch_dist checkpoint",
-        "save it once with `--ckpt-format torch`, and name that folder",
-        _all(r"common\.pt", r".*\.distcp|\.metadata"),
-    ),
-    Kind(
-        "a DeepSpeed checkpoint",
-        "gather it with the `zero_to_fp32.py` that DeepSpeed left beside it, `python zero_to_fp32.py . OUT`, and name OUT",
-        _any(
-            r"(?:bf16_|fp16_)?zero_pp_rank_\d+_mp_rank_\d+_(?:model|optim)_states\.pt|mp_rank_\d+_model_states\.pt|layer_\d+-model_.*\.pt"
-        ),
-    ),
-    Kind(
-        "a checkpoint in Meta's own layout",
-        "convert it with transformers' `convert_llama_weights_to_hf.py`, and name what that writes",
-        _any(r"consolidated\.\d+\.pth"),
-    ),
-    Kind(
-        "a checkpoint in Mistral's own layout",
-        "download the repository's model-….safetensors and config.json, or convert it with transformers' "
-        "`convert_mistral_weights_to_hf.py`",
-        _all(r"consolidated.*\.safetensors", r"params\.json"),
-    ),
-    Kind(
-        "a LoRA adapter, not a whole model",
-        "merge it first: `PeftModel.from_pretrained(model, DIR).merge_and_unload().save_pretrained(OUT)`",
-        _any(r"adapter_config\.json|adapter_model\.(?:safetensors|bin)"),
+        "a LoRA adapter without its weights",
+        "copy it again, whole: adapter_model.safetensors stands beside adapter_config.json",
+        _any(r"adapter_config\.json"),
     ),
     Kind(
         "a folder of GGUF files",
@@ -72,9 +44,41 @@ KINDS = (
     ),
     Kind("a diffusers pipeline", "reshard moves language models; name a folder of one of those inside", _any(r"model_index\.json")),
     Kind(
+        "a NeMo 2 checkpoint",
+        "name the folder weights inside, with the model's config.json (--config)",
+        _all("context", "weights"),
+    ),
+    Kind(
         "a NeMo checkpoint",
         "export it with NeMo's own export to Hugging Face, and name what that writes",
         _any(r".*\.nemo|model_weights|model_config\.yaml"),
+    ),
+    Kind(
+        "a folder of TensorRT engines, which are programs for one kind of GPU",
+        "name the checkpoint that they were built from",
+        _any(r".*\.(?:engine|plan)"),
+    ),
+    Kind(
+        "a TensorRT-LLM checkpoint",
+        "name the Hugging Face checkpoint that it was converted from",
+        _all(r"rank\d+\.safetensors", r"config\.json"),
+    ),
+    Kind(
+        "a folder of Lightning checkpoints",
+        "save the model's part of one, `torch.save(torch.load(FILE, weights_only=True)['state_dict'], 'DIR/pytorch_model.bin')`, and name DIR "
+        "with its config.json",
+        _any(r".*\.ckpt"),
+    ),
+    Kind(
+        "an Orbax checkpoint of JAX",
+        "export it to Hugging Face with the trainer's own script (MaxText: `to_huggingface`), and name what that writes",
+        _any(r"manifest\.ocdbt|_CHECKPOINT_METADATA|ocdbt\.process_\d+"),
+    ),
+    Kind("an MLX model", "name the Hugging Face checkpoint that it was converted from", _any(r"weights(?:\.\d+)?\.npz")),
+    Kind(
+        "a repository in the Hub's cache",
+        "name one of its snapshots, snapshots/COMMIT, or the repository as hf://ORG/NAME",
+        _all("blobs", "snapshots"),
     ),
     Kind(
         "a TensorFlow, Flax or ONNX model",
@@ -86,6 +90,22 @@ KINDS = (
 _FILES = {
     ".gguf": ("a GGUF file", "reshard reads folders of Hugging Face and engine checkpoints: name the original model's instead"),
     ".nemo": ("a NeMo archive", "export it with NeMo's own export to Hugging Face, and name what that writes"),
+    ".ckpt": (
+        "a Lightning checkpoint",
+        "save its model alone, `torch.save(torch.load(FILE, weights_only=True)['state_dict'], 'DIR/pytorch_model.bin')`, and name DIR",
+    ),
+    ".engine": ("a TensorRT engine", "name the checkpoint that it was built from"),
+    ".plan": ("a TensorRT engine", "name the checkpoint that it was built from"),
+    ".onnx": ("an ONNX model", "name the checkpoint that it was exported from"),
+    ".npz": ("an archive of numpy arrays", "name the checkpoint that it was made from"),
+    ".h5": (
+        "a TensorFlow model",
+        "save it with `AutoModelForCausalLM.from_pretrained(DIR, from_tf=True).save_pretrained(OUT)`, and name OUT",
+    ),
+    ".msgpack": (
+        "a Flax model",
+        "save it with `AutoModelForCausalLM.from_pretrained(DIR, from_flax=True).save_pretrained(OUT)`, and name OUT",
+    ),
     ".safetensors": ("a single file", "name the folder that holds it"),
     ".json": ("a single file", "name the folder that holds it"),
     ".distcp": ("one file of a torch DCP checkpoint", "name the folder that holds it and its .metadata"),
@@ -96,6 +116,7 @@ _FILES = {
 #: subfolders of one training run, by the number of their step
 _STEP = re.compile(r"(?:checkpoint|step|global_step|iter|epoch|ckpt)[-_]?([0-9]{1,15})(?:_.*)?", re.ASCII)
 _LISTED = 5
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth")
 
 
 def refuse_file(path: AnyPath) -> FormatError:
@@ -118,6 +139,8 @@ def refuse_folder(folder: AnyPath, names: Names) -> FormatError:
         return FormatError(
             f"{folder} {what}, in {', '.join(quote(n) for _, _, n in steps[-_LISTED:])}", f"name one of them; the newest is {folder / name}"
         )
+    if "config.json" in names and not any(name.endswith(_WEIGHTS) for name in names):
+        return FormatError(f"{folder} holds a config.json and no weights", "download the weights too, or name the folder that holds them")
     below = next((inside[name] for name in ("actor", "huggingface", "hf", "model", "weights", "policy") if name in inside), None)
     some = quote(", ".join(sorted(names)[:_LISTED])) or "nothing"
     return FormatError(

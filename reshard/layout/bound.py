@@ -13,7 +13,7 @@ from reshard.errors import LayoutError
 from reshard.foreign import quote
 from reshard.layout.expressions import evaluate, holds, names_in
 from reshard.layout.model import Descriptor, Section, Tensor
-from reshard.planner.values import Operand, Value, bare
+from reshard.planner.values import Operand, Ways, bare, ways_of
 
 #: layers, or experts of a layer: no model comes near, and a wrong config.json must not keep us busy for hours
 MOST_NUMBERED = 4096
@@ -117,8 +117,8 @@ class Layout:
     counts: Mapping[str, int]
     absent: frozenset[str] = frozenset()
     lacking: frozenset[tuple[str, int | None]] = frozenset()
-    values: Mapping[str, Value] = field(default_factory=dict)
-    made: Mapping[str, Value] = field(default_factory=dict)
+    values: Mapping[str, Ways] = field(default_factory=dict)
+    made: Mapping[str, Ways] = field(default_factory=dict)
     scheme: str = "none"
     quantisation: Mapping[str, object] = field(default_factory=dict)
     finer: int = 1
@@ -132,7 +132,9 @@ class Layout:
     @cached_property
     def operands(self) -> Mapping[str, tuple[str, Operand]]:
         """The tensors that are codes, scales and the like: of which one, and how they lie over it."""
-        return {operand.name: (name, operand) for name, value in self.values.items() for operand in value.operands}
+        return {
+            operand.name: (name, operand) for name, ways in self.values.items() for value in ways_of(ways) for operand in value.operands
+        }
 
     @property
     def layers(self) -> int:

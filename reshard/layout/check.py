@@ -76,6 +76,6 @@ class Omitted:
 
 def omitted(placement: Placement, source: Layout) -> Omitted:
     """The tensors of `source` that the format of `placement` is declared to do without."""
-    entries = [entry for entry in placement.section.entries if entry.omit]
+    entries = [entry for entry in placement.section.entries if entry.omit is True]
     held = {(name, number) for entry in entries for number in placement.holding(entry) for name in entry.of}
     return Omitted(placement.layout, placement.section.without, held, beside(source) if placement.layout is source.plain else ())

@@ -67,7 +67,7 @@ class RawEntry(NamedTuple):
     view: tuple[tuple[int, ...], ...] | None = None
     dtype: str | None = None
     copy: bool = False
-    omit: bool = False
+    omit: bool | str = False
     until: str | None = None
     form: str | None = None
     constant: float | None = None
@@ -117,7 +117,9 @@ def parse_entry(where: str, label: str, value: object) -> RawEntry:
     table = {"name": value} if isinstance(value, str) else value
     if not isinstance(table, dict) or not isinstance(table.get("name", ""), str) or not ("name" in table or "omit" in table):
         raise LayoutError(f"{where}: expected a name or a table with a name, got {quote(repr(value))}")
-    constant, omit = "constant" in table, flag(f"{where}: omit", table.get("omit", False))
+    constant, omit = "constant" in table, table.get("omit", False)
+    if not (isinstance(omit, str) and omit):
+        omit = flag(f"{where}: omit", omit)
     known_keys(where, table, _CONSTANT_KEYS if constant else _OMIT_KEYS if omit else _ENTRY_KEYS, "keys")
     when = when_of(where, table)
     until, form = until_of(where, table["until"]) if "until" in table else None, table.get("form")
@@ -138,7 +140,7 @@ def parse_entry(where: str, label: str, value: object) -> RawEntry:
     except ValueError as error:
         raise LayoutError(f"{where}: of = {quote(repr(table.get('of', label)))}: {error}", 'write it like "kv: q k v"') from None
     if omit:
-        return RawEntry(where, label, "", fusion, when=when, omit=True)
+        return RawEntry(where, label, "", fusion, when=when, omit=omit)
     if not name.strip("./"):
         raise LayoutError(f"{where}: {name!r} is no name")
     numbered, dims, stars = parse_dims(where, table["dims"]) if "dims" in table else (False, None, ())

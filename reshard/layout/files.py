@@ -55,11 +55,12 @@ class Table(NamedTuple):
 
 
 class Prefixes(NamedTuple):
-    """A place's prefix in one format: the names that files may have it under (the first is written), and those that it
-    had up to an engine's release, as (prefix, until)."""
+    """A place's prefix in one format: the names that files may have it under (the first is written), those that it
+    had up to an engine's release, as (prefix, until), and those that it has in some of its numbers, as (prefix, when)."""
 
     names: tuple[str, ...]
     older: tuple[tuple[str, str], ...] = ()
+    apart: tuple[tuple[str, str], ...] = ()
 
 
 class Use(NamedTuple):
@@ -217,19 +218,21 @@ def _place(where: str, value: object) -> dict[str, object] | bool:
 
 
 def _prefixes(where: str, value: object) -> Prefixes:
-    names, older = [], []
+    names, older, apart = [], [], []
     for item in value if isinstance(value, list) else [value]:
         table = item if isinstance(item, dict) else {"prefix": item}
-        known_keys(where, table, {"prefix", "until"}, "keys")
+        known_keys(where, table, {"prefix", "until", "when"}, "keys")
         prefix = text_of(f"{where}: a prefix", table.get("prefix"))
         fields_of(where, prefix)
         if "until" in table:
             older.append((prefix, until_of(where, table["until"])))
+        elif "when" in table:
+            apart.append((prefix, when_of(where, table)))
         else:
             names.append(prefix)
     if not names:
-        raise LayoutError(f"{where} needs a prefix without until, got {quote(repr(value))}")
-    return Prefixes(tuple(names), tuple(older))
+        raise LayoutError(f"{where} needs a prefix without until and when, got {quote(repr(value))}")
+    return Prefixes(tuple(names), tuple(older), tuple(apart))
 
 
 def _use(where: str, value: object) -> Use:

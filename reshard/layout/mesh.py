@@ -77,6 +77,13 @@ def grid(mesh: Mesh) -> list[Rank]:
     return [Rank(p * mesh.tp + t, t, p, t if mesh.ep > 1 else 0, 0 if mesh.ep > 1 else t) for p in range(mesh.pp) for t in range(mesh.tp)]
 
 
+def rows(mesh: Mesh) -> list[Rank]:
+    """Ranks that each tensor's rows are dealt out to: as many as tp says."""
+    if mesh != Mesh(mesh.tp):
+        raise PlanError([f"each tensor's rows are dealt out to ranks, which have no {mesh}"], "say how many with --tp, and nothing else")
+    return grid(mesh)
+
+
 def stage_order(mesh: Mesh, etp: int) -> list[tuple[int, int, int]]:
     """(tp, ep, etp) of each process of one stage and one replica, in Megatron's own order: the tensor-parallel rank runs
     fastest, for experts the expert-tensor-parallel one (``parallel_state.py``)."""

@@ -48,10 +48,10 @@ class Entry:
     """What one format stores under one name: which tensors, in which order, fused and cut how.
 
     `name` is a template: ``{layer}``, ``{expert}``, or a whole-number expression in braces. `place` is where its first
-    tensor stands. `alias`: read where files have it, never written (a form that copies). `copy`: may hold what another
-    entry holds. `omit`: the format does not hold its tensors, and says so. `view`: stored under other dimensions, which
-    of its own each one joins. `turned`: its dimensions are stored in reverse order. `unit`:
-    what an axis is cut in multiples of: as many on each rank, rounded up, and what is left on the last.
+    tensor stands. `alias`: a form that copies: read where files have it, written by formats that have this form. `copy`: may hold what
+    another entry holds. `omit`: the format does not hold its tensors, and says so; a text: it cannot, and why. `view`: stored under other dimensions, which
+    of its own each one joins. `turned`: its dimensions are stored in reverse order. `unit`: what an axis is cut in
+    multiples of: as many on each rank, rounded up, and what is left on the last.
     """
 
     label: str
@@ -65,9 +65,9 @@ class Entry:
     aligned: tuple[tuple[str, str], ...] = ()  # of each item, by tensor
     when: str = "true"
     stage: str | None = None
-    alias: bool = False
+    alias: str | None = None
     copy: bool = False
-    omit: bool = False
+    omit: bool | str = False
     only_rank0: bool = False
     view: tuple[tuple[int, ...], ...] | None = None
     dtype: str | None = None  # the engine's own dtype of it, whatever the model has
@@ -140,12 +140,17 @@ class Section:
         constants = tuple(c for c in self.constants if (c.place, c.label) not in names) + other.constants
         return replace(self, entries=kept + other.entries, constants=constants)
 
+    def stacked(self) -> "Section":
+        """The same with all layers of a name in one tensor, along a new first dimension: named without their number."""
+        entries = tuple([replace(entry, name=entry.name.replace(".{layer}", "")) for entry in self.entries])
+        return replace(self, entries=entries, variants=tuple([(name, until, own.stacked()) for name, until, own in self.variants]))
+
     def spelled(self, forms: Container[str]) -> "Section":
-        """In those of its variants that are named in `forms`; where any are, what has a second name is stored under both."""
+        """In those of its variants that are named in `forms`, as are the second names under which a tensor is stored too."""
         out = self
         for name, _, variant in self.variants:
             out = out.overlaid(variant) if name in forms else out
-        return replace(out, entries=tuple([replace(entry, alias=False) for entry in out.entries])) if forms else out
+        return replace(out, entries=tuple([replace(e, alias=None) if e.alias and e.alias in forms else e for e in out.entries]))
 
     def for_version(self, version: tuple[int, ...] | None) -> "Section":
         """As engine release `version` wants it; None is the newest known. Raises LayoutError for one whose names nobody looked up."""

@@ -12,11 +12,11 @@ from typing import Any
 
 from reshard.errors import LayoutError
 from reshard.foreign import quote
-from reshard.geometry.block import Part, Stored, chunk
+from reshard.geometry.block import Block, Part, Stored, chunk
 from reshard.geometry.regions import slice_dim
 from reshard.layout.bound import Layout, Scope
 from reshard.layout.expressions import evaluate, holds
-from reshard.layout.fusion import Item, fuse
+from reshard.layout.fusion import Item, fuse, stored_dims
 from reshard.layout.mesh import Mesh, Rank, Rules, expert_cut
 from reshard.layout.model import Constant, Entry, Section, Tensor
 from reshard.layout.schemes import attention_scales
@@ -47,6 +47,11 @@ class Pattern:
         return "expert" in self.tensors[0].index
 
     @property
+    def packed(self) -> bool:
+        """Whether experts lie among the axes of its dimensions, and not one after another."""
+        return self.expert and any("expert" in dim for dim in self.entry.dims or ())
+
+    @property
     def stage(self) -> str:
         return self.entry.stage or self.tensors[0].stage
 
@@ -61,6 +66,7 @@ class Placement:
     mesh: Mesh
     pads: dict[str, int] = field(default_factory=dict)
     engine: tuple[int, ...] | None = None  # the engine's release; None is the newest known
+    over: Mesh | None = None  # of a format that cuts whole tensors itself: the ranks whose rows it pads for
     platform: str | None = None  # what the engine runs on: one of PLATFORMS; None is the first
     problems: list[str] = field(default_factory=list)
     _patterns: dict = field(default_factory=dict, repr=False)
@@ -70,8 +76,14 @@ class Placement:
         self.stages = self.rules.stages(self.layout.layers, self.mesh.pp)
         self.etp = expert_cut(self.mesh, self.ranks)
         engine = list(self.engine or (999,))
-        self._given = {"tp": self.mesh.tp, "pp": self.mesh.pp, "ep": self.mesh.ep, "engine": engine}
-        self._given |= {"scheme": self.layout.scheme, "attention_scales": attention_scales(self.layout.scheme)}
+        self._given = {
+            "tp": (self.over or self.mesh).tp,
+            "pp": self.mesh.pp,
+            "ep": self.mesh.ep,
+            "engine": engine,
+            "scheme": self.layout.scheme,
+            "attention_scales": attention_scales(self.layout.scheme),
+        }
         self._given["platform"] = self.platform or PLATFORMS[0]
         self._scopes: dict[tuple[str, int | None], Scope] = {}
 
@@ -93,10 +105,19 @@ class Placement:
         Cuts that can't be made are gathered in `problems`, all of them; the caller raises.
         """
         patterns = [self.pattern(e) for e in self.section.entries if not e.omit and (aliases or not e.alias)]
+        refused = [e.omit for e in self.section.entries if isinstance(e.omit, str) and e.omit not in self.problems and self.holding(e)]
+        self.problems.extend(dict.fromkeys(refused))
         for rank in ranks or self.ranks:
             for pattern in patterns:
                 if pattern.numbers:
                     yield from self._stored(pattern, rank, number)
+
+    def alike(self, place: str) -> bool:
+        """Whether every number of `place` holds the same tensors, each of one size in all of them, and no experts."""
+        every = list(self.layout.numbers(place))
+        patterns = [self.pattern(entry) for entry in self.section.entries if entry.place == place and not entry.omit]
+        held = [pattern for pattern in patterns if pattern.numbers]
+        return all(list(p.numbers) == every and len(set(p.numbers.values())) == 1 and not p.expert for p in held)
 
     def constants(self, rank: Rank) -> Iterator[tuple[str, Constant]]:
         """Names and values of the tensors the engine demands beside the weights on `rank`."""
@@ -190,20 +211,29 @@ class Placement:
                     continue
                 for name, expert in each:
                     yield Stored(at, name, "", dims, tuple([Part((t, *lead, expert), block) for t, block in blocks]), entry, "", 0, pad)
+            elif pattern.packed:
+                held = [
+                    Part((t, *lead, experts.start), Block(b.box[:-1], b.offset, b.strides[:-1]), len(experts), b.strides[-1])
+                    for t, b in blocks
+                ]
+                yield Stored(rank.number, head, "", _viewed(entry, shape), tuple(held), entry, pad=pad)
             else:
                 yield self._stack(pattern, rank, head, shape, blocks, pad, [((*lead, experts.start), len(experts))], (len(experts),))
 
     def _stacked(self, pattern: Pattern, rank: Rank, here: list[tuple[int, int]]) -> Iterator[Stored]:
         """A stored tensor that holds all layers of a stage."""
         entry = pattern.entry
-        if "expert" in entry.numbered:
-            raise LayoutError(f"layout {self.layout.name}: {entry.name!r} numbers experts, but not {entry.place}s")
         if len({pattern.numbers[number] for number, _ in here}) > 1:
             self._problem(entry, f"is a stack over {entry.place}s of unequal size")
             return
         shape, blocks, pad = self._blocks(pattern, rank, here[0][0])
         head = self._head(pattern, *here[0])
-        if pattern.expert:
+        if pattern.expert and "expert" in entry.numbered:
+            experts = self._experts(pattern, rank, here[0][0])
+            for name, expert in zip(self._numbered(head, range(len(experts)) if self.rules.local else experts), experts):
+                runs = [((number, expert), 1) for number, _ in here]
+                yield self._stack(pattern, rank, name, shape, blocks, pad, runs, (len(here),))
+        elif pattern.expert:
             experts = self._experts(pattern, rank, here[0][0])
             runs = [((number, experts.start), len(experts)) for number, _ in here]
             yield self._stack(pattern, rank, head, shape, blocks, pad, runs, (len(here), len(experts)))
@@ -251,11 +281,16 @@ class Placement:
         the sizes are the same."""
         entry = pattern.entry
         index, count = (rank.etp, self.etp) if pattern.expert else (rank.tp, self.mesh.tp)
-        at = index, count, pattern.numbers[number]
+        experts = self._experts(pattern, rank, number) if pattern.packed else range(0)
+        at = index, count, pattern.numbers[number], experts
         if at not in pattern.geometry:
             whole = entry.cut == "whole"
             scope = self.scope(entry.place, number)
             items = [self._item(entry, t, scope, 0 if whole else index, 1 if whole else count) for t in pattern.tensors]
+            if pattern.packed:  # experts are an axis like any, until each has a block of its own
+                numbered = {"expert": ((experts.start, experts.stop), experts.stop)}
+                dims = [stored_dims((*item.dims, ("expert",)), entry.dims) for item in items]
+                items = [Item(i.tensor, own, (*i.axes, "expert"), {**i.held, **numbered}) for i, own in zip(items, dims)]
             shape, blocks = self._fused(entry, items, scope, index, count)
             pad = 0
             if entry.only_rank0 and index:  # elsewhere the same shape with nothing in it
@@ -329,7 +364,8 @@ class Placement:
         own = self.layout.descriptor.tensors[name]
         held = self._item(replace(entry, dims=None), own, scope, index, count).held
         box = tuple(held[axis][0] for axis in own.axes)
-        ranges = [over.extent(box) for over in operand.axes] if all(start < stop for start, stop in box) else [(0, 0)] * len(operand.axes)
+        empty = {axis for axis, (start, stop) in enumerate(box) if start >= stop}  # the last ranks of too many
+        ranges = [over.extent(box) if empty.isdisjoint(over.axes) else (0, 0) for over in operand.axes]
         if not all(over.whole(box) for over in operand.axes) or (entry.cut == "whole" and self.mesh.tp > 1):
             self._problem(
                 entry, f"{name}, cut over {count} ranks, would be cut inside a block ({operand.grain}) that shares one {operand.label}"

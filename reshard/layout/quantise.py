@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from fnmatch import fnmatchcase
 from math import lcm, prod
 from types import MappingProxyType
 
@@ -9,8 +10,8 @@ from reshard.errors import PlanError
 from reshard.layout.bound import Layout
 from reshard.layout.model import Tensor
 from reshard.layout.quantised import Numbered, grained, quantised_tensors, with_operands
-from reshard.layout.schemes import Scheme, Settings, grain_of, schemes
-from reshard.planner.values import Operand, Over, Value
+from reshard.layout.schemes import Scheme, Settings, grain_of, scheme_of, schemes, settings_of
+from reshard.planner.values import Operand, Over, Value, ways_of
 
 #: how much finer blocks may be: vLLM's kernels take no less than 32 of 128
 FACTORS = (2, 4)
@@ -36,7 +37,8 @@ def quantising(layout: Layout, recipe: str) -> Layout:
     settings = Settings(config)
     new = with_operands(layout, scheme, settings, chosen)
     made = {}
-    for name, value in new.values.items():
+    for name, ways in new.values.items():
+        (value,) = ways_of(ways)
         tensor, rows = layout.descriptor.tensors[name], dict(value.settings)["rows"]
         edges = [grain_of(text, settings)[1] for text in scheme.kinds[1].dims]
         numbers = [number for at, number in chosen if at == name]
@@ -45,6 +47,30 @@ def quantising(layout: Layout, recipe: str) -> Layout:
             whole = _of_whole_blocks(tensor, shape, operand, edges, codes=kind is scheme.kinds[0])
             made[operand.name] = Value(kind.made or "", (Operand(name, whole),), kind.dtype or "F32", given)
     return replace(new, made=MappingProxyType(made), _cache={})
+
+
+def as_published(layout: Layout) -> Layout:
+    """`layout` of a model of which there is a config.json alone, as that says it is quantised: all linear layers but those that it names."""
+    settings = settings_of(layout.config)
+    scheme = scheme_of(settings) if settings is not None else None
+    if scheme is None or settings is None or "hf" not in scheme.kinds[0].forms:
+        return layout
+    keep = str(next(iter(recipes().values())).quantise["keep"]).split()  # type: ignore[index]
+    named = [settings[key] for key in ("modules_to_not_convert", "ignore", "exclude_modules") if isinstance(settings[key], list)]
+    patterns = [str(pattern) for patterns in named for pattern in patterns]
+    chosen = {at for tensor in layout.descriptor.tensors.values() for at in _linear(layout, tensor, keep)}
+    for entry in layout.section("hf").entries:
+        for number in layout.numbers(entry.place) if entry.name else ():
+            module = layout.fill(entry.name, entry.place, number, number).removesuffix(".weight")
+            if any(fnmatchcase(module, pattern) or _under(module, pattern) for pattern in patterns):
+                chosen -= {(name, number) for name in entry.of}
+    return with_operands(layout, scheme, settings, chosen) if chosen else layout
+
+
+def _under(module: str, pattern: str) -> bool:
+    """Whether `pattern` fits a module that `module` is in."""
+    parts = module.split(".")
+    return any(fnmatchcase(".".join(parts[:end]), pattern) for end in range(1, len(parts)))
 
 
 def _linear(layout: Layout, tensor: Tensor, keep: list[str]) -> Iterator[Numbered]:
@@ -119,7 +145,7 @@ def _refined(layout: Layout, scheme: Scheme, factor: int, names: set[str]) -> La
     finer = with_operands(plain, scheme, settings, quantised_tensors(layout), finer=dict.fromkeys(names, factor))
     made = {}
     for name in names:
-        coarse, fine = layout.values[name].operands[1], finer.values[name].operands[1]
+        coarse, fine = ways_of(layout.values[name])[0].operands[1], ways_of(finer.values[name])[0].operands[1]
         made[fine.name] = Value("repeated", (Operand(coarse.name, tuple(_over(axis, fine) for axis in coarse.axes)),))
     written = Settings(_divided(settings, (scheme.blocks or "").split("."), factor)) if every else settings
     return replace(finer, made=MappingProxyType(made), quantisation=written, finer=1 if every else factor, _cache={})

@@ -6,6 +6,7 @@ format's finished table, newest names.
 
 from collections.abc import Mapping
 from dataclasses import replace
+from itertools import product
 from typing import TYPE_CHECKING, NamedTuple
 
 from reshard.errors import LayoutError
@@ -41,6 +42,7 @@ class Spelt(NamedTuple):
     choice: int = 0
     release: tuple[int, ...] | None = None
     form: str | None = None
+    apart: str | None = None  # the prefix that some numbers of the place have
 
     def chosen(self, entries: tuple[RawEntry, ...]) -> list[RawEntry]:
         """The alternatives of one label that are written so. Copies of a form are read beside the rest, in every spelling."""
@@ -90,8 +92,8 @@ class Sections:
         if given is None:
             return None
         where = f"{self.where}: [place.{place}] {formats[0]}"
-        text = given.names[min(spelt.choice, len(given.names) - 1)]
-        if spelt.release is not None:
+        text = given.names[min(spelt.choice, len(given.names) - 1)] if spelt.apart is None else spelt.apart
+        if spelt.release is not None and spelt.apart is None:
             older = [(parse_version(until), prefix) for prefix, until in given.older]
             text = min([found for found in older if found[0] >= spelt.release], default=(None, text))[1]
         for name in fields_of(where, text):
@@ -99,7 +101,7 @@ class Sections:
                 continue
             if name in below or "count" in self.places[name]:
                 raise LayoutError(f"{where}: {{{name}}} must be another place without a count")
-            inner = self._prefix(name, formats, spelt, (*below, place))
+            inner = self._prefix(name, formats, spelt._replace(apart=None), (*below, place))
             if inner is None:
                 raise LayoutError(f"{where}: place {name} has no prefix for {formats[0]}")
             text = text.replace(f"{{{name}}}", inner)
@@ -241,12 +243,17 @@ class Sections:
         out: dict[tuple[str, str], list] = {}
         pads, units, stage = self._of_axes(formats, "pad"), self._of_axes(formats, "unit"), self._stage(formats)
         for place, labels in labelled.items():
-            if (prefix := self._prefix(place, formats, spelt)) is None:
+            if (given := self._prefixes(place, formats)) is None:
                 continue
+            others = [condition for _, condition in given.apart]
+            elsewhere = both(*(f"not ({condition})" for condition in others))
+            ways = [(self._prefix(place, formats, spelt), elsewhere)]
+            ways += [(self._prefix(place, formats, spelt._replace(apart=text)), condition) for text, condition in given.apart]
             for label, found in labels.items():
                 held = []
-                for raw in spelt.chosen(found.entries):
-                    name = self._name(raw, place, prefix, found.standing, formats, spelt) if raw.name else ""
+                for (prefix, there), raw in product(ways, spelt.chosen(found.entries)):
+                    name = self._name(raw, place, prefix or "", found.standing, formats, spelt) if raw.name else ""
+                    raw = raw._replace(when=both(there, raw.when))
                     if raw.constant is None:
                         held.append(self._entry(raw, name, place, pads, units, stage))
                     else:
@@ -327,13 +334,11 @@ class Sections:
         entry = Entry(
             raw.label, name, fusion, raw.dims, raw.cut, raw.split, pad, raw.align,
             tuple((names[leaf], text) for leaf, text in raw.aligned), raw.when,
-            raw.stage if stage is None or "count" in self.places[place] else stage, bool(raw.copy and raw.form), raw.copy, raw.omit,
+            raw.stage if stage is None or "count" in self.places[place] else stage, raw.form if raw.copy else None, raw.copy, raw.omit,
             raw.only_rank0, raw.view, raw.dtype, raw.transform, raw.scheme, place,
             unit=tuple((axis, text) for axis, text in units.items() if axis in every),
         )  # fmt: skip
         stacked = [index for index in tensors[0].index if index not in entry.numbered]
-        if entry.name and stacked and stacked[-1] != tensors[0].index[-1]:
-            raise LayoutError(f"{where}: {name!r} numbers experts, but not {stacked[0]}s", "number both, or stack the experts too")
         dims = range(len(stacked) + len(raw.dims or tensors[0].dims))
         if raw.view is not None and sorted(d for group in raw.view for d in group) != list(dims):
             view = [list(group) for group in raw.view]

@@ -12,7 +12,7 @@ from reshard.foreign import quote
 from reshard.layout.expressions import Expression, check
 
 #: the tables that say what a format stores
-FORMATS = ("hf", "vllm", "sglang", "megatron", "meta")
+FORMATS = ("hf", "vllm", "sglang", "megatron", "meta", "presharded")
 STAGES = ("first", "last", "all")
 #: names that expressions may use beside config.json, axes and conditions
 GIVEN = ("tp", "pp", "ep", "engine", "platform", "scheme", "attention_scales")

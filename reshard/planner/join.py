@@ -13,7 +13,7 @@ from functools import cached_property
 
 from reshard.geometry.block import Box, Key, Part, Stored, overlap, volume
 from reshard.geometry.pieces import Piece, by_box, disjoint, pieces, union_volume
-from reshard.planner.values import Need, Value, operand_key
+from reshard.planner.values import Need, Value, Ways, operand_key, way_by, ways_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,7 +135,7 @@ class Join:
     runs: tuple[Run, ...]
     only_source: tuple[Key, ...] = ()
     only_destination: tuple[Key, ...] = ()
-    values: tuple[tuple[str, Value], ...] = ()  # how tensors are computed that the sources lack, by name
+    values: tuple[tuple[str, Ways], ...] = ()  # how tensors are computed that the sources lack, by name
 
     @cached_property
     def counts(self) -> tuple[int, ...]:
@@ -146,7 +146,7 @@ class Join:
         return tuple(found)
 
 
-def join(sources: Iterable[Stored], destinations: Iterable[Stored], values: Mapping[str, Value] = {}) -> Join:
+def join(sources: Iterable[Stored], destinations: Iterable[Stored], values: Mapping[str, Ways] = {}) -> Join:
     """Line up the tensors of `sources` with those of `destinations`. `values` tell how tensors that the sources lack are computed
     from those that the destinations do not want."""
     sources, destinations = tuple(sources), tuple(destinations)
@@ -165,7 +165,7 @@ def join(sources: Iterable[Stored], destinations: Iterable[Stored], values: Mapp
                 keys = [_key(family, first + i) for i in range(count)]
                 only[here is None].extend(operand_key(name, key) if name else key for name in operands or {""} for key in keys)
                 continue
-            value = values[family[0]] if operands and "" not in operands else None
+            value = way_by(values[family[0]], operands) if operands and "" not in operands else None
             if value or family[0] in users:
                 names = operands if value else {family[0]}
                 used.update(operand_key(name, _key(family, first + i)) for name in names for i in range(count))
@@ -176,12 +176,12 @@ def join(sources: Iterable[Stored], destinations: Iterable[Stored], values: Mapp
     return Join(sources, destinations, patterns, tuple(runs), unused, tuple(only[1]), tuple(sorted(values.items())))
 
 
-def _users(values: Mapping[str, Value], wanted: set[str]) -> dict[str, tuple[str, ...]]:
+def _users(values: Mapping[str, Ways], wanted: set[str]) -> dict[str, tuple[str, ...]]:
     """Per operand, the tensors of `wanted` that are computed from it, and itself where it is wanted, too."""
     out: dict[str, tuple[str, ...]] = {}
     for name in sorted(wanted & values.keys()):
-        for operand in values[name].operands:
-            out[operand.name] = (*out.get(operand.name, (operand.name,) if operand.name in wanted else ()), name)
+        for operand in dict.fromkeys(operand.name for value in ways_of(values[name]) for operand in value.operands):
+            out[operand] = (*out.get(operand, (operand,) if operand in wanted else ()), name)
     return out
 
 

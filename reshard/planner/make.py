@@ -4,13 +4,16 @@ from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from math import prod
 
 from reshard.errors import PlanError
-from reshard.geometry.block import Box, Key, Stored, end
+from reshard.geometry.block import Box, Id, Key, Stored, end
 from reshard.geometry.coverage import faults_of, label, unlike, where
 from reshard.geometry.pieces import union_volume
 from reshard.planner.join import Join, Pattern, Run, Slot, join
 from reshard.planner.plan import Plan
 from reshard.planner.retype import typed
-from reshard.planner.values import Value, operand_key
+from reshard.planner.values import Ways, operand_key
+
+#: how a problem ends of a tensor that the destination does not hold
+LOST = "has no place in the destination"
 
 
 def plan(
@@ -24,7 +27,7 @@ def plan(
     omitted: Container[Key] = frozenset(),
     complete: bool = True,
     check: bool = True,
-    values: Mapping[str, Value] = {},
+    values: Mapping[str, Ways] = {},
 ) -> Plan:
     """The plan that fills `destinations` from `sources`; gives the destinations their dtypes.
 
@@ -48,9 +51,9 @@ def plan(
 def faults(destinations: Iterable[Stored]) -> list[str]:
     """Names that stand twice, and stored tensors whose elements are not each under one block or declared padding."""
     problems = []
-    names: set[tuple[int, str]] = set()
+    names: set[Id] = set()
     for stored in destinations:
-        at = stored.rank, stored.name
+        at = stored.id
         if at in names:
             problems.append(f"{where(stored)}: two entries of the layout store something under this name")
         names.add(at)
@@ -69,7 +72,7 @@ def _unmatched(joined: Join, complete: bool, omitted: Container[Key]) -> list[st
     if complete:
         lost = [key for key in joined.only_source if key not in omitted]
         holders = _first_holders(joined.sources, set(lost))
-        problems += [f"{label(key)} ({where(holders[key])}) has no place in the destination" for key in lost]
+        problems += [f"{label(key)} ({where(holders[key])}) {LOST}" for key in lost]
     return problems
 
 

@@ -3,19 +3,19 @@
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 
-from reshard.dtypes import DTYPE_SIZE, FLOATS
+from reshard.dtypes import DTYPE_SIZE, FLOATS, INTEGERS
 from reshard.geometry.block import Key, Stored
 from reshard.geometry.coverage import label, where
-from reshard.planner.values import Value
+from reshard.planner.values import Ways, ways_of
 
 
 def target_dtype(source: str, *, cast: str | None = None, keep: bool = False, wanted: str | None = None) -> str:
     """The dtype that a tensor of `source` is stored in: the one its engine wants, else floats follow `cast`, which
-    never narrows those to `keep`."""
+    never narrows those to `keep`. Whole numbers stay whole numbers."""
     if source == "F8_E8M0" and wanted:  # powers of two: a float has each of them
         return wanted
     if source not in FLOATS:
-        return source
+        return wanted if wanted in INTEGERS and source in INTEGERS else source
     if wanted or cast is None:
         return wanted or source
     return source if keep and DTYPE_SIZE[cast] < DTYPE_SIZE[source] else cast
@@ -27,7 +27,7 @@ def typed(
     cast: str | None,
     keep: set[str],
     native: Mapping[str, str],
-    values: Mapping[str, Value] = {},
+    values: Mapping[str, Ways] = {},
 ) -> tuple[tuple[Stored, ...], list[str]]:
     """`destinations` with the dtypes that they get from `sources`, and what is wrong with those."""
     held: dict[str, set[str]] = defaultdict(set)  # of all layers and experts
@@ -35,7 +35,10 @@ def typed(
         for part in s.parts:
             held[part.first[0]].add(s.dtype)
     computed = {
-        name: value.dtype or next(iter(held[value.operands[0].name])) for name, value in values.items() if value.operands[0].name in held
+        name: value.dtype or next(iter(held[value.operands[0].name]))
+        for name, ways in values.items()
+        for value in ways_of(ways)[:1]
+        if value.operands[0].name in held
     }
     for name, own_dtype in computed.items():
         held[name].add(own_dtype)
@@ -67,9 +70,9 @@ def typed(
                     continue  # told as missing
                 wanted = dtype_of(stored, name, source)
                 found.setdefault(wanted, key)
-                if wanted != source and wanted not in FLOATS and wanted != native.get(name):
+                if wanted not in (source, native.get(name)) and not any({source, wanted} <= set(kinds) for kinds in (FLOATS, INTEGERS)):
                     problems.append(
-                        f"{where(stored)}: {label(key)} is {source} and cannot become {wanted}; only {', '.join(FLOATS)} are cast"
+                        f"{where(stored)}: {label(key)} is {source} and cannot become {wanted}: floats become floats, whole numbers whole numbers"
                     )
         if len(found) > 1:
             kinds = ", ".join(f"{label(key)} is {dtype}" for dtype, key in found.items())

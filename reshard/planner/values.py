@@ -6,7 +6,7 @@ per operand how its axes lie over the axes of the result. From that follow which
 a tile may be cut so that nothing is read twice, and what it all costs.
 """
 
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from dataclasses import dataclass
 from math import gcd, lcm, prod
 
@@ -130,6 +130,19 @@ class Value:
                     yield from (box[:axis] + ((low, high),) + box[axis + 1 :] for low, high in zip(marks, marks[1:]))
                     return
         yield box
+
+
+#: how a tensor is computed; where its operands differ from layer to layer, each of the ways
+Ways = Value | tuple[Value, ...]
+
+
+def ways_of(ways: Ways) -> tuple[Value, ...]:
+    return ways if isinstance(ways, tuple) else (ways,)
+
+
+def way_by(ways: Ways, operands: Container[str]) -> Value:
+    """The way of which most `operands` are there."""
+    return max(ways_of(ways), key=lambda value: sum(operand.name in operands for operand in value.operands))
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,48 +1,44 @@
 """vLLM's weight transfer, backend ``reshard``: every worker takes its own fused slices, every trainer rank sends what it holds as it lies.
 
     vllm serve MODEL --weight-transfer-config '{"backend": "reshard"}'
-    trainer = WeightTransferTrainerFactory.trainer_init(ReshardTrainerInit(address, config, trainer={…}, engine={…}, rank=…), client=…, source=model)
+    info = ReshardTrainerInit(address, config, engine={"ranks": 2, "tp": 2, "dtype": "bf16"}, rank=rank)
+    trainer = WeightTransferTrainerFactory.trainer_init(info, client=client, source=model)
     trainer.send_weights()                                   # on every trainer rank, after each step
 
-`trainer` and `engine` say who holds what, as plain JSON: {"format": "fsdp", "ranks": 8, "dp": 4, "tp": 2} or {"format": "megatron", "ranks": 8,
-"tp": 4, "pp": 2, "dtype": "fp32"}; {"ranks": 2, "tp": 2, "dtype": "bf16"}. Both ends make the same plan of them. A layer that vLLM repacked
-after loading is given tensors in the shape of loading, filled, and repacked; all others are written where they lie. Source: vLLM 0.32,
-distributed/weight_transfer/base.py, model_executor/model_loader/reload/.
+`engine` and `trainer` say who holds what, as plain JSON (``transfer.Terms``); without `trainer` it is read from the source's DTensors. Both
+ends make the same plan of them. A layer that vLLM repacks after loading is given tensors in the shape of loading when its turn comes,
+filled, and repacked; all others are written where they lie (``vllm_layers.py``). Source: vLLM 0.32, distributed/weight_transfer/base.py.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
-from dataclasses import asdict, dataclass
-from typing import ClassVar
+from dataclasses import dataclass, fields, replace
+from typing import Any, ClassVar
 
 import torch
 import vllm
 from vllm.distributed.weight_transfer.base import (
     TrainerInitInfo,
     TrainerWeightTransferEngine,
+    WeightSource,
     WeightTransferEngine,
     WeightTransferInitInfo,
     WeightTransferUpdateInfo,
 )
-from vllm.model_executor.model_loader.reload.layerwise import _copy_and_restore_kernel_tensors, _place_kernel_tensors, get_layerwise_info
-from vllm.model_executor.model_loader.reload.meta import materialize_layer, restore_layer_on_meta
-from vllm.model_executor.model_loader.reload.utils import get_layer_params_buffers
+from vllm.distributed.weight_transfer.clients import HTTPVLLMWeightSyncClient
 
 from reshard import sync
+from reshard.errors import SyncError
 from reshard.plugins.fitting import release
+from reshard.plugins.transfer import Terms, meanwhile
+from reshard.plugins.vllm_layers import Layers
 
 
 @dataclass
-class ReshardInitInfo(WeightTransferInitInfo):
-    """What the workers are told. `address`: tcp://host:port of trainer rank 0; `config`: the model's config.json or its folder."""
+class ReshardInitInfo(Terms, WeightTransferInitInfo):
+    """What the workers of an engine are told; `first`: the number of the first of them among all engines' workers."""
 
-    address: str
-    config: str
-    trainer: dict
-    engine: dict
-    transport: str = "auto"
-    verify: bool = False
+    first: int = 0
 
 
 @dataclass
@@ -51,69 +47,29 @@ class ReshardUpdateInfo(WeightTransferUpdateInfo):
 
 
 @dataclass
-class ReshardTrainerInit(TrainerInitInfo):
+class ReshardTrainerInit(Terms, TrainerInitInfo):
     """What a trainer's rank is told; ``rank`` is its own among the trainers."""
 
     backend: ClassVar[str] = "reshard"
-    address: str
-    config: str
-    trainer: dict
-    engine: dict
-    transport: str = "auto"
-    verify: bool = False
-
-
-def connected(info: ReshardInitInfo | ReshardTrainerInit, rank: int, backend: str):
-    """(group, Sync) of all trainer ranks, then all workers. `rank` counts over both."""
-    ranks = info.trainer["ranks"], info.engine["ranks"]
-    group = sync.joined(info.address, rank, sum(ranks), backend=backend)
-    layout = sync.layout(info.config)
-    source = side(layout, info.trainer, range(ranks[0]))
-    into = side(layout, {"format": "vllm", "engine_version": release("vllm", vllm.__version__), **info.engine}, range(ranks[0], sum(ranks)))
-    return group, sync.Sync(sync.plan(source, into), group, transport=info.transport, verify=info.verify)
-
-
-def side(layout, told: Mapping, processes: range) -> sync.Side:
-    """Who holds what, from plain JSON."""
-    options = {name: value for name, value in told.items() if name not in ("format", "ranks", "backend")}
-    if told["format"] != "fsdp":
-        return sync.Side.placed(layout, told["format"], ranks=processes, **options)
-    dtype = {"dtype": options.pop("dtype")} if "dtype" in options else {}
-    return sync.Side.sharded(layout, sync.fsdp(layout, ranks=processes, **options), **dtype)
 
 
 class ReshardWeightTransferEngine(WeightTransferEngine[ReshardInitInfo, ReshardUpdateInfo]):
     init_info_cls = ReshardInitInfo
     update_info_cls = ReshardUpdateInfo
     supports_draft_weight_update = False
-    _group, _sync, _opened = None, None, ()
+    _sync: sync.Sync | None = None
+    _layers: Layers | None = None
 
     def init_transfer_engine(self, init_info: ReshardInitInfo) -> None:
-        self.shutdown()  # a second trainer after the first
-        own = self.parallel_config
-        rank = init_info.trainer["ranks"] + own.data_parallel_index * own.world_size + own.rank
-        self._group, self._sync = connected(init_info, rank, "gloo" if self.device.type == "cpu" else "nccl")
+        """Join the trainers. A trainer that was joined before is left: this is another, or other engines have come or gone."""
+        self.shutdown()
+        own, source = self.parallel_config, init_info.sides()[0]
+        rank = len(source.processes) + init_info.first + own.data_parallel_index * own.world_size + own.rank
+        self._sync = init_info.joined(rank, "gloo" if self.device.type == "cpu" else "nccl")
+        self._rank = rank
 
     def start_weight_update(self) -> None:
-        """Give layers that were repacked after loading tensors as they were loaded. Tied parameters stay one tensor."""
-        self._opened = []
-        one: dict[tuple, torch.nn.Parameter] = {}
-        for layer in self.model.modules():
-            info = get_layerwise_info(layer)
-            live, loaded = get_layer_params_buffers(layer)[0], info.restore_metadata[0]
-            if not hasattr(layer, "cpu_linear") and all(
-                n in live and (live[n].shape, live[n].dtype) == (t.shape, t.dtype) for n, t in loaded.items()
-            ):
-                continue
-            info.kernel_tensors = get_layer_params_buffers(layer)
-            info.kernel_non_persistent_buffers = set(layer._non_persistent_buffers_set)
-            shared = {name: tensor.untyped_storage().data_ptr() for name, tensor in live.items() if tensor.numel()}
-            self._opened.append((layer, info))
-            restore_layer_on_meta(layer, info)
-            materialize_layer(layer, info)
-            for name, key in shared.items():
-                if name in layer._parameters:
-                    layer._parameters[name] = one.setdefault((key, layer._parameters[name].shape), layer._parameters[name])
+        """Nothing: layers are opened when their turn comes."""
 
     def update_weights(self, update_info: dict) -> None:
         self.receive_weights(self.parse_update_info(update_info))
@@ -121,71 +77,157 @@ class ReshardWeightTransferEngine(WeightTransferEngine[ReshardInitInfo, ReshardU
             torch.accelerator.synchronize()
 
     def receive_weights(self, update_info: ReshardUpdateInfo) -> None:
-        """Raises SyncError after putting repacked layers back as they were; what is written where it lies may be new by then, as it says."""
-        tensors = {name: t.data for name, t in self.model.state_dict(keep_vars=True).items() if isinstance(t, torch.Tensor)}
+        """Raises SyncError, on all ranks, for what went wrong on any; layers that were open become what they were, and the error says
+        whether others are new."""
+        if self._sync is None:
+            raise SyncError("no trainer has joined this engine", "call init_weight_transfer_engine first")
+        side = next(side for side in self._sync.plan.destinations if self._rank in side.processes)
         try:
-            self._sync.recv(tensors, version=update_info.version)
+            self._layers = self._layers or Layers(self.model, side, self._rank)
+            self._layers.written, tensors = False, self._layers.give
+        except Exception as error:  # noqa: BLE001  all ranks must hear of it, before a byte moves
+            tensors = _raising(error)
+        try:
+            self._sync.recv(tensors, update_info.version, complete=self._layers and self._layers.complete)
+        except Exception as error:
+            self._put_back()
+            new = self._layers is not None and self._layers.written
+            state = "partly new: update them before this engine serves" if new else "as they were"
+            raise SyncError(f"{error}; weights of worker {self.parallel_config.rank} are {state}") from error
         except BaseException:
             self._put_back()
             raise
 
     def finish_weight_update(self) -> None:
-        """Repack what was opened, into the tensors that the kernels know."""
-        for layer, info in self._opened:
-            if hasattr(layer, "_already_called_process_weights_after_loading"):
-                delattr(layer, "_already_called_process_weights_after_loading")
-            layer.quant_method.process_weights_after_loading(layer)
-            _copy_and_restore_kernel_tensors(layer, info)
-            info.reset()
-        self._opened = ()
-
-    def _put_back(self) -> None:
-        for layer, info in self._opened:
-            _place_kernel_tensors(layer, info)
-            info.reset()
-        self._opened = ()
+        if self._layers is not None:
+            self._layers.finish(self.model_config.dtype)
 
     def shutdown(self) -> None:
         self._put_back()
         if self._sync is not None:
-            self._sync.close()
-            with suppress(Exception):  # peers that are gone already
-                torch.distributed.destroy_process_group(self._group)
-        self._group, self._sync = None, None
+            self._sync.close(leave=True)
+        self._sync = self._layers = None
+
+    def _put_back(self) -> None:
+        if self._layers is not None:
+            self._layers.put_back()
+
+
+def _raising(error: Exception) -> Iterator[tuple[str, torch.Tensor]]:
+    """Tensors that cannot be had."""
+    raise error
+    yield
 
 
 class ReshardTrainerEngine(TrainerWeightTransferEngine[ReshardTrainerInit]):
-    """One rank of the trainer. `source`: a module, or {name: tensor} of what this rank holds."""
+    """One rank of the trainer. `source`: a module or {name: tensor} of what this rank holds, as it lies; or a WeightSource, or any iterable
+    that gives (name, whole tensor) anew each time, where ``trainer`` is {"format": "hf", "ranks": …}."""
 
     init_info_cls = ReshardTrainerInit
+    version = 0
 
     @classmethod
     def trainer_init(cls, init_info: ReshardTrainerInit, *, client, source=None) -> "ReshardTrainerEngine":
+        """Join the engines that `client` speaks to. Raises PlanError for what cannot be synced, ReshardError or the client's error for
+        what goes wrong there."""
         self = cls(client=client, source=source, is_sender=init_info.is_sender)
-        told = {name: value for name, value in asdict(init_info).items() if name in ReshardInitInfo.__dataclass_fields__}
-        with ThreadPoolExecutor(1) as pool:  # workers and trainers meet: neither returns before the other has come
-            asked = pool.submit(client.init_weight_transfer_engine, told) if self.is_sender else None
-            self._group, self._sync = connected(init_info, init_info.rank, init_info.engine.get("backend", "nccl"))
-            if asked:
-                asked.result()
-        self.version = 0
+        terms = init_info if init_info.trainer else replace(init_info, trainer=lying(init_info, source))
+        engines = terms.engine if isinstance(terms.engine, list) else [terms.engine]
+        own = {"format": "vllm", "engine_version": release("vllm", vllm.__version__)}
+        terms = replace(terms, engine=[own | told if isinstance(told, dict) else told for told in engines])
+        backend = next((told["backend"] for told in engines if "backend" in told and isinstance(told, dict)), "nccl")
+        told = {field.name: getattr(terms, field.name) for field in fields(Terms)}
+
+        def join() -> sync.Sync:
+            return terms.joined(terms.rank, backend)
+
+        self._sync = meanwhile(lambda: client.init_weight_transfer_engine(told), join) if self.is_sender else join()
         return self
 
-    def send_weights(self):
-        """Send this step's weights; returns ``Sync.send``'s Stats. Every trainer rank calls it."""
+    def send_weights(self) -> Any:
+        """Send this step's weights; returns ``Sync.send``'s Stats. Every trainer rank calls it. A client that has ``pause`` and ``resume``
+        pauses its engines meanwhile, and leaves them paused where the step fails."""
         self.version += 1
-        held = self.source.named_parameters() if isinstance(self.source, torch.nn.Module) else self.source
+        whole = isinstance(self.source, WeightSource) or not isinstance(self.source, Mapping | torch.nn.Module)
+
+        def send() -> Any:
+            return self._sync.send(iter(self.source) if whole else self.source, self.version, windows=whole)
+
         if not self.is_sender:
-            return self._sync.send(held, version=self.version)
+            return send()
+        pause, resume = (getattr(self.client, name, lambda: None) for name in ("pause", "resume"))
+        pause()
         self.client.start_weight_update()
-        with ThreadPoolExecutor(1) as pool:
-            asked = pool.submit(self.client.update_weights, {"version": self.version})
-            stats = self._sync.send(held, version=self.version)
-            asked.result()
+        stats = meanwhile(lambda: self.client.update_weights({"version": self.version}), send)
         self.client.finish_weight_update(weight_version=str(self.version))
+        resume()
         return stats
 
     def shutdown(self) -> None:
-        self._sync.close()
-        with suppress(Exception):
-            torch.distributed.destroy_process_group(self._group)
+        self._sync.close(leave=True)
+
+
+def lying(terms: Terms, source) -> str:
+    """Who holds what, of a module's DTensors; the same on all ranks. Raises PlanError where it cannot be told."""
+    layout = sync.layout(terms.config)
+    return sync.Side.sharded(layout, sync.shardings(source)).typed(sync.dtypes(source)).to_json()
+
+
+#: vLLM's dtypes as the words that a side takes
+WORDS = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
+
+
+class Servers:
+    """vLLM servers over HTTP (VLLM_SERVER_DEV_MODE=1) as one client: all do the same at once, workers count over them in this order,
+    and none answers while its weights change. To add or remove one, shut the trainer's ends down, and ``trainer_init`` with the new list.
+    """
+
+    def __init__(self, *urls: str, timeout: float = 300.0):
+        self.servers = [HTTPVLLMWeightSyncClient(url, timeout) for url in urls]
+
+    def engines(self, backend: str = "nccl") -> list[dict[str, Any]]:
+        """Who holds what, as the servers say of themselves: ``engine`` of ReshardTrainerInit; `backend` is torch.distributed's."""
+        out = []
+        for server in self.servers:
+            told = self._told(server, "server_info?config_format=json")["vllm_config"]
+            mesh, dtype = told["parallel_config"], told["model_config"]["dtype"].removeprefix("torch.")
+            tp, dp = mesh["tensor_parallel_size"], mesh["data_parallel_size"]
+            own = {"tp": tp, "pp": mesh["pipeline_parallel_size"], "ep": tp if mesh["enable_expert_parallel"] else 1}
+            out.append({"ranks": tp * own["pp"] * dp, **own, "dtype": WORDS[dtype], "backend": backend})
+        return out
+
+    def init_weight_transfer_engine(self, init_info: Mapping[str, Any]) -> None:
+        ranks = [self._told(server, "get_world_size")["world_size"] for server in self.servers]
+        firsts = [sum(ranks[:i]) for i in range(len(ranks))]
+        self._all(lambda server, first: server.init_weight_transfer_engine({**init_info, "first": first}), firsts)
+
+    def shutdown_weight_transfer_engine(self) -> None:
+        self._all(lambda server: server.shutdown_weight_transfer_engine())
+
+    def pause(self) -> None:
+        self._all(lambda server: server._post("pause"))
+
+    def resume(self) -> None:
+        self._all(lambda server: server._post("resume"))
+
+    def start_weight_update(self) -> None:
+        self._all(lambda server: server.start_weight_update())
+
+    def update_weights(self, update_info: dict[str, Any]) -> None:
+        self._all(lambda server: server.update_weights(update_info))
+
+    def finish_weight_update(self, weight_version: str | None = None) -> None:
+        self._all(lambda server: server.finish_weight_update(weight_version))
+
+    def _all(self, call: Callable, *more: Iterable) -> None:
+        with ThreadPoolExecutor(len(self.servers)) as pool:
+            for done in [pool.submit(call, *each) for each in zip(self.servers, *more)]:
+                done.result()
+
+    @staticmethod
+    def _told(server: HTTPVLLMWeightSyncClient, path: str) -> dict[str, Any]:
+        import requests
+
+        answer = requests.get(f"{server.base_url}/{path}", timeout=server.timeout)
+        answer.raise_for_status()
+        return answer.json()

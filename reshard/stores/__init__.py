@@ -37,3 +37,11 @@ class FileImage:
     size: int
     segments: tuple[tuple[int, bytes], ...]
     tensors: dict[str, TensorInfo]
+
+    @property
+    def content(self) -> bytes:
+        """All its bytes, of a file that holds no tensor."""
+        out = bytearray(self.size)
+        for offset, content in self.segments:
+            out[offset : offset + len(content)] = content
+        return bytes(out)

@@ -48,10 +48,12 @@ class Stored:
 
 @dataclass(frozen=True)
 class Metadata:
-    """What `.metadata` says: tensors by name; the names of what is no tensor (numbers, states of schedulers)."""
+    """What `.metadata` says: tensors by name; by name what is no tensor (numbers, states of schedulers), with its bytes; and `paths`, the keys
+    of the saved state by which a name is reached."""
 
     tensors: dict[str, Stored]
-    others: list[str] = field(default_factory=list)
+    others: dict[str, Item] = field(default_factory=dict)
+    paths: dict[str, tuple[str | int, ...]] = field(default_factory=dict)
 
 
 class _Bare:
@@ -80,7 +82,7 @@ def read_metadata(path: Path) -> Metadata:
     try:
         state = _state(tree, "Metadata")
         places = _places(state.get("storage_data"))
-        return _tensors(state["state_dict_metadata"], places)
+        return _tensors(state["state_dict_metadata"], places, state.get("planner_data"))
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise archive.error(f"it is no metadata of {_HERE}'s ({type(error).__name__}: {quote(error)})") from None
 
@@ -108,13 +110,14 @@ def _places(table: Any) -> dict[tuple[str, Shape | None], tuple[str, int, int]]:
     return out
 
 
-def _tensors(table: Mapping[str, object], places: Mapping[tuple[str, Shape | None], tuple[str, int, int]]) -> Metadata:
-    tensors, others = {}, []
+def _tensors(table: Mapping[str, object], places: Mapping[tuple[str, Shape | None], tuple[str, int, int]], keys: object) -> Metadata:
+    tensors, others = {}, {}
     for name, value in table.items():
         if not isinstance(name, str):
             raise TypeError("a name is no text")
         if isinstance(value, Opaque) and value.name == "BytesStorageMetadata":
-            others.append(name)
+            if (name, None) in places:
+                others[name] = Item(*places[name, None], (), ())
             continue
         state = _state(value, "TensorStorageMetadata")
         properties, size = state["properties"], _sizes(state["size"])
@@ -131,7 +134,12 @@ def _tensors(table: Mapping[str, object], places: Mapping[tuple[str, Shape | Non
                 raise ValueError(f"no file is named for {name} at {list(offsets)}")
             items.append(Item(*found, offsets, sizes))
         tensors[name] = Stored(DTYPE_OF_NAME[dtype.name], size, items)
-    return Metadata(tensors, others)
+    paths = {name: path for name, path in keys.items() if _is_path(path)} if isinstance(keys, dict) else {}
+    return Metadata(tensors, others, paths)
+
+
+def _is_path(value: object) -> bool:
+    return isinstance(value, tuple) and all(type(key) in (str, int) for key in value)
 
 
 def _sizes(value: object) -> Shape:
@@ -176,16 +184,24 @@ def locate(path: Path, items: Iterable[tuple[str, Item]]) -> list[TensorInfo]:
 def compose_items(specs: Iterable[tuple[str, Shape]]) -> tuple[FileImage, list[tuple[int, int, int]]]:
     """A ``.distcp`` file that holds a tensor of each (dtype, shape); per item its first byte, its bytes, and where its elements begin."""
     made: dict[tuple[str, Shape], FileImage] = {}
+    images = []
+    for spec in specs:
+        if spec not in made:
+            made[spec] = torchzip.compose(TensorSpec("", *spec))
+        images.append(made[spec])
+    file, starts = one_after_another(images)
+    return file, [(at, image.size, at + image.tensors[""].offset) for at, image in zip(starts, images)]
+
+
+def one_after_another(images: Iterable[FileImage]) -> tuple[FileImage, list[int]]:
+    """The file that holds all of `images`, and the first byte of each."""
     segments: list[tuple[int, bytes]] = []
-    places, at = [], 0
-    for dtype, shape in specs:
-        image = made.get((dtype, shape))
-        if image is None:
-            image = made[dtype, shape] = torchzip.compose(TensorSpec("", dtype, shape))
+    starts, at = [], 0
+    for image in images:
         segments += [(at + offset, content) for offset, content in image.segments]
-        places.append((at, image.size, at + image.tensors[""].offset))
+        starts.append(at)
         at += image.size
-    return FileImage(at, tuple(segments), {}), places
+    return FileImage(at, tuple(segments), {}), starts
 
 
 def compose_metadata(metadata: Metadata) -> bytes:
@@ -201,7 +217,14 @@ def compose_metadata(metadata: Metadata) -> bytes:
             index = _made("MetadataIndex", {"fqn": name, "index": i, "offset": _size(item.offsets)})
             held = {"relative_path": item.file, "offset": item.start, "length": item.length}
             places[index] = Made(f"{_HERE}.filesystem", "_StorageInfo", (), held)
-    state = {"state_dict_metadata": tensors, "planner_data": {name: (name,) for name in tensors}, "storage_data": places,
+    for name, item in metadata.others.items():
+        tensors[name] = _made("BytesStorageMetadata", {})
+        index = _made("MetadataIndex", {"fqn": name, "index": None, "offset": None})
+        places[index] = Made(
+            f"{_HERE}.filesystem", "_StorageInfo", (), {"relative_path": item.file, "offset": item.start, "length": item.length}
+        )
+    paths = {name: metadata.paths.get(name, (name,)) for name in tensors}
+    state = {"state_dict_metadata": tensors, "planner_data": paths, "storage_data": places,
              "storage_meta": None, "version": "1.0.0"}  # fmt: skip
     out = io.BytesIO()
     Pickler(out).dump(_made("Metadata", state))

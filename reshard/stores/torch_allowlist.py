@@ -13,11 +13,15 @@ from pathlib import PurePosixPath
 from reshard.stores.torch_names import FLAT
 
 #: classes that may occur and are never needed: recorded as Opaque, by package or by full name
-_INERT_PACKAGES = frozenset(("megatron", "transformer_engine", "transformer_engine_torch", "numpy"))
+_INERT_PACKAGES = frozenset(("megatron", "transformer_engine", "transformer_engine_torch", "numpy", "deepspeed"))
 _INERT_MODULES = frozenset((
     "torch.nn.functional", "torch._C._nn", "torch.distributed._mesh_layout", "torch.distributed.device_mesh",
     "torch.distributed.tensor._dtensor_spec", "torch.distributed.tensor.placement_types", "torch.distributed._tensor.placement_types",
-    "torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.filesystem",
+    "torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.filesystem", "torch.distributed.checkpoint.planner", "torch.distributed._shard.metadata",
+    "torch.distributed._shard.sharded_tensor.api",
+    "torch.distributed._shard.sharded_tensor.shard", "torch.distributed._shard.sharded_tensor.metadata",
+    "torch.distributed._shard.sharding_spec.chunk_sharding_spec", "torch.distributed._shard.sharding_spec.api",
+    "torch.distributed.remote_device",
 ))  # fmt: skip
 _INERT = frozenset(
     (
@@ -34,6 +38,8 @@ DTENSORS = frozenset(
     (m, "DTensor")
     for m in ("torch.distributed.tensor", "torch.distributed.tensor._api", "torch.distributed._tensor.api", "torch.distributed._tensor")
 )
+#: and FSDP1's: a list of local boxes
+SHARDED_TENSORS = frozenset((("torch.distributed._shard.sharded_tensor.api", "ShardedTensor"),))
 TENSOR_TYPES = frozenset((("torch", "Tensor"), ("torch.nn.parameter", "Parameter"), ("torch.nn.parameter", "Buffer")))
 
 

@@ -68,6 +68,14 @@ class Sharded:
     cuts: tuple[tuple[int | None, int], ...]
 
 
+@dataclass(frozen=True, slots=True)
+class Shards:
+    """A ShardedTensor: the boxes that this rank has of a tensor of `size`, each with its offsets."""
+
+    size: tuple[int, ...]
+    local: tuple[tuple[TensorInfo, tuple[int, ...]], ...]
+
+
 @dataclass(eq=False, slots=True)
 class Made:
     """An instance to be written, of a class that is only named: made of nothing and given `state`, or `called` with `args`."""

@@ -15,7 +15,7 @@ from reshard.dtypes import DTYPE_SIZE
 from reshard.errors import FormatError
 from reshard.foreign import quote
 from reshard.stores import TensorInfo
-from reshard.stores.torch_allowlist import CALLS, DTENSORS, REFERENCES, TENSOR_TYPES, Budget, cost, flat, is_inert
+from reshard.stores.torch_allowlist import CALLS, DTENSORS, REFERENCES, SHARDED_TENSORS, TENSOR_TYPES, Budget, cost, flat, is_inert
 from reshard.stores.torch_names import (
     DTYPE_NAME,
     DTYPE_OF_NAME,
@@ -25,10 +25,10 @@ from reshard.stores.torch_names import (
     DType,
     Global,
     Opaque,
-    Sharded,
     Storage,
     row_major_strides,
 )
+from reshard.stores.torch_sharded import sharded, shards
 from reshard.stores.ziprecords import COPY
 
 PICKLE_LIMIT = 256 << 20
@@ -76,6 +76,7 @@ class Unpickler(pickle._Unpickler):
             ("torch._utils", "_rebuild_parameter"): self._parameter,
             ("torch._utils", "_rebuild_parameter_with_state"): self._parameter,
             ("torch._tensor", "_rebuild_from_type_v2"): self._from_type,
+            ("builtins", "getattr"): self._member,
         }
 
     def run(self) -> object:
@@ -115,7 +116,7 @@ class Unpickler(pickle._Unpickler):
             return DType(name)
         if module == "torch" and (name in DTYPE_OF_STORAGE or name in OTHER_STORAGES) or key == ("torch.storage", "UntypedStorage"):
             return Global(module, name)
-        if key in self.calls or key in REFERENCES or key in TENSOR_TYPES | DTENSORS or is_inert(*key):
+        if key in self.calls or key in REFERENCES or key in TENSOR_TYPES | DTENSORS | SHARDED_TENSORS or is_inert(*key):
             return Global(module, name)
         self._fail(f"its pickle names {quote(module)}.{quote(name)}, which reshard neither needs nor runs",
                    "save plain tensors: torch.save({name: tensor, …}, path), sharded tensors (DTensor) made whole first")  # fmt: skip
@@ -262,41 +263,20 @@ class Unpickler(pickle._Unpickler):
                 return sharded(state)
             except (KeyError, TypeError, ValueError, AttributeError) as error:
                 self._fail(f"a DTensor is not as torch writes one ({type(error).__name__}: {quote(error)})")
+        if isinstance(kind, Global) and (kind.module, kind.name) in SHARDED_TENSORS:
+            try:
+                return shards(state)
+            except (KeyError, TypeError, ValueError, AttributeError) as error:
+                self._fail(f"a ShardedTensor is not as torch writes one ({type(error).__name__}: {quote(error)})")
         if not isinstance(kind, Global) or (kind.module, kind.name) not in TENSOR_TYPES:
             self._fail(f"a tensor is of the class {quote(getattr(kind, 'name', kind))}", "save plain tensors")
         return self._call(rebuild, args)
 
-
-def sharded(state: object) -> Sharded:
-    """A DTensor by its attributes. Raises KeyError, TypeError or ValueError for what is none, or none that can be placed."""
-    if isinstance(state, tuple):  # of a class with slots: its attributes, then its slots
-        state = {key: value for part in state if part for key, value in part.items()}
-    local, spec = state["_local_tensor"], state["_spec"].state
-    mesh = spec["mesh"].state
-    size = spec["tensor_meta"].args[0]
-    if not isinstance(local, TensorInfo) or not all(type(n) is int and 0 <= n < 1 << 63 for n in size):
-        raise TypeError("its local part is no tensor, or its size no size")
-    layout = mesh.get("_layout")
-    if isinstance(layout, Opaque):
-        shape = tuple(prod(axis.state["shape"]) for axis in layout.state["axes"])
-    else:  # before torch 2.10
-        shape = next(mesh[key].shape for key in ("mesh", "_mesh") if key in mesh)
-    coordinate = tuple(mesh["_coordinate_on_dim"])
-    if not len(coordinate) == len(shape) == len(spec["placements"]) or not all(
-        type(i) is int and 0 <= i < n for i, n in zip(coordinate, shape)
-    ):
-        raise ValueError(f"place {coordinate} on a mesh of {shape}, {len(spec['placements'])} placements")
-    cuts = []
-    for placement in spec["placements"]:
-        if placement.name not in ("Shard", "_StridedShard", "Replicate"):
-            raise ValueError(f"placement {placement.name}")
-        told = placement.state or {}
-        cuts.append((None, 1) if placement.name == "Replicate" else (told["dim"], told.get("split_factor", 1)))
-    if not all(dim is None or (type(dim) is int and 0 <= dim < len(size)) for dim, _ in cuts) or not all(
-        type(f) is int and f > 0 for _, f in cuts
-    ):
-        raise ValueError(f"cuts {cuts} of {len(size)} dimensions")
-    return Sharded(local, tuple(size), shape, coordinate, tuple(cuts))
+    def _member(self, owner: object, name: object) -> Global:
+        """A class inside a class, or a member of an enumeration: all that torch's files ask of getattr. Of what is not made, by name."""
+        if not isinstance(owner, Global) or not is_inert(owner.module, owner.name) or type(name) is not str or len(name) > _LONGEST_NAME:
+            self._fail("its pickle asks for an attribute, which reshard neither needs nor runs")
+        return Global(owner.module, f"{owner.name}.{name}"[:_LONGEST_NAME])
 
 
 def _children(node: object) -> list | None:

@@ -37,6 +37,8 @@ class Stream:
         self._pairs, self._side, self._process = iter(pairs), side, process
         self._here: dict[str, torch.Tensor] = {}
         self._known, self._gone = set(side.names(process)), set[str]()
+        tied = [(s.name, *others) for s in side.held_by(process) if (others := side.other_names.get(s.entry.of, ()))]
+        self._twins = {name: [other for other in own if other != name] for own in tied for name in own}
         self.held = 0
 
     def begin(self) -> frozenset[torch.device]:
@@ -65,7 +67,11 @@ class Stream:
         name, tensor = pair
         if name in self._here or (name in self._gone and not any(name in own for own in self._side.other_names.values())):
             raise PlanError([f"source: {name} came twice"])
-        if name not in self._gone:  # else the other name of a tied weight that has gone
+        twin = next((self._here[other] for other in self._twins.get(name, ()) if other in self._here), None)
+        if twin is not None:  # gathered twice, so in memory of its own
+            if twin.shape != tensor.shape or not torch.equal(twin, tensor.detach()):
+                raise PlanError([f"source: {name} is tied in this model, and came with other values than {self._twins[name][0]}"])
+        elif name not in self._gone:  # else the other name of a tied weight that has gone
             self._here[name] = tensor.detach()
             self.held = max(self.held, sum(t.numel() * t.element_size() for t in self._here.values()))
         return True

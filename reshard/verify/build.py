@@ -115,6 +115,9 @@ def ends(s: Slices, m: Model) -> None:
         _whole(s, m, m.norm, s.modules[m.norm])
     else:
         m.put(m.norm, Send(s.seat.after))
+    for path in [path for path in s.modules if m.layer_of(path) is None and path in m.paths - {m.embedding, m.head, m.norm}]:
+        if own == 0 and (row := s.row(path)) and row.cut == "whole":  # learned positions and their like, beside the embedding
+            _whole(s, m, path, s.modules[path])
     users = {names[1]: 0, names[0]: at, f"{m.head}.bias": at, **dict.fromkeys(s.modules[m.norm].values(), last)}
     for name, stage in users.items():
         if name in s.table.keys() - s.used and own != stage:
@@ -147,7 +150,7 @@ def layer(s: Slices, m: Model, prefix: str, paths: list[str]) -> dict[str, Linea
             experts[row.path.partition(".{expert}")[0].format(layer=m.layer_of(path))] += kinds.values()
         elif row.parts and f"{owner}.{row.parts[0]}" in m.paths:
             linears[path] = _fused(s, m, owner, row, kinds, heads.get(owner))
-        elif path in m.paths and type(m.at(path)) is nn.Linear:
+        elif path in m.paths and _size(m.at(path)):
             linears[path] = _linear(s, m, path, row, kinds, heads.get(owner))
         elif path in m.paths and row.cut in ("column", "row"):
             s.problem(
@@ -172,9 +175,10 @@ def _heads(s: Slices, m: Model, output: str) -> Heads:
     owner = output.rpartition(".")[0]
     attention, queries, ranks = m.at(owner), m.config.num_attention_heads, s.group.size
     held = {row.holds: (path, row) for path in s.modules if path.rpartition(".")[0] == owner and (row := s.row(path))}
-    value = m.at(output).in_features // queries
+    value = (_size(m.at(output)) or (0, queries))[1] // queries
     size = getattr(attention, "head_dim", None) or getattr(attention, "head_size", None) or value
-    keys = queries if ("latent_key_value",) in held else getattr(m.config, "num_key_value_heads", None) or queries
+    told = getattr(m.config, "num_key_value_heads", None) or getattr(attention, "num_kv_heads", None)
+    keys = queries if ("latent_key_value",) in held else told or queries
 
     def rows(*holds: str, but: str = "") -> int | None:
         path, row = held.get(holds, ("", None))
@@ -200,7 +204,8 @@ def _localise(attention: nn.Module, heads: Heads) -> None:
     """Tell transformers' module of how many heads it is now."""
     per_key = heads.local_queries // heads.local_keys if heads.local_keys else 1
     for name, value in (("num_heads", heads.local_queries), ("num_attention_heads", heads.local_queries),
-                        ("num_key_value_heads", heads.local_keys), ("num_key_value_groups", per_key)):  # fmt: skip
+                        ("num_key_value_heads", heads.local_keys), ("num_kv_heads", heads.local_keys), ("num_key_value_groups", per_key),
+                        ("split_size", heads.local_queries * heads.size)):  # fmt: skip
         if isinstance(getattr(attention, name, None), int):
             setattr(attention, name, value)
     if hasattr(attention, "config"):
@@ -211,7 +216,7 @@ def _localise(attention: nn.Module, heads: Heads) -> None:
 def _linear(s: Slices, m: Model, path: str, row: Row, kinds: dict[str, str], heads: Heads | None) -> Linear:
     """A projection that transformers has as well, of this rank's rows (column parallel) or columns (row parallel), or whole."""
     full = m.at(path)
-    rows, columns = full.weight.shape
+    rows, columns = _size(full)
     weight, bias = _read(s, kinds, full.bias is not None)
     if weight is None:
         return Linear(full.weight)
@@ -228,6 +233,13 @@ def _linear(s: Slices, m: Model, path: str, row: Row, kinds: dict[str, str], hea
         module = Joined(linear, joined(row, heads))
     m.put(path, module or linear)
     return linear
+
+
+def _size(module: nn.Module) -> tuple[int, int] | None:
+    """Outputs and inputs of a plain projection; None for what is none. GPT-2's Conv1D is one whose weight has its inputs first."""
+    if type(module).__name__ == "Conv1D":
+        return module.weight.shape[1], module.weight.shape[0]
+    return (module.out_features, module.in_features) if type(module) is nn.Linear or type(module).__name__ == "FalconLinear" else None
 
 
 def _fused(s: Slices, m: Model, owner: str, row: Row, kinds: dict[str, str], heads: Heads | None) -> Linear:

@@ -62,8 +62,11 @@ def controls(s: Slices, m: Model) -> list[Control]:
     def exchanged(path: str) -> Callable[[dict[str, Linear]], dict[str, Change]]:
         return lambda linears: {path: s.group.exchanged} if path in linears else {}
 
-    out = [Control(f"keys and values of layer {depth} exchanged" if not latent else f"rows of layer {depth}'s kv_b_proj shifted", shifted),
-           Control(f"rows of each stored head of layer {depth} in the other rotary order", paired)]  # fmt: skip
+    out = [Control(f"keys and values of layer {depth} exchanged" if not latent else f"rows of layer {depth}'s kv_b_proj shifted", shifted)]
+    if any(
+        "Rotary" in type(part).__name__ for part in m.module.modules()
+    ):  # without positions in it, attention has no order of a head's rows
+        out.append(Control(f"rows of each stored head of layer {depth} in the other rotary order", paired))
     for path in (*s.rows.paths("heads", depth), *s.rows.paths("down", depth)):
         columns = s.any_columns(f"{path}.weight")
         if len(columns) > 1 and len(set(columns)) == 1:

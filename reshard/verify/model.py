@@ -77,7 +77,12 @@ def parts_of(module: nn.Module) -> Model:
     path_of = {id(part): path for path, part in module.named_modules()}
     base = getattr(module, module.base_model_prefix)
     depth = module.config.get_text_config().num_hidden_layers
-    layers = next(child for child in base.children() if isinstance(child, nn.ModuleList) and len(child) == depth)
-    norm = [child for child in base.children() if "Norm" in type(child).__name__][-1]
-    return Model(module, frozenset(path_of.values()), path_of[id(module.get_input_embeddings())], path_of[id(layers)],
-                 path_of[id(norm)], path_of[id(module.get_output_embeddings())])  # fmt: skip
+    stacks = [
+        (part, child) for part in base.modules() for child in part.children() if isinstance(child, nn.ModuleList) and len(child) == depth
+    ]
+    norms = [child for child in stacks[0][0].children() if "Norm" in type(child).__name__] if stacks else []
+    if not norms:
+        raise FormatError(f"{type(module).__name__} has no {'norm behind its layers' if stacks else f'list of {depth} layers'}: verify can't run it in ranks",
+                          "use --method permute")  # fmt: skip
+    return Model(module, frozenset(path_of.values()), path_of[id(module.get_input_embeddings())], path_of[id(stacks[0][1])],
+                 path_of[id(norms[-1])], path_of[id(module.get_output_embeddings())])  # fmt: skip

@@ -67,7 +67,7 @@ class Shards:
             for name, held in stored.items():
                 if found := rows.find(name):
                     row, layer, expert = found
-                    held = replace(held, row=row, expert=expert)
+                    held = replace(held, info=_turned(held.info, row), row=row, expert=expert)
                     layer = None if layer is None else layer + self.first[rank.number]
                     name = f"{row.path}.{row.kind}".format(layer=layer, expert=expert)
                 if name in table:
@@ -102,6 +102,13 @@ class Shards:
             return torch.frombuffer(mapped, dtype=dtype, count=count, offset=info.offset).view(info.shape)
         span = 1 + sum((size - 1) * step for size, step in zip(info.shape, info.strides))
         return torch.frombuffer(mapped, dtype=dtype, count=span, offset=info.offset).as_strided(info.shape, info.strides)
+
+
+def _turned(info: Piece, row: Row) -> Piece:
+    """A projection that is stored with its inputs first, as one whose outputs are first: the same bytes, with steps."""
+    if row.transposed != "always" or row.cut == "experts" or len(info.shape) != 2 or info.strides is not None:
+        return info
+    return info._replace(shape=info.shape[::-1], strides=(1, info.shape[1]))
 
 
 def open_shards(folder: Path, format: str | None = None) -> Shards:

@@ -27,7 +27,7 @@ _WORDS: dict[str, tuple[tuple[str, ...], tuple[str, ...] | None]] = {
     "order": (("column", "experts"), ("sections", "groups", "heads", "alternate")),
     "becomes": (("column",), ("sections", "heads")),
     "gathered": (("whole",), None),
-    "transposed": (("experts",), ("always", "without ep")),
+    "transposed": (("column", "row", "experts"), ("always", "without ep")),
     "precise": (("whole",), None),
     **dict.fromkeys(("local", "flat", "copied"), (("experts",), None)),
 }
