@@ -35,15 +35,14 @@ def largest(tmp_path, config, quantization, **options):
     (tmp_path / "config.json").write_text(json.dumps(config | {"quantization_config": quantization}))
     source = describe_checkpoint(tmp_path)
     assert source.layout.scheme != "none"
-    fitting = []
-    for tp in (1, 2, 4, 8, 16, 32, 64):
+    for tp in (64, 32, 16, 8, 4, 2, 1):
         try:
             reshard.plan(source, format="vllm", tp=tp, **options)
         except PlanError as error:
             assert "inside a block" in str(error) or "cannot " in str(error)
         else:
-            fitting.append(tp)
-    return max(fitting)
+            return tp
+    raise AssertionError("none fits")
 
 
 @pytest.mark.parametrize("name", WIDTHS)
@@ -76,14 +75,14 @@ def test_gpt_oss_is_cut_in_uneven_whole_groups(tmp_path):
 
 
 def test_deepseek_v3_as_it_is_published(tmp_path):
-    """671 B in FP8 from its shapes alone: tp 8 and 16 for vLLM, bf16 for Megatron, and no 32."""
+    """FP8 from its shapes alone (here of six layers): tp 8 and 16 for vLLM, bf16 for Megatron, and no 32."""
     config = json.loads((CONFIGS / "deepseek-v3.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps(config | {"quantization_config": FP8 | {"fmt": "e4m3"}}))
+    (tmp_path / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 6, "quantization_config": FP8 | {"fmt": "e4m3"}}))
     source = describe_checkpoint(tmp_path)
     codes = sum(s.size for s in source.stored if s.dtype == "F8_E4M3")
-    assert codes > 0.98 * source.parameters and source.bytes < 1.05 * source.parameters
+    assert codes > 0.94 * source.parameters and source.bytes < 1.06 * source.parameters
     assert reshard.plan(source, format="vllm", tp=16).bytes_written and reshard.plan(source, format="vllm", tp=8).bytes_written
-    assert reshard.plan(source, format="megatron", tp=8, ep=8, dequantise=True).bytes_written > 1.3e12
+    assert reshard.plan(source, format="megatron", tp=8, ep=8, dequantise=True).bytes_written > 2 * source.parameters
     with pytest.raises(PlanError, match="inside a block") as caught:
         reshard.plan(source, format="vllm", tp=32)
     assert "16" in caught.value.hint

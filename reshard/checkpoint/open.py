@@ -152,7 +152,36 @@ def _matched(
     )
     if without:
         raise without
+    _check_told(checkpoint)
     return checkpoint
+
+
+def _check_told(checkpoint: Checkpoint) -> None:
+    """What goes with codes and follows from sizes alone (groups of inputs, shapes) must be what follows: no format carries another.
+    Raises FormatError. Of local files; on the Hub it would be a request for each."""
+    told = checkpoint.layout.told
+    if not told or checkpoint.remote:
+        return
+    import numpy as np
+
+    from reshard.dtypes import DTYPE_SIZE, numbers_of
+    from reshard.executor.values import Given, evaluate
+
+    source = checkpoint.source()
+    for stored in checkpoint.stored:
+        if len(stored.parts) != 1 or stored.parts[0].count != 1 or (value := told.get(stored.parts[0].first[0])) is None:
+            continue
+        held = bytearray(stored.size * DTYPE_SIZE[stored.dtype])
+        source.read(stored, 0, memoryview(held))
+        wanted, _ = evaluate(Given(value, stored.parts[0].block.box, (), ()))
+        if not np.array_equal(np.frombuffer(held, numbers_of(stored.dtype)), wanted.ravel()):
+            what = "groups its inputs in an order of its own (desc_act)" if value.function == "groups" else "is not the matrix's"
+            source.close()
+            raise FormatError(
+                f"{checkpoint.path}: {quote(stored.name)} ({stored.file}) {what}: such a matrix cannot be cut",
+                "dequantise it with its own library",
+            )
+    source.close()
 
 
 def _match_grids(checkpoint: Checkpoint, kind: formats.Format, contents: formats.Contents) -> None:

@@ -86,6 +86,7 @@ def with_operands(
     held = {name for entry in formats[format].entries if not entry.omit for name in entry.of} if format else set()
     return replace(layout, descriptor=descriptor, sizes=sizes, lacking=frozenset(lacking), values=MappingProxyType(values),
                    made=MappingProxyType({name: value for name, value in made.items() if name not in held}),
+                   told=MappingProxyType({name: value for name, value in made.items() if name in held}),
                    plain=layout, scheme=scheme.name, quantisation=settings, _cache={})  # fmt: skip
 
 
