@@ -1,17 +1,20 @@
 """Shards of codes and scales are run as the weights that each rank's own give; planted defects in scales are found."""
 
+import json
 from pathlib import Path
 from shutil import copytree
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 import reshard
 
 pytest.importorskip("transformers")
 
 from ranks import verify
+
+from reshard.verify.report import Report
 
 pytestmark = [pytest.mark.models, pytest.mark.samples]
 SAMPLES = Path(__file__).parents[2] / "shared" / "samples"
@@ -60,12 +63,16 @@ def shifted(scale):
 @pytest.mark.parametrize("where", ["self_attn.qkv_proj", "mlp.down_proj"])
 def test_planted_defects_in_scales_are_found(llama, tmp_path, defect, where):
     copytree(llama / "vllm", tmp_path / "vllm")
-    path = tmp_path / "vllm/model-rank-1-part-0.safetensors"
-    state = load_file(path)
-    name = f"model.layers.1.{where}.weight_scale_inv"
-    before = state[name].clone()
-    state[name] = defect(state[name])
-    assert not torch.equal(before, state[name])
-    save_file(state, path, {"format": "pt"})
+    path, name = tmp_path / "vllm/model-rank-1-part-0.safetensors", f"model.layers.1.{where}.weight_scale_inv"
+    path.chmod(0o644)
+    before = load_file(path)[name].clone()
+    after = defect(before.clone())
+    assert not torch.equal(before, after)
+    content = bytearray(path.read_bytes())
+    start = 8 + int.from_bytes(content[:8], "little")
+    begin, end = json.loads(content[8:start])[name]["data_offsets"]
+    content[start + begin : start + end] = after.numpy().tobytes()
+    path.write_bytes(content)
     report = verify(tmp_path / "vllm", reference=llama / "twin")
+    assert isinstance(report, Report), report
     assert not report.passed and not report.shards.passed and not report.missed, str(report)

@@ -78,6 +78,11 @@ class Shards:
             tables.append(table)
         return replace(self, tables=tables, rows=rows)
 
+    @property
+    def quantised(self) -> bool:
+        """Whether any rank holds codes."""
+        return any(held.codes is not None for table in self.tables for held in table.values())
+
     def bytes(self, rank: Rank) -> int:
         return sum(held.info.nbytes for held in self.tables[rank.number].values())
 
