@@ -88,7 +88,8 @@ def files(folder: Path, mesh: dict, rank: int) -> dict:
     stage, inside = divmod(rank, tp)
     name = f"mp_rank_{inside:02d}" + f"_{stage:03d}" * (pp > 1) + f"_{inside:03d}" * (ep > 1)  # experts are dealt out and not cut: etp 1
     held = torch.load(folder / "release" / name / "model_optim_rng.pt", weights_only=False)
-    return {"args": vars(held["args"]), "model": held["model"]}
+    model = {key.replace(".transformer_layer.", ".mtp_model_layer."): value for key, value in held["model"].items()}  # its name in files
+    return {"args": vars(held["args"]), "model": model}
 
 
 def build(args: dict, mesh: dict, rank: int, world: int, work: Path, dtype=None):
@@ -113,9 +114,11 @@ def build(args: dict, mesh: dict, rank: int, world: int, work: Path, dtype=None)
     mla_qk_norm_config.get_backend = lambda implementation: Provider()
     spec = gpt_layer_specs.get_gpt_decoder_block_spec(config, use_transformer_engine=True)
     stage = rank // mesh.get("tp", 1)
+    last = stage == mesh.get("pp", 1) - 1
+    predicts = gpt_layer_specs.get_gpt_mtp_block_spec(config, spec, use_transformer_engine=True) if last and config.mtp_num_layers else None
     model = GPTModel(
         config, spec, vocab_size=args["padded_vocab_size"], max_sequence_length=args["max_position_embeddings"],
-        pre_process=stage == 0, post_process=stage == mesh.get("pp", 1) - 1, parallel_output=True,
+        pre_process=stage == 0, post_process=last, parallel_output=True, mtp_block_spec=predicts,
         share_embeddings_and_output_weights=not args["untie_embeddings_and_output_weights"],
         position_embedding_type=args["position_embedding_type"], rotary_percent=args["rotary_percent"], rotary_base=args["rotary_base"],
         rope_scaling=args["use_rope_scaling"], rope_scaling_factor=args["rope_scaling_factor"],

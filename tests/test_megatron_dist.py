@@ -160,3 +160,63 @@ def test_another_models_config_is_refused(copy):
     (copy / "config.json").write_text(json.dumps(config))
     with pytest.raises(PlanError, match="num_attention_heads"):
         reshard.open(copy)
+
+
+def apart(model: Path, moe: bool) -> dict[str, torch.Tensor]:
+    """Megatron-FSDP's names of the Hub's tensors, by hand: each layer and expert by itself, gate and up apart."""
+    held, out = load_file(model / "model.safetensors"), {}
+    names = {"model.embed_tokens": "embedding.word_embeddings", "model.norm": "decoder.final_layernorm", "lm_head": "output_layer"}
+    for hub, megatron in names.items():
+        out[f"{megatron}.weight"] = held[f"{hub}.weight"]
+    for name in [name for name in held if name.endswith("q_proj.weight")]:
+        hub = name.removesuffix("self_attn.q_proj.weight")
+        layer = hub.replace("model.", "decoder.", 1)
+        q, k, v = (held[f"{hub}self_attn.{each}_proj.weight"] for each in "qkv")
+        groups = json.loads((model / "config.json").read_text())["num_key_value_heads"]
+        rows = [part for at in zip(q.chunk(groups), k.chunk(groups), v.chunk(groups)) for part in at]
+        out |= {f"{layer}self_attention.linear_qkv.weight": torch.cat(rows),
+                f"{layer}self_attention.linear_qkv.layer_norm_weight": held[f"{hub}input_layernorm.weight"],
+                f"{layer}self_attention.linear_proj.weight": held[f"{hub}self_attn.o_proj.weight"]}  # fmt: skip
+        norm = "pre_mlp_layernorm.weight" if moe else "mlp.linear_fc1.layer_norm_weight"
+        out[f"{layer}{norm}"] = held[f"{hub}post_attention_layernorm.weight"]
+        if moe:
+            out |= {f"{layer}self_attention.{each}_layernorm.weight": held[f"{hub}self_attn.{each}_norm.weight"] for each in "qk"}
+            out[f"{layer}mlp.router.weight"] = held[f"{hub}mlp.gate.weight"]
+        for e in range(8) if moe else ("",):
+            own, there = (f"{hub}mlp.experts.{e}.", f"{layer}mlp.experts.") if moe else (f"{hub}mlp.", f"{layer}mlp.")
+            out |= {f"{there}linear_fc1.weight{e}_w": held[f"{own}gate_proj.weight"], f"{there}linear_fc1.weight{e}_v": held[f"{own}up_proj.weight"],
+                    f"{there}linear_fc2.weight{e}": held[f"{own}down_proj.weight"]}  # fmt: skip
+    return out
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3_moe"])
+def test_megatron_fsdps_folders_are_read(tmp_path, name):
+    """An imitation, saved by torch: names as megatron-core's fsdp_dtensor_checkpoint.py makes them."""
+    model = SAMPLES / name / "hf"
+    state = {f"module.{key}": value for key, value in apart(model, name == "qwen3_moe").items()}
+    folder = tmp_path / "run" / "iter_0000005"
+    dcp.save({"model": state, "optimizer": {"state": {"step": torch.ones(1)}}}, checkpoint_id=str(folder), no_dist=True)
+    for path, format in ((folder, "dcp"), (tmp_path / "run", "megatron-dist")):
+        checkpoint = reshard.open(path, config=model)
+        assert checkpoint.format == format and list(checkpoint.beside) == ["optimizer"]
+        reshard.convert(checkpoint, tmp_path / format, format="hf")
+        assert equal(tmp_path / format, model)
+        (tmp_path / "run/latest_checkpointed_iteration.txt").write_text("5")
+    assert checkpoint.writer == "Megatron-FSDP"
+
+
+def test_several_optimizers_stand_beside_the_model(tmp_path):
+    """Experts and the rest each have their own, whose names begin with chained_N in older folders; flat buckets have names of no parameter."""
+    model = SAMPLES / "llama/hf"
+    genuine = SAMPLES / "llama/torch_dist_tp2/iter_0000010"
+    sizes = dcp.FileSystemReader(genuine).read_metadata().state_dict_metadata
+    state = {name: torch.zeros(value.size, dtype=torch.bfloat16) for name, value in sizes.items() if hasattr(value, "size")}
+    dcp.load(state, checkpoint_id=str(genuine), no_dist=True)
+    moments = {f"chained_{i}.optimizer.state.exp_avg.{name}": tensor.float() for i, name in enumerate(state) for tensor in [state[name]]}
+    flat = {f"chained_{i}.optimizer.distributed.dp_group_idx_0.gbuf_idx_0.bucket_idx_0.exp_avg": torch.zeros(77) for i in range(2)}
+    dcp.save(state | moments | flat, checkpoint_id=str(tmp_path / "in"), no_dist=True)
+    shutil.copy(genuine / "metadata.json", tmp_path / "in")
+    checkpoint = reshard.open(tmp_path / "in", config=model)
+    assert list(checkpoint.beside) == ["optimizer"] and checkpoint.beside["optimizer"][0] == len(moments) + 2
+    reshard.convert(checkpoint, tmp_path / "hf", format="hf")
+    assert equal(tmp_path / "hf", model)

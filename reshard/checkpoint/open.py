@@ -122,6 +122,10 @@ def _matched(
     shapes = {piece.name: piece.extent or piece.shape for piece in contents.pieces} if quantised_as else {}
     bound = quantised(bound, kind.section, shapes) if quantised_as else bound
     adapter = adapter_of(folder, contents, bound) if "adapter" in kind.holds else None
+    if adapter is None and "model" not in kind.holds:
+        raise FormatError(
+            f"{folder} holds no weights of a LoRA adapter's: none of its {len(contents.pieces)} tensors has lora in its name", "copy it again, whole"
+        )
     bound = adapter.layout(bound) if adapter else bound
     checkpoint = Checkpoint(
         folder,

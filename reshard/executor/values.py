@@ -229,6 +229,11 @@ def plus_one(given: Given) -> Array:
     return given.arrays[0].astype(np.float32) + np.float32(1)
 
 
+def divided(given: Given) -> Array:
+    """What is held times a number."""
+    return given.arrays[0].astype(np.float32) / np.float32(given.settings["by"])
+
+
 def minus_one(given: Given) -> Array:
     return given.arrays[0].astype(np.float32) - np.float32(1)
 
@@ -267,6 +272,7 @@ FUNCTIONS: dict[str, Callable[[Given], Array]] = {
         fp8_codes,
         fp8_scale,
         plus_one,
+        divided,
         minus_one,
         minus_exp,
         log_minus,

@@ -178,7 +178,7 @@ FORMAT = Format(
     _recognise,
     _read,
     _write,
-    others=("meta",),
+    others=("meta", "megatron"),
     holds=("model", "adapter"),
     whole=True,
     states=True,

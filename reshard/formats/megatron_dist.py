@@ -3,19 +3,22 @@
 No trace of a mesh: layers and experts have their numbers in the whole model, or lie one after another in one tensor (``decoder.layers.mlp…``
 for all layers, ``experts.experts…`` for all experts). Beside tensors stand bytes: what modules of TransformerEngine keep of FP8
 (``…._extra_state/shard_I_N``, asked for whether there is any or not) and what all ranks share: ``common.pt`` up to core 0.16,
-``common_state/shard_0_1`` since. Sources: megatron-core 0.19.2 and 0.16.1, ``dist_checkpointing``, ``TransformerBlock.sharded_state_dict``.
+``common_state/shard_0_1`` since. Megatron-FSDP's ``fsdp_dtensor`` is read too: a plain DCP folder below Megatron's tracker, each layer and
+each expert by itself, gate and up apart, under ``model.module.``. Sources: megatron-core 0.19.2 and 0.16.1, ``dist_checkpointing``, ``TransformerBlock.sharded_state_dict``.
 """
 
 import argparse
 import json
+import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
+from functools import partial
 from itertools import product
 from pathlib import Path
 
 from reshard.errors import FormatError
 from reshard.foreign import quote
-from reshard.formats import Contents, Folder, Format, OutFile, Target, parts
+from reshard.formats import Contents, Folder, Format, OutFile, States, Target, parts
 from reshard.formats.dcp import MEGATRONS, METADATA, metadata_of, pieces_in
 from reshard.formats.hf import torch_tree
 from reshard.formats.manifest import read_manifest
@@ -34,11 +37,15 @@ from reshard.stores.files import read_json, safe_join
 
 CONFIG, COMMON = "metadata.json", "common.pt"
 _RELEASE = "release"
+#: an optimizer's state of a parameter, of one that is chained too: its word comes before the parameter's name
+_STATE = re.compile(r"(?:chained_[0-9]+\.)?optimizer\.(?:[0-9]+\.)?state\.(\w+)\.(.+)")
 #: what core 0.16 wants to be told; 0.19 asks for the first two
 _CONFIG = {"sharded_backend": "torch_dist", "sharded_backend_version": 1, "common_backend": "torch", "common_backend_version": 1}
 #: parameters by which a module is known, and modules that are none of TransformerEngine's
 _WEIGHTS = frozenset(("weight", "layer_norm_weight"))
 _WITHOUT_STATE = frozenset(("word_embeddings", "position_embeddings", "output_layer", "router", "conv1d"))
+#: what several optimizers of one model are told apart by, in folders before ``chained_optim_avoid_prefix``
+_TRAINED = re.compile(r"^chained_(?=[0-9]+\.)")
 _COPY = "copy the folder again, whole"
 
 
@@ -62,23 +69,35 @@ def _root(folder: Path) -> Path:
 
 def _read(folder: Path) -> Contents:
     root = _root(folder)
-    if not (root / CONFIG).is_file():
-        raise FormatError(f"{root} holds no {CONFIG}, which is written last: the save was not finished, or not copied whole",
-                          "copy the folder again, or take the checkpoint before it")  # fmt: skip
-    told = read_json(root / CONFIG)
-    backend = told.get("sharded_backend") if isinstance(told, Mapping) else None
-    if backend != "torch_dist":
-        raise FormatError(f"{root / CONFIG}: sharded_backend is {quote(repr(backend))}, expected torch_dist",
-                          "load and save it once with a Megatron-LM that knows it (--ckpt-format torch_dist)")  # fmt: skip
     inside = "" if root == folder else f"{root.name}/"
     held = metadata_of(root)
-    pieces = pieces_in(root, inside, held.tensors)
+    pieces = pieces_in(root, inside, {_TRAINED.sub("optimizer.", name): stored for name, stored in held.tensors.items()})
     manifest = read_manifest(folder)
     file, common = _common(root, held)
+    if (root / CONFIG).is_file():
+        told = read_json(root / CONFIG)
+        backend = told.get("sharded_backend") if isinstance(told, Mapping) else None
+        if backend != "torch_dist":
+            raise FormatError(f"{root / CONFIG}: sharded_backend is {quote(repr(backend))}, expected torch_dist",
+                              "load and save it once with a Megatron-LM that knows it (--ckpt-format torch_dist)")  # fmt: skip
+    elif common:
+        raise FormatError(f"{root} holds no {CONFIG}, which is written last: the save was not finished, or not copied whole",
+                          "copy the folder again, or take the checkpoint before it")  # fmt: skip
+    writer = "reshard" if manifest else "Megatron-Core" if common else "Megatron-FSDP"
     settings = {inside + file: fields(common.get("args"))}
-    writer = "reshard" if manifest else "Megatron-Core"
     layout = manifest and manifest.get("layout")
-    return Contents(Mesh(), pieces, layout, settings=settings, nested=True, writer=writer)
+    states = partial(_optimizer, pieces, inside + file)
+    return Contents(Mesh(), pieces, layout, settings=settings, nested=True, writer=writer, states=states)
+
+
+def _optimizer(pieces: list[Piece], common: str) -> States:
+    """The optimizer's tensors, which have their parameters' shapes and dtypes of their own, under torch's names for such."""
+    found = [piece._replace(name=f"optim.state.{match[2]}.{match[1]}") for piece in pieces if (match := _STATE.fullmatch(piece.name))]
+    paths = {}
+    for piece in found:
+        name, _, word = piece.name.removeprefix("optim.state.").rpartition(".")
+        paths[piece.name] = ("optim", "state", name, word)
+    return States(found, {}, paths, "model.", f"what {common} says of the optimizer (step counts, settings of its groups)")
 
 
 def _common(root: Path, held: dcp.Metadata) -> tuple[str, Mapping]:

@@ -2,6 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Collection
+from functools import cached_property
 
 from reshard.errors import LayoutError
 from reshard.layout.bound import Layout
@@ -59,9 +60,6 @@ class Omitted:
     def __init__(self, layout: Layout, places: tuple[str, ...], tensors: set[tuple[str, int | None]], beside: Collection[str] = ()):
         self.layout, self.places, self.tensors, self.beside = layout, places, tensors, beside
 
-    def __bool__(self) -> bool:
-        return bool(self.places or self.tensors or self.beside)
-
     def __contains__(self, key: object) -> bool:
         if not isinstance(key, tuple):
             return False
@@ -72,6 +70,12 @@ class Omitted:
             return False
         number = key[1] if tensor.index and tensor.index[0] == tensor.place else None
         return tensor.place in self.places or (tensor.name, number) in self.tensors
+
+    @cached_property
+    def names(self) -> frozenset[str]:
+        """Of the tensors that are left out, somewhere at least."""
+        whole = (tensor.name for tensor in self.layout.descriptor.tensors.values() if tensor.place in self.places)
+        return frozenset((*whole, *self.beside, *(name for name, _ in self.tensors)))
 
 
 def omitted(placement: Placement, source: Layout) -> Omitted:

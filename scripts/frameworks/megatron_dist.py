@@ -7,6 +7,7 @@ TransformerEngine spec, whose leaves need a GPU: plain ones of the same paramete
 
 import argparse
 import json
+import multiprocessing
 import shutil
 from collections.abc import Iterator
 from functools import partial
@@ -18,24 +19,24 @@ TITLE = "Megatron-Core torch_dist"
 INSTALL = ("--no-deps", "megatron-core==0.19.2")
 VERSIONS = ("megatron-core", "torch")
 #: of families.toml, laid over; where it is written, where it is loaded
-LLAMA, TIED, MOE, MLA = "llama", "qwen2_tied", "qwen3_moe", "deepseek_v3"
+LLAMA, TIED, MOE, MLA, MTP = "llama", "qwen2_tied", "qwen3_moe", "deepseek_v3", "deepseek_v3 with a prediction layer"
 MESHES = {
     LLAMA: [({"tp": 2}, {"tp": 1}), ({"tp": 1}, {"tp": 4}), ({"tp": 4, "pp": 2}, {"tp": 2}), ({"tp": 2}, {"pp": 2})],
     TIED: [({"tp": 2}, {"tp": 4}), ({"tp": 1}, {"pp": 2})],
     MOE: [({"tp": 2}, {"tp": 2, "ep": 2, "etp": 1}), ({"tp": 2, "ep": 2, "etp": 1}, {"tp": 1}), ({"tp": 2, "ep": 2}, {"tp": 2})],
     MLA: [({"tp": 1}, {"tp": 2}), ({"tp": 2, "ep": 2, "etp": 1, "pp": 2}, {"tp": 2, "ep": 2, "etp": 1})],
+    MTP: [({"tp": 2}, {"tp": 1}), ({"tp": 1}, {"pp": 2}), ({"tp": 2, "ep": 2, "etp": 1}, {"tp": 2})],
 }
 VOCABULARY = ("embedding.word_embeddings.weight", "output_layer.weight")
 SAVED = [
     (LLAMA, {"tp": 2}, {}), (TIED, {"tp": 2, "pp": 2}, {}), (LLAMA, {"tp": 2}, {"non_homogeneous_layers": True}),
     (LLAMA, {"tp": 2}, {"singleton_local_shards": True}), (MOE, {"tp": 2, "ep": 2, "etp": 1}, {}), (MOE, {"tp": 2}, {}),
-    (MOE, {"tp": 2, "ep": 2, "etp": 1}, {"singleton_local_shards": True}), (MLA, {"tp": 2}, {}), (MLA, {"tp": 1, "pp": 2}, {}),
+    (MOE, {"tp": 2, "ep": 2, "etp": 1}, {"singleton_local_shards": True}), (MLA, {"tp": 2}, {}), (MLA, {"tp": 1, "pp": 2}, {}), (MTP, {"tp": 2}, {}), (MTP, {"tp": 1, "pp": 2}, {}),
 ]  # fmt: skip
 
 
 def rows(scratch: Path, quick: bool) -> Iterator[dict]:
     import engines_megatron
-    from check_engines import prepare
     from engines_common import label
     from tiny_models import families
 
@@ -45,7 +46,7 @@ def rows(scratch: Path, quick: bool) -> Iterator[dict]:
         folder = scratch / name
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
-        _alone(prepare, table[name]["config"], folder)
+        _alone(prepare, table[name.partition(" ")[0]]["config"] | ({"num_nextn_predict_layers": 1} if name == MTP else {}), folder)
         for written, there in pairs[:1] if quick else pairs:
             what = f"{name}: megatron-dist for {label(written)}, `dist_checkpointing.load` on {label(there)}"
             yield check(what, partial(_loads, folder, written, there, "hf"), partial(_loads, folder, written, there, "control"))
@@ -53,6 +54,27 @@ def rows(scratch: Path, quick: bool) -> Iterator[dict]:
             kind = " ".join(content) or "as it saves by itself"
             what = f"{name}: `dist_checkpointing.save` on {label(mesh)} ({kind}) → hf"
             yield check(what, partial(_saves, folder, mesh, content, "hf"), partial(_saves, folder, mesh, content, "control"))
+
+
+def prepare(config: dict, folder: Path) -> None:
+    """The family's checkpoint, with the prediction layer that its config.json promises and transformers does not build; the control's."""
+    import torch
+    from check_engines import reference
+    from safetensors.torch import load_file, save_file
+    from tiny_models import exchange, make
+
+    reference(make(config, folder / "hf"), folder / "logits.pt")
+    path, layers = folder / "hf" / "model.safetensors", config["num_hidden_layers"]
+    held = load_file(path)
+    for k in range(config.get("num_nextn_predict_layers") or 0):
+        own, last = f"model.layers.{layers + k}.", f"model.layers.{layers - 1}."
+        like = {own + name.removeprefix(last): tensor for name, tensor in held.items() if name.startswith(last)}
+        width = len(held["model.norm.weight"])
+        like |= {f"{own}{name}.weight": held["model.norm.weight"] for name in ("enorm", "hnorm", "shared_head.norm")}
+        like[f"{own}eh_proj.weight"] = held["lm_head.weight"].new_zeros(width, 2 * width)
+        held |= {name: torch.randn(tensor.shape).to(tensor.dtype) for name, tensor in like.items()}
+    save_file(held, path, {"format": "pt"})
+    exchange(folder / "hf", folder / "control")
 
 
 def _alone(work, *args):
@@ -137,11 +159,12 @@ def load(rank: int, world: int, mesh: dict, meeting: Path, folder: Path) -> tupl
         elif not torch.equal(held[name], wanted[name].float()):
             lines.append(f"rank {rank}: {name}")
     text = f"{len(held)} tensors of rank 0 equal"
-    if not lines and mesh.get("pp", 1) == 1:
+    if mesh.get("pp", 1) == 1:  # on every rank, whatever one of them found: they compute together
         difference, largest = engine.computed(model, folder)
         if not difference <= engine.CLOSE * largest:
             lines.append(f"logits differ from transformers' by {difference:.3g}, of {largest:.3g}")
         text += f", logits within {difference / largest:.1e} of transformers'"
+    torch.distributed.barrier()  # who leaves first would cut the others off
     return lines, text
 
 
@@ -185,3 +208,6 @@ def save(rank: int, world: int, mesh: dict, meeting: Path, folder: Path, source:
     args = argparse.Namespace(**held["args"])
     state = {"model": model.sharded_state_dict(metadata=dict(content)), "args": args, "checkpoint_version": 3.0, "iteration": 7}
     dist_checkpointing.save(state, str(folder / "saved"), content_metadata=content)
+    torch.distributed.barrier()
+    for child in multiprocessing.active_children():  # Megatron's writers, which would outlive this process
+        child.kill()
