@@ -124,7 +124,8 @@ def _matched(
     adapter = adapter_of(folder, contents, bound) if "adapter" in kind.holds else None
     if adapter is None and "model" not in kind.holds:
         raise FormatError(
-            f"{folder} holds no weights of a LoRA adapter's: none of its {len(contents.pieces)} tensors has lora in its name", "copy it again, whole"
+            f"{folder} holds no weights of a LoRA adapter's: none of its {len(contents.pieces)} tensors has lora in its name",
+            "copy it again, whole",
         )
     bound = adapter.layout(bound) if adapter else bound
     checkpoint = Checkpoint(
