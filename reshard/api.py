@@ -34,7 +34,7 @@ def _opened(source: Checkpoint | str | Path, options: dict[str, Any]) -> Checkpo
 def plan(source: Checkpoint | str | Path, *, format: str, tp: int = 1, pp: int = 1, ep: int = 1, etp: int = 0, **options: Any) -> Job:
     """What a conversion of `source` to `format` would read and write, to the byte. Reads headers, writes nothing.
 
-    `options`: `dtype` (bf16, fp16, fp32), `dequantise` (weights of a quantised checkpoint are computed), `optimizer` (its state goes with the weights), `allow_overflow` (values with no room in it become infinite), `engine_version`, `engine_platform` (cuda, rocm, cpu), `max_file` (bytes), `rank` (that one alone), `jobs`, `buffer` (bytes), and `layout`, `config`, `cache`, `adapter` for opening.
+    `options`: `dtype` (bf16, fp16, fp32), `dequantise` (weights of a quantised checkpoint are computed), `quantise` (fp8: weights become codes and scales), `refine` (scales are repeated on finer blocks where a cut misses them), `optimizer` (its state goes with the weights), `allow_overflow` (values with no room in it become infinite), `engine_version`, `engine_platform` (cuda, rocm, cpu), `max_file` (bytes), `rank` (that one alone), `jobs`, `buffer` (bytes), and `layout`, `config`, `cache`, `adapter` for opening.
     Raises ReshardError with all problems at once.
     """
     ckpt = _opened(source, options)
@@ -130,12 +130,14 @@ def diff(
     dtype: str | None = None,
     atol: float = 0.0,
     maps: bool = False,
+    dequantise: bool = False,
     progress: Callable[[int], None] = lambda size: None,
 ) -> DiffReport:
     """Compare two checkpoints of any layouts, bit for bit, in the axes they share; nothing is written, no model held.
 
     `formats` are those of `a` and of `b`, where their files don't tell. With `dtype` (bf16, fp16, fp32) floating-point tensors are equal when they are once both sides are cast to it, which confirms a
     cast; with `atol` elements are equal that lie within it of each other. `maps`: each difference tells where it lies (`heat`).
+    `dequantise`: of a quantised checkpoint its weights are compared with those of the other, which is not.
     """
     from reshard.comparison.compare import Likeness, compare
     from reshard.dtypes import USER_WORDS
@@ -143,7 +145,12 @@ def diff(
     if dtype is not None and dtype not in USER_WORDS:
         raise PlanError([f"dtype {dtype!r} is none to compare in"], f"use one of {', '.join(USER_WORDS)}")
     likeness = Likeness(USER_WORDS[dtype] if dtype else None, atol)
-    return compare(*open_pair(a, b, layout=layout, config=config, formats=formats), progress, likeness, maps)
+    opened = open_pair(a, b, layout=layout, config=config, formats=formats)
+    if dequantise:
+        from reshard.comparison.dequantised import compare_dequantised
+
+        return compare_dequantised(*opened, progress, likeness)
+    return compare(*opened, progress, likeness, maps)
 
 
 def open_pair(

@@ -223,5 +223,37 @@ def test_packed_codes_are_cut_in_whole_groups(tmp_path):
     assert raw(tmp_path / "plain") == raw(HF / "gpt_oss-mxfp4-dequantized-bf16")
     with pytest.raises(PlanError, match=r"expert_down, cut over 2 ranks, would be cut inside a block \(32 of input\)"):
         api.plan(source, format="tp", tp=2)
-    with pytest.raises(PlanError, match="format vllm cannot hold weights quantised as mxfp4"):
-        api.plan(source, format="vllm", tp=1)
+    with pytest.raises(PlanError, match="format sglang cannot hold weights quantised as mxfp4"):
+        api.plan(source, format="sglang", tp=1)
+
+
+@pytest.mark.parametrize("model", ["deepseek_v3-fp8", "gpt_oss-mxfp4"])
+def test_diff_of_a_quantised_checkpoint_and_its_twin(tmp_path, model):
+    """The twin in another layout, in either order; and every planted defect is told by the twin's name, with its elements."""
+    twin = HF / f"{model}-dequantized-bf16"
+    api.convert(twin, tmp_path / "vllm", format="vllm", tp=2)
+    assert api.diff(HF / model, twin, dequantise=True).equal and api.diff(tmp_path / "vllm", HF / model, dequantise=True).equal
+    assert not api.diff(HF / model, twin).equal  # codes are no weights
+    with pytest.raises(PlanError, match="neither is quantised"):
+        api.diff(twin, twin, dequantise=True)
+    with pytest.raises(PlanError, match="both are quantised"):
+        api.diff(HF / model, HF / model, dequantise=True)
+
+
+@pytest.mark.parametrize("defect", ["halved", "exchanged", "shifted"])
+def test_diff_finds_planted_defects_in_scales(tmp_path, defect):
+    name = "model.layers.1.mlp.experts.2.up_proj.weight_scale_inv"
+
+    def planted(state):
+        scale = state[name]
+        if defect == "halved":
+            scale[1, 0] /= 2
+        elif defect == "exchanged":
+            scale[0, 0], scale[1, 1] = scale[1, 1].clone(), scale[0, 0].clone()
+        else:
+            state[name] = scale.roll(1, 1)
+
+    folder = copied(tmp_path, planted)
+    found = api.diff(folder, HF / "deepseek_v3-fp8-dequantized-bf16", dequantise=True)
+    assert [d.name for d in found.differing] == [name.removesuffix("_scale_inv")]
+    assert found.differing[0].elements and found.differing[0].max_abs_diff > 0

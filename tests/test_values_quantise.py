@@ -18,7 +18,7 @@ def published(weight):
     padded[:rows, :columns] = weight
     tiles = padded.view(-1, GRAIN, padded.shape[1] // GRAIN, GRAIN)
     largest = tiles.abs().float().amax(dim=(1, 3), keepdim=True).clamp(1e-4)
-    codes = (tiles * (448.0 / largest)).to(torch.float8_e4m3fn).view_as(padded)[:rows, :columns]
+    codes = (tiles * (1.0 / (largest / 448.0))).to(torch.float8_e4m3fn).view_as(padded)[:rows, :columns]
     return codes, (largest / 448.0).view(tiles.shape[0], tiles.shape[2])
 
 

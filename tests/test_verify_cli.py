@@ -126,10 +126,6 @@ def test_prompts_low_memory_and_half_precision():
             f"{SAMPLES}/transformers_dist/llama-tp2-fsdp2 --reference {SAMPLES}/hf/llama",
             "of which verify does not know how its engine computes\n\nhint: .*convert it to one of hf",
         ),
-        (
-            f"{SAMPLES}/vllm/llama-fp8-tp2 --reference {SAMPLES}/vllm/hf/llama-fp8",
-            "F8_E4M3: verify does not compute with quantised weights",
-        ),
     ],
 )
 def test_what_cannot_be_run_is_one_clear_error(command, message):

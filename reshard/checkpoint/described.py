@@ -11,6 +11,7 @@ from reshard.errors import LayoutError
 from reshard.geometry.block import Stored
 from reshard.layout import Mesh, Placement, architectures, find_descriptor, load_descriptor
 from reshard.layout.check import refuse_unheld
+from reshard.layout.quantise import as_published
 
 
 def describe_checkpoint(config: str | Path, layout: str | Path | None = None) -> Checkpoint:
@@ -24,7 +25,7 @@ def describe_checkpoint(config: str | Path, layout: str | Path | None = None) ->
         raise LayoutError(text, "pass a descriptor of your own with --layout FILE.toml")
     numbers = model_config(settings)
     bound = descriptor.bind(numbers)
-    bound = bound.present(bound.absent)
+    bound = as_published(bound.present(bound.absent))
     kind = formats.get("hf")
     placement = Placement(bound, bound.section("hf"), kind.rules, Mesh())
     refuse_unheld(placement, "hf")
@@ -32,7 +33,7 @@ def describe_checkpoint(config: str | Path, layout: str | Path | None = None) ->
     common = words.get(str(numbers.get("dtype") or numbers.get("torch_dtype")), "BF16")
     stored, at = [], 0
     for s in placement.stored():
-        dtype = descriptor.tensors[s.entry.of[0]].dtype or common
+        dtype = bound.descriptor.tensors[s.entry.of[0]].dtype or common
         stored.append(Stored(s.rank, s.name, dtype, s.shape, s.parts, s.entry, "model.safetensors", at, s.pad))
         at += prod(s.shape) * DTYPE_SIZE[dtype]
     return Checkpoint(path.parent, "hf", Mesh(), bound, stored, config_path=path)

@@ -18,7 +18,8 @@ from reshard.formats.manifest import read_manifest
 from reshard.formats.quantised import codes_without_scales, refuse, scheme
 from reshard.hub import folder_of
 from reshard.layout import Descriptor, Mesh, Placement, architectures, builtin_descriptors, find_descriptor, load_descriptor
-from reshard.layout.schemes import quantised
+from reshard.layout.quantise import experts_refined
+from reshard.layout.quantised import beside, quantised
 from reshard.stores.files import AnyPath, reading
 from reshard.stores.identity import identity, noting
 
@@ -118,12 +119,13 @@ def _matched(
     if disagreements:
         raise PlanError([f"{folder}: {text}" for text in disagreements],
                         f"{config_path} is of another model: name the config.json of the one that was trained, with --config")  # fmt: skip
-    names = {piece.name for piece in contents.pieces}
-    bound = quantised(bound, kind.section, names) if quantised_as else bound
+    shapes = {piece.name: piece.extent or piece.shape for piece in contents.pieces} if quantised_as else {}
+    bound = quantised(bound, kind.section, shapes) if quantised_as else bound
     adapter = adapter_of(folder, contents, bound) if "adapter" in kind.holds else None
     if adapter is None and "model" not in kind.holds:
         raise FormatError(
-            f"{folder} holds no weights of a LoRA adapter's: none of its {len(names)} tensors has lora in its name", "copy it again, whole"
+            f"{folder} holds no weights of a LoRA adapter's: none of its {len(contents.pieces)} tensors has lora in its name",
+            "copy it again, whole",
         )
     bound = adapter.layout(bound) if adapter else bound
     checkpoint = Checkpoint(
@@ -142,16 +144,65 @@ def _matched(
         {"repo": folder.repository.location.repo, "revision": folder.revision} if checkpoint.remote else manifest.get("source")
     )
     try:
-        match(checkpoint, kind, contents)
+        _match_grids(checkpoint, kind, contents)
     except PlanError:
         if quantised_as and checkpoint.layout.scheme == "none":  # one sentence instead of a line for each scale
             raise refuse(folder, quantised_as, contents) from None
         raise
     numbers = {name for name, tensor in checkpoint.layout.descriptor.tensors.items() if tensor.dtype in INTEGERS}  # no codes
-    without = None if own else codes_without_scales(folder, settings, checkpoint.stored, numbers.union(checkpoint.layout.operands))
+    without = (
+        None
+        if own
+        else codes_without_scales(folder, settings, checkpoint.stored, numbers.union(checkpoint.layout.operands, beside(checkpoint.layout)))
+    )
     if without:
         raise without
+    _check_told(checkpoint)
     return checkpoint
+
+
+def _check_told(checkpoint: Checkpoint) -> None:
+    """What goes with codes and follows from sizes alone (groups of inputs, shapes) must be what follows: no format carries another.
+    Raises FormatError. Of local files; on the Hub it would be a request for each."""
+    told = checkpoint.layout.told
+    if not told or checkpoint.remote:
+        return
+    import numpy as np
+
+    from reshard.dtypes import DTYPE_SIZE, numbers_of
+    from reshard.executor.values import Given, evaluate
+
+    source = checkpoint.source()
+    for stored in checkpoint.stored:
+        if len(stored.parts) != 1 or stored.parts[0].count != 1 or (value := told.get(stored.parts[0].first[0])) is None:
+            continue
+        held = bytearray(stored.size * DTYPE_SIZE[stored.dtype])
+        source.read(stored, 0, memoryview(held))
+        wanted, _ = evaluate(Given(value, stored.parts[0].block.box, (), ()))
+        if not np.array_equal(np.frombuffer(held, numbers_of(stored.dtype)), wanted.ravel()):
+            what = "groups its inputs in an order of its own (desc_act)" if value.function == "groups" else "is not the matrix's"
+            source.close()
+            raise FormatError(
+                f"{checkpoint.path}: {quote(stored.name)} ({stored.file}) {what}: such a matrix cannot be cut",
+                "dequantise it with its own library",
+            )
+    source.close()
+
+
+def _match_grids(checkpoint: Checkpoint, kind: formats.Format, contents: formats.Contents) -> None:
+    """``match``; an engine's files may have the scales of experts on finer blocks than config.json says."""
+    bound = checkpoint.layout
+    try:
+        match(checkpoint, kind, contents)
+    except PlanError:
+        for finer in experts_refined(bound) if contents.engine_version else ():
+            checkpoint.layout = finer
+            try:
+                match(checkpoint, kind, contents)
+                return
+            except PlanError:
+                checkpoint.layout = bound
+        raise
 
 
 def unknown_architecture(settings: Mapping[str, object], contents: formats.Contents) -> LayoutError:

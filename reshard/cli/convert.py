@@ -26,7 +26,7 @@ def opened(path: str, from_=None, layout=None, config=None, cache=False, adapter
     return open_checkpoint(path, format=from_, layout=layout, config=config, cache=cache, adapter=adapter)
 
 
-def planned(source, to, tp, pp, ep, etp, dtype, dequantise, optimizer, engine_version, engine_platform, **options):
+def planned(source, to, tp, pp, ep, etp, dtype, dequantise, quantise, refine, optimizer, engine_version, engine_platform, **options):
     from reshard.api import plan
 
     return plan(
@@ -38,6 +38,8 @@ def planned(source, to, tp, pp, ep, etp, dtype, dequantise, optimizer, engine_ve
         etp=etp,
         dtype=dtype,
         dequantise=dequantise,
+        quantise=quantise,
+        refine=refine,
         optimizer=optimizer,
         engine_version=engine_version,
         engine_platform=engine_platform,
@@ -96,6 +98,8 @@ def run_conversion(
     etp,
     dtype,
     dequantise,
+    quantise,
+    refine,
     optimizer,
     engine_version,
     engine_platform,
@@ -116,7 +120,7 @@ def run_conversion(
     from reshard.conversion.transaction import resumed
 
     options = {"rank": rank, "jobs": jobs, "buffer": buffer, "allow_overflow": allow_overflow, "max_file": max_shard_size}
-    job = planned(source, to, tp, pp, ep, etp, dtype, dequantise, optimizer, engine_version, engine_platform, **options)
+    job = planned(source, to, tp, pp, ep, etp, dtype, dequantise, quantise, refine, optimizer, engine_version, engine_platform, **options)
     if push is not None and not dry_run:
         from reshard.publish.push import convert_and_push
 
@@ -215,6 +219,8 @@ def plan(
     etp,
     dtype,
     dequantise,
+    quantise,
+    refine,
     optimizer,
     engine_version,
     engine_platform,
@@ -237,7 +243,7 @@ def plan(
         source = describe_checkpoint(config, layout)
     else:
         source = opened(src, from_, layout, config)
-    job = planned(source, to, tp, pp, ep, etp, dtype, dequantise, optimizer, engine_version, engine_platform, rank=rank)
+    job = planned(source, to, tp, pp, ep, etp, dtype, dequantise, quantise, refine, optimizer, engine_version, engine_platform, rank=rank)
     if report:
         from reshard.pages.plan import plan_page
 

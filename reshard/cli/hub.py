@@ -29,7 +29,9 @@ def pull(src, dst, from_, layout, config, cache, **options):
         run_conversion(opened(src, from_, layout, config, cache), dst, **options)
         return
     given = [name for name in ("tp", "pp", "ep") if options[name] != 1] + [
-        name for name in ("dtype", "dequantise", "engine_version", "engine_platform", "rank") if options[name] not in (None, False)
+        name
+        for name in ("dtype", "dequantise", "quantise", "refine", "engine_version", "engine_platform", "rank")
+        if options[name] not in (None, False)
     ]
     if given:
         raise click.UsageError(f"--{given[0].replace('_', '-')} needs --to: without it, files are fetched as they are")

@@ -81,17 +81,18 @@ def split_dim(descriptor, entry, tp: int) -> int | None:
 @click.option("--from-b", type=click.Choice(FORMATS), help="Format of B, where its files don't tell.")
 @click.option("--dtype", type=click.Choice(list(USER_WORDS)), help="Compare floating-point tensors as this: confirms a cast.")
 @click.option("--atol", type=click.FloatRange(0), default=0.0, metavar="X", help="Elements within X of each other are equal.")
+@click.option("--dequantise", is_flag=True, help="Compare the weights of a quantised one with those of the other.")
 @report_option
 @json_option
 @click.option("-q", "--quiet", is_flag=True)
-def diff(a, b, config, layout, from_a, from_b, dtype, atol, report, as_json, quiet):
+def diff(a, b, config, layout, from_a, from_b, dtype, atol, dequantise, report, as_json, quiet):
     """Tell whether A and B hold the same parameters, bit for bit, whatever their layouts. Exit code 3: they differ."""
     from reshard.api import diff as run
     from reshard.api import open_pair
 
     left, right = open_pair(a, b, layout=layout, config=config, formats=(from_a, from_b))
     with progress_bar(left.bytes + right.bytes, quiet or as_json) as tell:
-        found = run(left, right, dtype=dtype, atol=atol, maps=report is not None, progress=tell)
+        found = run(left, right, dtype=dtype, atol=atol, maps=report is not None and not dequantise, dequantise=dequantise, progress=tell)
     if report:
         from reshard.pages.diff import diff_page
 
@@ -102,7 +103,7 @@ def diff(a, b, config, layout, from_a, from_b, dtype, atol, report, as_json, qui
                                "missing_in_a": found.missing_in_a, "missing_in_b": found.missing_in_b,
                                "bytes_missing_in_a": found.bytes_missing_in_a, "bytes_missing_in_b": found.bytes_missing_in_b}))  # fmt: skip
     elif found.equal:
-        how = f"as {dtype}" if dtype else "" if atol else "bit for bit"
+        how = f"as {dtype}" if dtype else "" if atol else "bit for bit, dequantised" if dequantise else "bit for bit"
         click.echo(f"equal: {found.tensors} tensors, {', '.join(filter(None, [how, f'within {atol:g}' if atol else '']))}")
     else:
         sides = (a, found.missing_in_a, found.bytes_missing_in_a), (b, found.missing_in_b, found.bytes_missing_in_b)

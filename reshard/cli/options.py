@@ -89,6 +89,10 @@ def target_options(command, required=True):
     command = click.option("--dequantise", is_flag=True, help="Compute the weights of a quantised checkpoint from its codes and scales.")(
         command
     )
+    command = click.option(
+        "--quantise", type=click.Choice(["fp8"]), help="Compute codes and scales from weights: FP8 in blocks of 128 × 128."
+    )(command)
+    command = click.option("--refine", is_flag=True, help="Repeat scales on finer blocks, exactly, where a cut misses them.")(command)
     command = mesh_options(command)
     return click.option(
         "--to",

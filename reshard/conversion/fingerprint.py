@@ -62,7 +62,7 @@ def options(job: Job) -> dict[str, object]:
     """What the user asked for, for messages too."""
     mesh = job.mesh
     return {"format": job.format, "tp": mesh.tp, "pp": mesh.pp, "ep": mesh.ep, "etp": mesh.etp, "dtype": job.dtype,
-            "dequantise": job.dequantises or None,
+            "dequantise": job.dequantises or None, "quantised": job.quantised_anew,
             "engine_version": job.engine_version, "engine_platform": job.engine_platform, "max_file": job.max_file, "rank": job.rank}  # fmt: skip
 
 

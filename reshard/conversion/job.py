@@ -63,6 +63,14 @@ class Job:
         return self.layout is self.source.layout.plain
 
     @property
+    def quantised_anew(self) -> str | None:
+        """The scheme and settings that the result has and the source has not."""
+        layout, before = self.layout, self.source.layout
+        if layout.plain is None or layout is before:
+            return None
+        return f"{layout.scheme}, finer by {layout.finer}: {json.dumps(told_config(layout.quantisation), sort_keys=True)}"
+
+    @property
     def section(self) -> str:
         """The descriptors' table that the format follows."""
         return formats.get(self.format).section
@@ -211,11 +219,14 @@ def prepare(
     buffer: int = BUFFER,
     allow_overflow: bool = False,
     dequantise: bool = False,
+    quantise: str | None = None,
+    refine: bool = False,
     optimizer: bool = False,
 ) -> Job:
     """Plan the conversion of `source`, for all ranks or for `rank` alone (replicas in the source are then not compared).
 
-    `dequantise`: the weights of a quantised checkpoint are computed from their codes and scales.
+    `dequantise`: the weights of a quantised checkpoint are computed from their codes and scales. `quantise`: codes and scales are
+    computed from weights, by a recipe (fp8). `refine`: where a cut misses the blocks of scales, these are repeated on finer blocks.
     `optimizer`: its state goes with the weights. `allow_overflow`: a value that has no room in its new dtype becomes infinite, and is counted, instead of ending the run.
     Raises PlanError with every problem found; nothing is written.
     """
@@ -225,7 +236,7 @@ def prepare(
         raise PlanError([f"format {format} is read, not written"], "dcp, transformers and hf are written for the same readers")
     if format in ("hf", "peft") and (mesh.tp, mesh.pp, mesh.ep) != (1, 1, 1):
         raise PlanError([f"format {format} is whole: it has no {mesh}"], "leave --tp, --pp and --ep out, or use --to tp")
-    placement = place(source, format, mesh, engine_version, engine_platform, dequantise)
+    placement = place(source, format, mesh, engine_version, engine_platform, dequantise, quantise, refine)
     every = kind.rules.ranks(mesh) if kind.whole else placement.ranks  # those whose files there are
     ranks = every if rank is None else [one_rank(every, mesh, rank)]
     kept = optimizer_of(source, kind, placement) if optimizer else None
@@ -245,11 +256,14 @@ def prepare(
     folder.small[MANIFEST] = manifest_bytes(format, target.mesh, source.layout.name, engine_version, sizes, native, source.origin,
                                             (rank, len(every)) if rank is not None and alone else None, left_out(source, without),
                                             engine_platform)  # fmt: skip
-    told = source.made or (
-        read_config(source.config_path) if (dtype or dequantise) and source.config_path and source.adapter is None else None
-    )
+    quantisation = placement.layout.quantisation
+    requantised = bool(quantisation) and quantisation != source.layout.quantisation
+    anew = (dtype or dequantise or requantised) and source.config_path and source.adapter is None
+    told = source.made or (read_config(source.config_path) if anew and source.config_path else None)
     if told:
-        config = without_quantisation(told) if dequantise else dict(told)
+        config = without_quantisation(told) if dequantise or requantised else dict(told)
+        if requantised:
+            config["quantization_config"] = told_config(quantisation)
         if dtype:
             key = "dtype" if "dtype" in config or "torch_dtype" not in config else "torch_dtype"
             config[key] = TABLE[USER_WORDS[dtype]].torch
@@ -277,9 +291,14 @@ def left_out(source: Checkpoint, not_held: Iterable[Stored] = ()) -> LeftOut:
 
 def not_held(source: Checkpoint, placement: Placement) -> tuple[Stored, ...]:
     """Tensors of `source` that the destination's format is declared to do without."""
-    gone = omitted(placement)
+    gone = omitted(placement, source.layout)
     likely = [s for s in source.stored if s.parts and all(part.first[0] in gone.names for part in s.parts)] if gone.names else []
     return tuple(s for s in likely if all(key in gone for key, _ in s.blocks))
+
+
+def told_config(quantisation: Mapping[str, object]) -> dict[str, object]:
+    """quantization_config, without what was derived from it."""
+    return {key: value for key, value in quantisation.items() if key != "group"}
 
 
 def without_quantisation(config: Mapping[str, object]) -> dict[str, object]:

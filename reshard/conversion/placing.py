@@ -8,11 +8,13 @@ from reshard.checkpoint import Checkpoint
 from reshard.dtypes import USER_WORDS
 from reshard.errors import PlanError
 from reshard.geometry.block import Stored
-from reshard.layout import Entry, Mesh, Placement, Rank
+from reshard.layout import Entry, Layout, Mesh, Placement, Rank
 from reshard.layout.check import omitted, refuse_unheld
+from reshard.layout.quantise import quantising, refinements
 from reshard.layout.transforms import values_of
 from reshard.planner.make import LOST, plan
 from reshard.planner.plan import Plan
+from reshard.planner.values import bare
 
 if TYPE_CHECKING:
     from reshard.conversion.optimizer import Optimizer
@@ -25,9 +27,32 @@ def place(
     engine_version: str | None = None,
     engine_platform: str | None = None,
     dequantise: bool = False,
+    quantise: str | None = None,
+    refine: bool = False,
 ) -> Placement:
-    """Where `format` puts the tensors of `source`'s model on `mesh`; of a quantised one its codes and scales, or (`dequantise`) its weights."""
-    kind, layout = formats.get(format), source.layout
+    """Where `format` puts the tensors of `source`'s model on `mesh`; of a quantised one its codes and scales, or (`dequantise`) its weights.
+
+    `quantise` names a recipe by which weights become codes and scales; `refine`: where a cut misses the blocks of scales, these are
+    repeated on the coarsest finer blocks that it does not miss.
+    """
+    layout = _stored_as(source, formats.get(format), dequantise, quantise)
+    whole = on_mesh(source, layout, format, mesh, engine_version, engine_platform)
+    if not refine:
+        return whole
+    if layout.plain is None or quantise:
+        raise PlanError([f"{source.path} holds no scales that could be repeated on finer blocks"], "leave out --refine")
+    trial = whole
+    for finer in refinements(layout, engine=formats.get(format).newest is not None):
+        for _ in trial.stored():
+            pass
+        if not trial.problems:
+            return whole if trial.layout is layout else on_mesh(source, trial.layout, format, mesh, engine_version, engine_platform)
+        trial = on_mesh(source, finer, format, mesh, engine_version, engine_platform)
+    return trial  # its problems are told
+
+
+def _stored_as(source: Checkpoint, kind: formats.Format, dequantise: bool, quantise: str | None) -> Layout:
+    layout = source.layout
     if ("model" if source.adapter is None else "adapter") not in kind.holds:
         what, way = (
             ("LoRA adapters", "--to hf")
@@ -35,14 +60,32 @@ def place(
             else ("whole models", "--to peft, tp or dcp; or merge it: reshard merge BASE ADAPTER DST --to …")
         )
         raise PlanError(
-            [f"format {format} holds {what}, and {source.path} is {'none' if source.adapter is None else 'an adapter'}"], f"use {way}"
+            [f"format {kind.name} holds {what}, and {source.path} is {'none' if source.adapter is None else 'an adapter'}"], f"use {way}"
         )
-    if dequantise:
-        if layout.plain is None:
-            raise PlanError([f"{source.path} is not quantised: there is nothing to dequantise"], "leave out --dequantise")
-        layout = layout.plain
-    elif layout.plain is not None and kind.section not in layout.descriptor.formats:
-        raise PlanError([f"format {format} cannot hold weights quantised as {layout.scheme}"], "use --dequantise")
+    if quantise and layout.plain is not None:
+        raise PlanError([f"{source.path} is quantised already, as {layout.scheme}"], "dequantise it first, into a folder of its own")
+    if quantise:
+        layout = quantising(layout, quantise)
+    if dequantise and layout.plain is None:
+        raise PlanError([f"{source.path} is not quantised: there is nothing to dequantise"], "leave out --dequantise")
+    if dequantise and layout.plain is not None:
+        return layout.plain
+    if layout.finer > 1 and kind.newest is None:
+        raise PlanError(
+            [f"{source.path}: its scales of experts are on finer blocks than its config.json says, which format {kind.name} cannot hold"],
+            "convert what it was made of, or use --dequantise",
+        )
+    if layout.plain is not None and kind.section not in layout.descriptor.formats:
+        way = "leave out --quantise" if quantise else "use --dequantise"
+        raise PlanError([f"format {kind.name} cannot hold weights quantised as {layout.scheme}"], way)
+    return layout
+
+
+def on_mesh(
+    source: Checkpoint, layout: Layout, format: str, mesh: Mesh, engine_version: str | None = None, engine_platform: str | None = None
+) -> Placement:
+    """Where `format` puts the tensors of `layout`."""
+    kind = formats.get(format)
     section = layout.section(kind.section)
     if mesh.ep > 1 and not source.layout.sizes.get("expert"):
         raise PlanError([f"ep={mesh.ep}, but {source.layout.name} is a model without experts"], "leave out --ep")
@@ -94,6 +137,7 @@ def join_to(
     more = optimizer.sources if optimizer else []
     keep = [t.name for t in source.layout.descriptor.tensors.values() if t.dtype] + [part.first[0] for s in more for part in s.parts]
     shapes = optimizer.shapes if optimizer else {}
+    known = source.layout.descriptor.tensors
     held = (s.entry for s in source.stored if isinstance(s.entry, Entry) and s.entry.transform)
     try:
         return plan(
@@ -102,11 +146,18 @@ def join_to(
             cast=USER_WORDS.get(dtype or ""),
             keep=keep,
             native=source.native,
-            sizes=lambda key: shapes[key[0]] if key[0] in shapes else source.layout.shape_of(key),
-            omitted=omitted(placement),
+            sizes=lambda key: (
+                shapes[key[0]] if key[0] in shapes else (source.layout if bare(key[0]) in known else placement.layout).shape_of(key)
+            ),
+            omitted=omitted(placement, source.layout),
             complete=complete,
             check=complete,
-            values={**source.layout.values, **values_of(placement.layout, dict.fromkeys((*held, *placement.section.entries)))},
+            values={
+                **source.layout.values,
+                **source.layout.made,
+                **placement.layout.made,
+                **values_of(placement.layout, dict.fromkeys((*held, *placement.section.entries))),
+            },
         )
     except PlanError as error:
         if error.hint is None and any(LOST in problem for problem in error.problems):

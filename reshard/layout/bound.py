@@ -13,7 +13,7 @@ from reshard.errors import LayoutError
 from reshard.foreign import quote
 from reshard.layout.expressions import evaluate, holds, names_in
 from reshard.layout.model import Descriptor, Section, Tensor
-from reshard.planner.values import Operand, Ways, bare, ways_of
+from reshard.planner.values import Operand, Value, Ways, bare, ways_of
 
 #: layers, or experts of a layer: no model comes near, and a wrong config.json must not keep us busy for hours
 MOST_NUMBERED = 4096
@@ -105,8 +105,10 @@ class Scope(Mapping[str, object]):
 class Layout:
     """`scope` is config.json with the descriptor's defaults, `sizes` are those axes that are alike in all layers,
     `counts` how often each numbered place stands. `absent` are optional places, `lacking` optional tensors (name, number
-    of its place) that a checkpoint does without. Of a quantised checkpoint's, `scheme` is the name of the scheme, `values` how its
-    tensors are computed from what is stored of them, and `plain` the layout of the model as it was before."""
+    of its place) that a checkpoint does without. Of a quantised checkpoint's, `scheme` is the name of the scheme, `quantisation` its settings, `finer` by how much its experts'
+    blocks are smaller than those say, `values` how its
+    tensors are computed from what is stored of them, `made` how is computed what goes with them and is not in its files, `told` what its files must say of it, and `plain` the
+    layout of the model as it was before."""
 
     descriptor: Descriptor
     config: Mapping[str, object]
@@ -116,7 +118,11 @@ class Layout:
     absent: frozenset[str] = frozenset()
     lacking: frozenset[tuple[str, int | None]] = frozenset()
     values: Mapping[str, Ways] = field(default_factory=dict)
+    made: Mapping[str, Ways] = field(default_factory=dict)
+    told: Mapping[str, Value] = field(default_factory=dict)
     scheme: str = "none"
+    quantisation: Mapping[str, object] = field(default_factory=dict)
+    finer: int = 1
     plain: "Layout | None" = None
     _cache: dict = field(default_factory=dict, repr=False, compare=False)
 

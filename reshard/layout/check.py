@@ -1,11 +1,13 @@
 """What can only be seen with sizes at hand: that a format holds every tensor of the model once, and which it does without."""
 
 from collections import defaultdict
+from collections.abc import Collection
 from functools import cached_property
 
 from reshard.errors import LayoutError
 from reshard.layout.bound import Layout
 from reshard.layout.place import Placement
+from reshard.layout.quantised import beside
 from reshard.text import some
 
 
@@ -52,14 +54,17 @@ def refuse_unheld(placement: Placement, format: str) -> None:
 
 
 class Omitted:
-    """Tensors that a format does not hold: those of whole `places`, and those told one by one (name, number of its place)."""
+    """Tensors that a format does not hold: those of whole `places`, those told one by one (name, number of its place), and those
+    of a quantised source that only went with its codes."""
 
-    def __init__(self, layout: Layout, places: tuple[str, ...], tensors: set[tuple[str, int | None]]):
-        self.layout, self.places, self.tensors = layout, places, tensors
+    def __init__(self, layout: Layout, places: tuple[str, ...], tensors: set[tuple[str, int | None]], beside: Collection[str] = ()):
+        self.layout, self.places, self.tensors, self.beside = layout, places, tensors, beside
 
     def __contains__(self, key: object) -> bool:
         if not isinstance(key, tuple):
             return False
+        if key[0] in self.beside:
+            return True
         tensor = self.layout.descriptor.tensors.get(key[0])
         if tensor is None:
             return False
@@ -70,11 +75,11 @@ class Omitted:
     def names(self) -> frozenset[str]:
         """Of the tensors that are left out, somewhere at least."""
         whole = (tensor.name for tensor in self.layout.descriptor.tensors.values() if tensor.place in self.places)
-        return frozenset((*whole, *(name for name, _ in self.tensors)))
+        return frozenset((*whole, *self.beside, *(name for name, _ in self.tensors)))
 
 
-def omitted(placement: Placement) -> Omitted:
-    """The tensors that the format of `placement` is declared to do without."""
+def omitted(placement: Placement, source: Layout) -> Omitted:
+    """The tensors of `source` that the format of `placement` is declared to do without."""
     entries = [entry for entry in placement.section.entries if entry.omit is True]
     held = {(name, number) for entry in entries for number in placement.holding(entry) for name in entry.of}
-    return Omitted(placement.layout, placement.section.without, held)
+    return Omitted(placement.layout, placement.section.without, held, beside(source) if placement.layout is source.plain else ())

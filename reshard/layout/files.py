@@ -35,7 +35,7 @@ _PART_KEYS = {"description", "at", "replicate", "defaults", "conditions", "axes"
 _FILE_KEYS = (_PART_KEYS - {"at"}) | {"architectures", "extends", "place", "part"}
 _PLACE_KEYS = {"count", "parts", "optional", "carry", *FORMATS}
 _USE_KEYS = {"part", "when", "at"}
-_SECTION_KEYS = {"like", "drop", "omit", "args", "pad", "stage", "since"}
+_SECTION_KEYS = {"like", "drop", "omit", "args", "pad", "unit", "stage", "since"}
 _LIMIT = 1_000_000  # bytes of a descriptor
 
 
@@ -51,6 +51,7 @@ class Table(NamedTuple):
     pad: Mapping[str, str] = {}  # of every entry that has the axis and says nothing of it
     stage: str | None = None  # of every entry that no number tells apart
     since: str | None = None  # the oldest release whose names these are
+    unit: Mapping[str, str] = {}  # what an axis is cut in whole multiples of, the last ranks with less
 
 
 class Prefixes(NamedTuple):
@@ -279,10 +280,8 @@ def _format(where: str, format: str, value: object) -> Table | bool:
             raise LayoutError(f"{at} {label}: an empty list of alternatives")
         numbered = [f"{at} {label}" + (f" [{i}]" if len(alternatives) > 1 else "") for i in range(len(alternatives))]
         entries[label] = tuple(parse_entry(place, label, item) for place, item in zip(numbered, alternatives))
-    args, pad = (
-        expressions(where, f"{format}.args", table.get("args", {})),
-        expressions(where, f"{format}.pad", table.get("pad", {}), False),
-    )
+    args = expressions(where, f"{format}.args", table.get("args", {}))
+    pad, unit = (expressions(where, f"{format}.{key}", table.get(key, {}), False) for key in ("pad", "unit"))
     stage = stage_of(at, table["stage"]) if "stage" in table else None
     since = until_of(at, table["since"], "since") if "since" in table else None
-    return Table(at, like, drop, omit, args, entries, pad, stage, since)
+    return Table(at, like, drop, omit, args, entries, pad, stage, since, unit)

@@ -50,7 +50,8 @@ class Entry:
     `name` is a template: ``{layer}``, ``{expert}``, or a whole-number expression in braces. `place` is where its first
     tensor stands. `alias`: a form that copies: read where files have it, written by formats that have this form. `copy`: may hold what
     another entry holds. `omit`: the format does not hold its tensors, and says so; a text: it cannot, and why. `view`: stored under other dimensions, which
-    of its own each one joins.
+    of its own each one joins. `turned`: its dimensions are stored in reverse order. `unit`: what an axis is cut in
+    multiples of: as many on each rank, rounded up, and what is left on the last.
     """
 
     label: str
@@ -73,6 +74,8 @@ class Entry:
     transform: str | None = None  # the stored value is this function of the tensor's
     scheme: str | None = None
     place: str = ""
+    turned: bool = False
+    unit: tuple[tuple[str, str], ...] = ()
 
     @cached_property
     def of(self) -> tuple[str, ...]:
@@ -86,7 +89,7 @@ class Entry:
 
     def dims_of(self, tensor: Tensor) -> Dims:
         """The order in which `tensor` is stored: the entry's, as far as the tensor has the axes, or its own."""
-        return stored_dims(tensor.dims, self.dims)
+        return tensor.dims[::-1] if self.turned else stored_dims(tensor.dims, self.dims)
 
     def dim(self, tensors: Mapping[str, Tensor]) -> int:
         """The stored dimension along which its tensors are fused."""

@@ -19,6 +19,7 @@ from reshard.layout.expressions import evaluate, holds
 from reshard.layout.fusion import Item, fuse, stored_dims
 from reshard.layout.mesh import Mesh, Rank, Rules, expert_cut
 from reshard.layout.model import Constant, Entry, Section, Tensor
+from reshard.layout.schemes import attention_scales
 from reshard.layout.values import PLATFORMS
 from reshard.planner.values import formed
 
@@ -81,6 +82,7 @@ class Placement:
             "ep": self.mesh.ep,
             "engine": engine,
             "scheme": self.layout.scheme,
+            "attention_scales": attention_scales(self.layout.scheme),
         }
         self._given["platform"] = self.platform or PLATFORMS[0]
         self._scopes: dict[tuple[str, int | None], Scope] = {}
@@ -145,7 +147,7 @@ class Placement:
     def _pattern(self, entry: Entry) -> Pattern:
         tensors = tuple(self.layout.descriptor.tensors[name] for name in entry.of)
         names = self.layout.names(entry.place, 0 if entry.place in self.layout.counts else None)
-        texts = [entry.align, *(text for _, text in (*entry.pad, *entry.aligned))]
+        texts = [entry.align, *(text for _, text in (*entry.pad, *entry.aligned, *entry.unit))]
         axes = dict.fromkeys(axis for tensor in tensors for axis in (*tensor.axes, *tensor.index) if axis in self.layout.descriptor.axes)
         varying = any(map(names.needs, axes)) or any(map(names.depends, texts))
         numbers: dict[int | None, tuple] = {}
@@ -320,7 +322,7 @@ class Placement:
     def _aligned(self, entry: Entry, text: str, scope: Scope) -> int:
         unit = evaluate(text, scope)
         if not isinstance(unit, int) or isinstance(unit, bool) or unit < 1:
-            raise LayoutError(f"layout {self.layout.name}: {entry.name}: align = {text!r} is {quote(repr(unit))}, not a number of rows")
+            raise LayoutError(f"layout {self.layout.name}: {entry.name}: {text!r} is {quote(repr(unit))}, not a number of rows")
         return unit
 
     def _item(self, entry: Entry, tensor: Tensor, scope: Scope, index: int, count: int) -> Item:
@@ -347,10 +349,12 @@ class Placement:
                     parts = left  # the last ranks hold nothing, where the format allows that
                     if self.rules.even:
                         self._problem(entry, f"cannot repeat {size} {axis} over {left} ranks: {left} is not a multiple of {size}")
-            elif self.rules.even and size % parts:
+            unit = self._unit(entry, axis, scope)
+            if self.rules.even and unit == 1 and size % parts:
                 self._problem(entry, f"cannot split axis {axis} ({size}) of {tensor.name} evenly over {parts} ranks")
             left //= parts
-            ranges[axis] = chunk(size, parts, index // left)
+            start, stop = chunk(-(-size // unit), parts, index // left)
+            ranges[axis] = min(start * unit, size), min(stop * unit, size)
             index %= left
         return Item(tensor.name, entry.dims_of(tensor), tensor.axes, {axis: (ranges[axis], true[axis]) for axis in tensor.axes})
 
@@ -360,13 +364,18 @@ class Placement:
         own = self.layout.descriptor.tensors[name]
         held = self._item(replace(entry, dims=None), own, scope, index, count).held
         box = tuple(held[axis][0] for axis in own.axes)
-        ranges = [over.extent(box) for over in operand.axes] if all(start < stop for start, stop in box) else [(0, 0)] * len(operand.axes)
+        empty = {axis for axis, (start, stop) in enumerate(box) if start >= stop}  # the last ranks of too many
+        ranges = [over.extent(box) if empty.isdisjoint(over.axes) else (0, 0) for over in operand.axes]
         if not all(over.whole(box) for over in operand.axes) or (entry.cut == "whole" and self.mesh.tp > 1):
             self._problem(
                 entry, f"{name}, cut over {count} ranks, would be cut inside a block ({operand.grain}) that shares one {operand.label}"
             )
         sizes = {axis: (extent, over.size) for axis, extent, over in zip(tensor.axes, ranges, operand.axes)}
-        return Item(tensor.name, tensor.dims, tensor.axes, sizes)
+        return Item(tensor.name, entry.dims_of(tensor), tensor.axes, sizes)
+
+    def _unit(self, entry: Entry, axis: str, scope: Scope) -> int:
+        """What `axis` is cut in multiples of."""
+        return next((self._aligned(entry, text, scope) for known, text in entry.unit if known == axis), 1)
 
     def _padded(self, entry: Entry, axis: str, size: int, scope: Scope) -> int:
         for padded, text in entry.pad:

@@ -1,60 +1,105 @@
-"""Quantisation schemes: what a matrix is stored as instead, and how the layout of a quantised checkpoint follows from the plain one's.
+"""Quantisation schemes: what a matrix is stored as instead.
 
-A scheme is a page in ``layouts/schemes``: the tensors that stand for one matrix (its operands), what their dimensions are in
-terms of the matrix's own (``out/128``: 128 rows share an element), their names in each format, and the function that gives the
-matrix back. A tensor is quantised iff its operands are in the files; config.json only says which scheme it would be.
-
-``quantised`` adds the operands to a layout as tensors of their own, fused and cut as the matrix is. So codes and scales are
-copied like any tensor, and ``Layout.values`` says how the matrix is computed where a destination wants it.
+A scheme is a page in ``layouts/schemes``: the tensors that stand for one matrix, what their dimensions are in terms of the
+matrix's own (``out/128``: 128 rows share an element), their names in each format, and the function that gives the matrix back.
+``quantised.py`` makes tensors of the layout of them. A tensor is quantised iff its codes and scales are in the files;
+config.json's quantization_config only says which scheme it would be.
 """
 
 import re
-from collections.abc import Container, Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import lru_cache
-from math import prod
 from pathlib import Path
-from types import MappingProxyType
 
 from reshard.errors import LayoutError, PlanError
 from reshard.foreign import quote
-from reshard.layout.bound import Layout
 from reshard.layout.expressions import evaluate, holds
 from reshard.layout.files import layout_dir, read_table
-from reshard.layout.model import Entry, Section, Tensor
-from reshard.layout.values import FORMATS, dtype_of, expression, known_keys, table_of, text_of
-from reshard.planner.values import Operand, Over, Value
+from reshard.layout.values import FORMATS, dtype_of, expression, flag, known_keys, table_of, text_of
 
-_KEYS = {"description", "quantised", "value", "dtype"}
+_KEYS = {"description", "quantised", "value", "dtype", "settings", "quantise", "blocks", "attention"}
+_KIND_KEYS = {"dims", "dtype", "when", "beside", "made", *FORMATS}
+_FORM_KEYS = {"name", "dtype", "scalar", "flat", "last"}
 _DIM = re.compile(r"(out|in)(?:/(\S+))?|(\d+)")
 
 
 @dataclass(frozen=True)
+class Form:
+    """How one format has it: its name's template, the dtype that the engine wants; `scalar`: without dimensions; `flat`: the last
+    two dimensions in one; `last`: of fused tensors the last one's alone."""
+
+    name: str
+    dtype: str | None = None
+    scalar: bool = False
+    flat: bool = False
+    last: bool = False
+
+    def filled(self, name: str) -> str | None:
+        """The name beside the matrix called `name`; None where that is not called as the template wants."""
+        if "{base}" not in self.name:
+            return self.name.replace("{name}", name)
+        return self.name.replace("{base}", name.removesuffix("weight")) if name.endswith("weight") else None
+
+
+@dataclass(frozen=True)
 class Kind:
-    """One operand: its dimensions as texts, and per format its name's template and the dtype that the engine wants."""
+    """One tensor of a scheme. `beside`: the matrix does not depend on it (scales of activations). `made`: the function that
+    computes it where the source's format has none."""
 
     label: str
     dims: tuple[str, ...]
     dtype: str | None
-    names: Mapping[str, str]
-    dtypes: Mapping[str, str | None]
+    when: str
+    beside: bool
+    made: str | None
+    forms: Mapping[str, Form]
+
+    @property
+    def turned(self) -> bool:
+        """Whether it is stored input first."""
+        sides = [dim.partition("/")[0] for dim in self.dims]
+        return "in" in sides and "out" in sides and sides.index("in") < sides.index("out")
 
 
 @dataclass(frozen=True)
 class Scheme:
-    """One page. `quantised` is an expression over config.json's quantization_config, `value` the function of the operands."""
+    """One page. `quantised` is an expression over config.json's quantization_config, `value` the function of its operands,
+    `settings` what else that wants to know, as expressions. `quantise`: the recipe by which weights become codes: its
+    word, the tensors that it keeps, and the quantization_config that is written. `blocks`: where that says how large blocks are.
+    `attention`: what vLLM registers for scales of attention beside such weights, as descriptors ask for it (attention_scales)."""
 
     name: str
     description: str
     quantised: str
     value: str
     dtype: str
+    settings: tuple[tuple[str, str], ...]
     kinds: tuple[Kind, ...]
+    quantise: Mapping[str, object] | None = None
+    blocks: str | None = None
+    attention: str = "none"
+
+    def kinds_of(self, settings: "Settings") -> tuple[Kind, ...]:
+        return tuple(kind for kind in self.kinds if holds(kind.when, settings))
 
 
-class _Settings(dict[str, object]):
-    """quantization_config: what it does not say is null."""
+class Settings(dict[str, object]):
+    """quantization_config: what it does not say is null. `group` is the one table of config_groups, where all are alike."""
 
+    def __init__(self, config: Mapping[str, object]):
+        super().__init__(config)
+        groups = config.get("config_groups")
+        every = [group for group in groups.values() if isinstance(group, Mapping)] if isinstance(groups, Mapping) else []
+        if every and all(group.get("weights") == every[0].get("weights") for group in every):
+            told = {"weights": every[0].get("weights") or {}, "input_activations": every[0].get("input_activations") or {}}
+            self["group"] = {key: _Table(table) if isinstance(table, Mapping) else _Table() for key, table in told.items()}
+
+    def __missing__(self, key: str) -> None:
+        return None
+
+
+class _Table(dict[str, object]):
     def __missing__(self, key: str) -> None:
         return None
 
@@ -65,142 +110,62 @@ def schemes() -> tuple[Scheme, ...]:
     return tuple(load_scheme(path) for path in sorted((layout_dir() / "schemes").glob("*.toml")))
 
 
+def scheme_of(settings: Settings) -> Scheme | None:
+    """The one that quantization_config names."""
+    return next((each for each in schemes() if holds(each.quantised, settings)), None)
+
+
+def attention_scales(name: str) -> str:
+    """`attention` of the scheme called `name`; none where weights are not quantised."""
+    return next((scheme.attention for scheme in schemes() if scheme.name == name), "none") if name != "none" else "none"
+
+
+def settings_of(config: Mapping[str, object]) -> Settings | None:
+    found = config.get("quantization_config") or config.get("compression_config")
+    return Settings(found) if isinstance(found, Mapping) else None
+
+
 def load_scheme(path: Path) -> Scheme:
     """One page, checked. Raises LayoutError."""
     where, table = f"scheme {path.stem}", read_table(path)
-    kinds = []
-    for label, given in table.items():
-        if label in _KEYS:
-            continue
-        at = f"{where}: [{label}]"
-        own = table_of(where, label, given)
-        known_keys(at, own, {"dims", "dtype", *FORMATS}, "keys")
-        dims = tuple(text_of(f"{at} dims", own.get("dims")).split())
-        wrong = next((dim for dim in dims if not _DIM.fullmatch(dim)), None)
-        if wrong:
-            raise LayoutError(f"{at} dims: cannot read {quote(repr(wrong))}", 'write "out", "in", "out/128", or a number')
-        names, dtypes = {}, {}
-        for format in FORMATS:
-            if format in own:
-                each = own[format] if isinstance(own[format], dict) else {"name": own[format]}
-                known_keys(f"{at} {format}", each, {"name", "dtype"}, "keys")
-                names[format] = text_of(f"{at} {format}", each.get("name"))
-                dtypes[format] = dtype_of(f"{at} {format}", each.get("dtype"))
-        kinds.append(Kind(label, dims, dtype_of(at, own.get("dtype")), names, dtypes))
+    kinds = tuple(_kind(f"{where}: [{label}]", label, table_of(where, label, own)) for label, own in table.items() if label not in _KEYS)
     value, dtype = (text_of(f"{where}: {key}", table.get(key)) for key in ("value", "dtype"))
-    return Scheme(
-        path.stem, str(table.get("description", "")), expression(f"{where}: quantised", table.get("quantised")), value, dtype, tuple(kinds)
-    )
+    own = table_of(where, "settings", table.get("settings", {}))
+    settings = tuple((key, expression(f"{where}: settings: {key}", text)) for key, text in sorted(own.items()))
+    quantise = table_of(where, "quantise", table["quantise"]) if "quantise" in table else None
+    if quantise is not None:
+        known_keys(f"{where}: [quantise]", quantise, {"recipe", "keep", "config"}, "keys")
+    return Scheme(path.stem, str(table.get("description", "")), expression(f"{where}: quantised", table.get("quantised")),
+                  value, dtype, settings, kinds, quantise, table.get("blocks"), str(table.get("attention", "none")))  # fmt: skip
 
 
-def quantised(layout: Layout, format: str, names: Container[str]) -> Layout:
-    """`layout` of a checkpoint whose files, in `format`, hold `names`: with the operands of those tensors that are quantised in
-    the place of them. The same where none is. Raises PlanError, LayoutError."""
-    settings = _Settings(config) if isinstance(config := layout.config.get("quantization_config"), Mapping) else None
-    scheme = next((each for each in schemes() if settings is not None and holds(each.quantised, settings)), None)
-    if scheme is None or settings is None or any(format not in kind.names for kind in scheme.kinds):
-        return layout
-    every = layout.present(layout.absent)  # optional places are looked for later
-    there = set(_found(every, scheme, format, names))
-    if not there:
-        return layout
-    tensors, axes, values = dict(layout.descriptor.tensors), dict(layout.descriptor.axes), {}
-    lacking = set(layout.lacking)
-    for name in sorted({name for name, _ in there}):
-        tensor = tensors[name]
-        numbers = [number for number in every.numbers(tensor.place) if every.exists(tensor, number)]
-        shapes = {layout.shape(tensor, number) for number in numbers if (name, number) in there}
-        if len(shapes) > 1 or len(tensor.dims) != 2:
-            raise PlanError([f"{name} is quantised, but {'its size differs from layer to layer' if len(shapes) > 1 else 'is no matrix'}"])
-        operands = []
-        for kind in scheme.kinds:
-            own, operand, sizes = _operand(tensor, shapes.copy().pop(), kind, settings)
-            tensors[own.name] = own
-            axes |= {axis: str(size) for axis, size in sizes.items()}
-            operands.append(operand)
-            lacking |= {(own.name, number) for number in numbers if (name, number) not in there}
-        lacking |= {(name, number) for number in numbers if (name, number) in there}
-        values[name] = Value(scheme.value, tuple(operands), scheme.dtype)
-    formats = {key: _section(section, key, scheme, values) for key, section in layout.descriptor.formats.items()
-               if all(key in kind.names for kind in scheme.kinds)}  # fmt: skip
-    descriptor = replace(
-        layout.descriptor, tensors=MappingProxyType(tensors), axes=MappingProxyType(axes), formats=MappingProxyType(formats)
-    )
-    sizes = {**layout.sizes, **{axis: int(text) for axis, text in axes.items() if axis not in layout.descriptor.axes}}
-    return replace(layout, descriptor=descriptor, sizes=sizes, lacking=frozenset(lacking), values=MappingProxyType(values),
-                   plain=layout, scheme=scheme.name, _cache={})  # fmt: skip
+def _kind(at: str, label: str, table: Mapping[str, object]) -> Kind:
+    known_keys(at, table, _KIND_KEYS, "keys")
+    dims = tuple(text_of(f"{at} dims", table.get("dims")).split())
+    wrong = next((dim for dim in dims if not _DIM.fullmatch(dim)), None)
+    if wrong:
+        raise LayoutError(f"{at} dims: cannot read {quote(repr(wrong))}", 'write "out", "in", "out/128", or a number')
+    forms = {}
+    for format in FORMATS:
+        if format in table:
+            given = table[format]
+            each = given if isinstance(given, dict) else {"name": given}
+            known_keys(f"{at} {format}", each, _FORM_KEYS, "keys")
+            name, dtype = text_of(f"{at} {format}", each.get("name")), dtype_of(f"{at} {format}", each.get("dtype"))
+            forms[format] = Form(name, dtype, *(flag(f"{at} {format}: {key}", each.get(key, False)) for key in ("scalar", "flat", "last")))
+    when = expression(f"{at} when", table.get("when", "true"))
+    made = text_of(f"{at} made", table["made"]) if "made" in table else None
+    return Kind(label, dims, dtype_of(at, table.get("dtype")), when, flag(f"{at} beside", table.get("beside", False)), made, forms)
 
 
-def _found(layout: Layout, scheme: Scheme, format: str, names: Container[str]) -> Iterator[tuple[str, int | None]]:
-    """The tensors whose operands are all among `names`, each with the number of its place."""
-    section = layout.section(format)
-    every = [section, *section.prefixes, *(variant for _, _, variant in section.variants)]
-    for entry in (entry for each in every for entry in each.entries if entry.name and not entry.omit and not entry.copy):
-        for number in layout.numbers(entry.place):
-            plain = layout.fill(entry.name, entry.place, number, number).replace("{expert}", "0")
-            if all(kind.names[format].replace("{name}", plain) in names for kind in scheme.kinds):
-                yield from ((name, number if layout.descriptor.tensors[name].place == entry.place else None) for name in entry.of)
-
-
-def _section(section: Section, format: str, scheme: Scheme, values: Mapping[str, Value]) -> Section:
-    """`section` with an entry for each operand of what its entries hold, of the same form."""
-    entries = list(section.entries)
-    for entry in section.entries:
-        if not entry.omit and all(name in values for name in entry.of):
-            entries += [_entry(entry, format, kind) for kind in scheme.kinds]
-    inner = tuple(_section(each, format, scheme, values) for each in section.prefixes)
-    variants = tuple((name, until, _section(each, format, scheme, values)) for name, until, each in section.variants)
-    return replace(section, entries=tuple(entries), prefixes=inner, variants=variants)
-
-
-def _entry(entry: Entry, format: str, kind: Kind) -> Entry:
-    names = {name: f"{name}.{kind.label}" for name in entry.of}
-    return replace(entry, label=f"{entry.label}.{kind.label}", name=kind.names[format].replace("{name}", entry.name), fusion=entry.fusion.renamed(names),
-                   dims=None, pad=(), align="1", aligned=(), view=None, dtype=kind.dtypes[format])  # fmt: skip
-
-
-def _operand(tensor: Tensor, shape: tuple[int, ...], kind: Kind, settings: Mapping[str, object]) -> tuple[Tensor, Operand, dict[str, int]]:
-    """The operand as a tensor of the model, how it lies over `tensor`, and the sizes of axes that it brings."""
-    where = dict(zip(tensor.axes, range(len(shape))))
-    dims, overs, sizes, grains = [], [], {}, []
-    for text in kind.dims:
-        match = _DIM.fullmatch(text)
-        if match is None or match[3]:
-            own = int(text)
-            name = f"{tensor.name}.{kind.label}:{own}"
-            dims.append((name,) if own > 1 else ())
-            if own > 1:
-                sizes[name] = own
-                overs.append(Over((), (), own))
-            continue
-        grain = evaluate(match[2], settings) if match[2] else 1
-        if not isinstance(grain, int) or isinstance(grain, bool) or grain < 1:
-            raise PlanError([f"{text} of quantization_config is {quote(repr(grain))}, not a number of elements"])
-        grains.append(f"{grain} of {'input' if match[1] == 'in' else 'output'}" if grain > 1 else "")
-        named = []
-        for axes, over in _grained([where[axis] for axis in tensor.dims[match[1] == "in"]], shape, grain):
-            kept = over.grain == 1 and len(axes) == 1
-            name = tensor.axes[axes[0]] if kept else f"{'·'.join(tensor.axes[axis] for axis in axes)}/{over.grain} of {tensor.name}"
-            named.append(name)
-            overs.append(over)
-            if not kept:
-                sizes[name] = over.size
-        dims.append(tuple(named))
-    new = replace(tensor, name=f"{tensor.name}.{kind.label}", dims=tuple(dims), split=(), dtype=kind.dtype or "F32", optional=None)
-    return new, Operand(new.name, tuple(overs), " and ".join(filter(None, grains))), sizes
-
-
-def _grained(axes: list[int], shape: tuple[int, ...], grain: int) -> list[tuple[list[int], Over]]:
-    """The axes of a dimension whose flat range is divided by `grain`, as axes of the quotient: those inside a block are gone,
-    those outside it stay; where a block ends inside an axis, all outer ones are one flat range with it."""
-    left = list(axes)
-    while left and grain > 1 and grain % shape[left[-1]] == 0:
-        grain //= shape[left.pop()]
-    if not left:
-        return []
-    at = left[-1]
-    if grain == 1 or shape[at] % grain == 0 or len(left) == 1:
-        split = [([axis], Over((axis,), (shape[axis],), shape[axis])) for axis in left[:-1]]
-        return [*split, ([at], Over((at,), (shape[at],), -(-shape[at] // grain), grain))]
-    sizes = tuple(shape[axis] for axis in left)
-    return [(left, Over(tuple(left), sizes, -(-prod(sizes) // grain), grain))]
+def grain_of(text: str, settings: Settings) -> tuple[str, int]:
+    """A dimension of a kind, as (out, in or nothing; how many elements share one: 0 for all of them; or its own size). Raises PlanError."""
+    match = _DIM.fullmatch(text)
+    if match is None or match[3]:
+        return "", int(text)
+    grain = evaluate(match[2], settings) if match[2] else 1
+    if grain is None or grain == -1:  # one for the whole dimension, as every scheme writes it
+        return match[1], 0
+    if not isinstance(grain, int) or isinstance(grain, bool) or grain < 1:
+        raise PlanError([f"{text} of quantization_config is {quote(repr(grain))}, not a number of elements"])
+    return match[1], grain

@@ -241,7 +241,7 @@ class Sections:
     ) -> dict[tuple[str, str], list]:
         """Per place and label, what one spelling holds: entries and constants with their names in full."""
         out: dict[tuple[str, str], list] = {}
-        pads, stage = self._pads(formats), self._stage(formats)
+        pads, units, stage = self._of_axes(formats, "pad"), self._of_axes(formats, "unit"), self._stage(formats)
         for place, labels in labelled.items():
             if (given := self._prefixes(place, formats)) is None:
                 continue
@@ -255,7 +255,7 @@ class Sections:
                     name = self._name(raw, place, prefix or "", found.standing, formats, spelt) if raw.name else ""
                     raw = raw._replace(when=both(there, raw.when))
                     if raw.constant is None:
-                        held.append(self._entry(raw, name, place, pads, stage))
+                        held.append(self._entry(raw, name, place, pads, units, stage))
                     else:
                         when = both(found.standing.when, raw.when)
                         held.append(Constant(raw.label, name, raw.constant, raw.dtype, raw.shape, when, place))
@@ -276,12 +276,12 @@ class Sections:
                 raise LayoutError(f"{raw.where}: {raw.name!r} stands in the part's module, but part {part} has no at for {formats[0]}")
         return ".".join(filter(None, (prefix, module, raw.name.removeprefix("."))))
 
-    def _pads(self, formats: tuple[str, ...]) -> dict[str, str]:
-        """What the format pads axes to wherever they stand; its own word before that of the one it is like."""
-        pads = {axis: text for table in self._said(formats) for axis, text in table.pad.items()}
-        for axis in pads:
-            self._known_axis(f"{self.where}: [{formats[0]}] pad", axis)
-        return pads
+    def _of_axes(self, formats: tuple[str, ...], key: str) -> dict[str, str]:
+        """What the format pads axes to, or cuts them in multiples of, wherever they stand; its own word before that of the one it is like."""
+        said = {axis: text for table in self._said(formats) for axis, text in getattr(table, key).items()}
+        for axis in said:
+            self._known_axis(f"{self.where}: [{formats[0]}] {key}", axis)
+        return said
 
     def _stage(self, formats: tuple[str, ...]) -> str | None:
         """Where the format holds all that no number tells apart, whatever its tensors and entries say."""
@@ -291,7 +291,7 @@ class Sections:
         """Every table of the format, after those of the one it is like."""
         return [part.formats[format] for format in reversed(formats) for part in self._tables() if part.formats.get(format)]
 
-    def _entry(self, raw: RawEntry, name: str, place: str, pads: Mapping[str, str], stage: str | None) -> Entry:
+    def _entry(self, raw: RawEntry, name: str, place: str, pads: Mapping[str, str], units: Mapping[str, str], stage: str | None) -> Entry:
         names = {leaf: self.ids[self._leaf(leaf, place)] for leaf in raw.fusion.leaves()}
         fusion = raw.fusion.renamed(names)
         leaves = list(fusion.leaves())
@@ -336,6 +336,7 @@ class Sections:
             tuple((names[leaf], text) for leaf, text in raw.aligned), raw.when,
             raw.stage if stage is None or "count" in self.places[place] else stage, raw.form if raw.copy else None, raw.copy, raw.omit,
             raw.only_rank0, raw.view, raw.dtype, raw.transform, raw.scheme, place,
+            unit=tuple((axis, text) for axis, text in units.items() if axis in every),
         )  # fmt: skip
         stacked = [index for index in tensors[0].index if index not in entry.numbered]
         dims = range(len(stacked) + len(raw.dims or tensors[0].dims))

@@ -15,7 +15,7 @@ from reshard.layout.expressions import Expression, check
 FORMATS = ("hf", "vllm", "sglang", "megatron", "meta", "presharded")
 STAGES = ("first", "last", "all")
 #: names that expressions may use beside config.json, axes and conditions
-GIVEN = ("tp", "pp", "ep", "engine", "platform", "scheme")
+GIVEN = ("tp", "pp", "ep", "engine", "platform", "scheme", "attention_scales")
 #: what engines run on; the first is meant where nothing is said
 PLATFORMS = ("cuda", "rocm", "cpu")
 _LONGEST = 250  # of a tensor's name

@@ -12,6 +12,8 @@ from reshard.planner.values import Ways, ways_of
 def target_dtype(source: str, *, cast: str | None = None, keep: bool = False, wanted: str | None = None) -> str:
     """The dtype that a tensor of `source` is stored in: the one its engine wants, else floats follow `cast`, which
     never narrows those to `keep`. Whole numbers stay whole numbers."""
+    if source == "F8_E8M0" and wanted:  # powers of two: a float has each of them
+        return wanted
     if source not in FLOATS:
         return wanted if wanted in INTEGERS and source in INTEGERS else source
     if wanted or cast is None:
@@ -68,7 +70,7 @@ def typed(
                     continue  # told as missing
                 wanted = dtype_of(stored, name, source)
                 found.setdefault(wanted, key)
-                if wanted != source and not any({source, wanted} <= set(kinds) for kinds in (FLOATS, INTEGERS)):
+                if wanted not in (source, native.get(name)) and not any({source, wanted} <= set(kinds) for kinds in (FLOATS, INTEGERS)):
                     problems.append(
                         f"{where(stored)}: {label(key)} is {source} and cannot become {wanted}: floats become floats, whole numbers whole numbers"
                     )

@@ -33,7 +33,7 @@ def compare_beyond(shards: Shards, reference: Path, m: Model) -> Beyond:
             kind = shards.engine.kind_beside(held.name)
             if kind == "prediction":
                 by_name.setdefault(held.name, []).append((rank.tp, held))
-            elif kind == "scales" and shards.read(held).float().flatten().tolist() not in ([], [1.0]):
+            elif kind == "scales" and shards.read(held).float().flatten().tolist() not in ([], [1.0], [-1.0]):  # -1: none was read
                 scales[held.name] = None
         for module, held in shards.tables[rank.number].items():
             if (number := m.layer_of(module)) is not None and number >= m.config.num_hidden_layers:

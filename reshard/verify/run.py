@@ -30,6 +30,9 @@ from reshard.verify.slices import Slices
 from reshard.verify.tables import table
 from reshard.verify.trace import Point, every_row, follow, traced
 
+#: what this does not run of an engine that computes with codes
+ROUNDED = "codes and scales were run as the weights that they stand for: an engine may round activations, too"
+
 
 def verify_rank(request: Request, number: int, world: int, local: int, locals_: int, devices: list[Device] | None = None) -> Report | None:
     """Be process `number` of `world` in torch.distributed's default group, the `local`-th of `locals_` on this machine; `devices` are
@@ -49,6 +52,8 @@ def verify_rank(request: Request, number: int, world: int, local: int, locals_: 
                 device = choose(request.device, local)
                 shards, places, config = _opened(request, world)
                 differences = compare_settings(request.checkpoint, request.reference, request.config, shards.settings)
+                if shards.quantised:  # the twin says nothing of how these weights are held
+                    differences = [each for each in differences if not each.field.startswith("quantization_config")]
             except ReshardError as error:
                 problems = [error]
             agree(problems, control)
@@ -151,7 +156,7 @@ def _verify(
     return Report(request.checkpoint, request.reference, shards.format, str(shards.mesh), (config.architectures or [type(m.module).__name__])[0],
                   text.num_hidden_layers, request.dtype, request.device, dist.get_backend(), len(places), ranks_to_a_device(devices),
                   tuple(ids.shape), "tp", results[0], results[1:], memory, time.monotonic() - start, differences,
-                  unexercised(text, ids.shape[1], beyond), expected.reached)  # fmt: skip
+                  [*unexercised(text, ids.shape[1], beyond), *([ROUNDED] if shards.quantised else [])], expected.reached)  # fmt: skip
 
 
 def _directly(expected: Original, direct: list[tuple[dict, dict, dict]], relative: float) -> list[Point]:

@@ -16,6 +16,7 @@ from reshard.formats.manifest import read_manifest
 from reshard.formats.pieces import Piece
 from reshard.layout import Mesh, Rank
 from reshard.stores.files import safe_join
+from reshard.verify.quantised import block_of, paired, weight
 from reshard.verify.tables import Engine, Row, Table, engine_of
 
 _FLOATS = ("BF16", "F16", "F32", "F64")
@@ -28,6 +29,8 @@ class Held:
     info: Piece
     row: Row | None = None
     expert: int | None = None
+    codes: Piece | None = None  # of a quantised one, with its scales: `info` is then what the weight would be
+    scales: Piece | None = None
 
     @property
     def name(self) -> str:
@@ -54,6 +57,7 @@ class Shards:
     first: list[int] = field(default_factory=list)
     settings: Mapping[str, Mapping] = field(default_factory=dict)
     rows: Table | None = None
+    block: int = 128  # rows of a block of scales
 
     def named(self, rows: Table) -> "Shards":
         """These shards under the names of transformers' modules; a name that has no row stays as it is. Raises FormatError."""
@@ -74,6 +78,11 @@ class Shards:
             tables.append(table)
         return replace(self, tables=tables, rows=rows)
 
+    @property
+    def quantised(self) -> bool:
+        """Whether any rank holds codes."""
+        return any(held.codes is not None for table in self.tables for held in table.values())
+
     def bytes(self, rank: Rank) -> int:
         return sum(held.info.nbytes for held in self.tables[rank.number].values())
 
@@ -81,18 +90,23 @@ class Shards:
         return sum(prod(held.info.shape) for held in self.tables[rank.number].values())
 
     def read(self, held: Held) -> torch.Tensor:
-        """The tensor, mapped from its file: no byte is read before it is used."""
-        dtype = torch_dtypes()[held.info.dtype]
-        if not held.info.nbytes:
-            return torch.empty(held.info.shape, dtype=dtype)
-        path = safe_join(self.folder, held.file)
+        """The tensor, mapped from its file: no byte is read before it is used. A quantised one is computed."""
+        if held.codes is not None and held.scales is not None:
+            return weight(self._mapped(held.codes), self._mapped(held.scales), self.block, held.name)
+        return self._mapped(held.info)
+
+    def _mapped(self, info: Piece) -> torch.Tensor:
+        dtype = torch_dtypes()[info.dtype]
+        if not info.nbytes:
+            return torch.empty(info.shape, dtype=dtype)
+        path = safe_join(self.folder, info.file)
         with open(path, "rb") as file:
             mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-        if held.info.strides is None:
-            count = held.info.nbytes // dtype.itemsize
-            return torch.frombuffer(mapped, dtype=dtype, count=count, offset=held.info.offset).view(held.info.shape)
-        span = 1 + sum((size - 1) * step for size, step in zip(held.info.shape, held.info.strides))
-        return torch.frombuffer(mapped, dtype=dtype, count=span, offset=held.info.offset).as_strided(held.info.shape, held.info.strides)
+        if info.strides is None:
+            count = info.nbytes // dtype.itemsize
+            return torch.frombuffer(mapped, dtype=dtype, count=count, offset=info.offset).view(info.shape)
+        span = 1 + sum((size - 1) * step for size, step in zip(info.shape, info.strides))
+        return torch.frombuffer(mapped, dtype=dtype, count=span, offset=info.offset).as_strided(info.shape, info.strides)
 
 
 def _turned(info: Piece, row: Row) -> Piece:
@@ -114,17 +128,23 @@ def open_shards(folder: Path, format: str | None = None) -> Shards:
         raise FormatError(
             f"{folder} holds pieces of whole tensors, not the ranks of an engine", "convert it first: reshard convert … --to tp --tp N"
         )
-    quantised = next((p for p in contents.pieces if p.dtype not in _FLOATS and not engine.kind_beside(p.name)), None)
-    if quantised:
-        raise FormatError(f"{folder}: {quote(quantised.name)} is {quantised.dtype}: verify does not compute with quantised weights")
     ranks = kind.rules.ranks(contents.mesh)
     stages = contents.stages
     first = [stages[rank.pp][0] if stages and kind.rules.local and stages[rank.pp] else 0 for rank in ranks]
     tables: list[dict[str, Held]] = [{} for _ in ranks]
     extra: list[list[Held]] = [[] for _ in ranks]
+    by_rank: list[list[Piece]] = [[] for _ in ranks]
     for piece in contents.pieces:
         if engine.kind_beside(piece.name):
             extra[piece.rank].append(Held(piece))
         else:
-            tables[piece.rank][piece.name] = Held(piece)
-    return Shards(folder, kind.name, engine, contents.mesh, ranks, tables, extra, first, contents.settings)
+            by_rank[piece.rank].append(piece)
+    for table, pieces in zip(tables, by_rank):
+        for info, codes, scales in paired(pieces):
+            if info.dtype not in _FLOATS:
+                raise FormatError(
+                    f"{folder}: {quote(info.name)} is {info.dtype}: verify does not compute with weights quantised so",
+                    "dequantise: reshard convert … --dequantise",
+                )
+            table[info.name] = Held(info, codes=codes, scales=scales)
+    return Shards(folder, kind.name, engine, contents.mesh, ranks, tables, extra, first, contents.settings, block=block_of(folder))
