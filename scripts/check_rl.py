@@ -238,7 +238,7 @@ def _manager() -> list[str]:
 
     from verl.checkpoint_engine import base
 
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("fork")  # verl takes long to import
     pipes, ranks = [], []
     for number in range(5):
         here, there = context.Pipe()
@@ -258,7 +258,7 @@ def _manager() -> list[str]:
     calls = ("abort_all_requests", "release_kv_cache", "resume_kv_cache", "resume_generation")
 
     def replica(pipe):
-        return types.SimpleNamespace(workers=[pipe], **dict.fromkeys(calls, nothing))
+        return type("Replica", (), {"workers": [pipe], **dict.fromkeys(calls, staticmethod(nothing))})()
 
     config = types.SimpleNamespace(backend="reshard", custom_backend_module="reshard.plugins.verl")
     with (
@@ -289,7 +289,7 @@ def _verl_worker(number: int, pipe) -> None:
     import reshard.plugins.verl  # noqa: F401
 
     engine = CheckpointEngineRegistry.new(
-        "reshard", is_master=number == 0, bucket_size=1 << 16, config=LLAMA, backend="gloo", transport="p2p", timeout=30
+        "reshard", is_master=number == 0, bucket_size=1 << 16, config=LLAMA, dist_backend="gloo", transport="p2p", timeout=30
     )
     while (told := pipe.recv()) is not None:
         method, named = told
@@ -338,7 +338,7 @@ def _nemo(rank: int, source: str, port: int) -> int:
 
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=4)
     engine = create_checkpoint_engine("reshard.plugins.nemo_rl:ReshardCheckpointEngine", bucket_size_bytes=1 << 16,
-                                      engine_kwargs={"config": LLAMA, "backend": "gloo", "transport": "p2p", "release_after_refit": True})  # fmt: skip
+                                      engine_kwargs={"config": LLAMA, "dist_backend": "gloo", "transport": "p2p", "release_after_refit": True})  # fmt: skip
     for turn in range(2):
         told: list = [None] * 4
         dist.all_gather_object(told, {**engine.prepare(), "rank": rank % 2})
@@ -408,6 +408,15 @@ def sglang(_) -> list[str]:
     )
     assert note == "a note" and not empty.numel()
     lines = ["run: a trainer's note through MultiprocessingSerializer and its unpickler"]
+    from unittest import mock
+
+    for name in (
+        "torchvision",
+        "torchvision.transforms",
+        "torchvision.transforms.functional",
+        "torchvision.io",
+    ):  # its configs import that at the top, and use nothing of it here
+        sys.modules.setdefault(name, mock.MagicMock(__spec__=None, __path__=[]))
     from sglang.srt.configs.load_config import LoadConfig
 
     from reshard.plugins import sglang as plugin

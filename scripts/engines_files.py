@@ -9,8 +9,9 @@ import time
 from pathlib import Path
 
 FORMAT = "files"
-TARGETS = ({"format": "dcp", "tp": 2}, {"format": "tp", "tp": 3}, {"format": "rank-pt", "tp": 2}, {"format": "vllm", "tp": 2}, {"format": "vllm", "tp": 4},
-           {"format": "vllm", "tp": 2, "ep": 2}, {"format": "sglang", "tp": 2}, {"format": "megatron", "tp": 2},
+CPU = {"engine_platform": "cpu"}  # the one that is judged beside vLLM
+TARGETS = ({"format": "dcp", "tp": 2}, {"format": "tp", "tp": 3}, {"format": "rank-pt", "tp": 2}, {"format": "vllm", "tp": 2, **CPU}, {"format": "vllm", "tp": 4, **CPU},
+           {"format": "vllm", "tp": 2, "ep": 2, **CPU}, {"format": "sglang", "tp": 2}, {"format": "megatron", "tp": 2},
            {"format": "megatron", "tp": 2, "pp": 2}, {"format": "megatron", "tp": 2, "ep": 2, "etp": 1}, {"format": "megatron-dist", "tp": 2},
            {"format": "megatron-dist", "tp": 2, "ep": 2, "etp": 1})  # fmt: skip
 
@@ -94,7 +95,8 @@ def there_and_back(folder: Path, target: dict) -> dict:
     back |= {name: original[name] for name in changed}
     control = len(differences(whole(folder / "control"), back)) if (folder / "control").is_dir() else 0
     return {
-        "differences": differences(original, back),
+        "differences": differences({name: t for name, t in original.items() if name not in job.left_out}, back),
+        "left_out": len(job.left_out),
         "computed": changed,
         "control": control,
         "tensors": len(back),

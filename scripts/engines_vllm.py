@@ -13,6 +13,8 @@ FORMAT = "vllm"
 def warm() -> None:
     os.environ |= {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
     os.environ.setdefault("VLLM_PLUGINS", "")
+    from unittest.mock import MagicMock
+
     import torch
     from vllm.model_executor.models import registry
 
@@ -23,8 +25,10 @@ def warm() -> None:
                    "reshard.conversion.transaction"):  # fmt: skip
         importlib.import_module(module)
     torch.set_num_threads(1)
+    torch.cuda.Event = torch.cuda.Stream = MagicMock  # made by models that overlap streams, and never waited for here
     for names in ("torchvision torchvision.transforms torchvision.transforms.v2 torchvision.transforms.v2.functional torchvision.transforms.functional",
-                  "cutlass cutlass.cute cutlass.cute.runtime cutlass.utils cutlass.cutlass_dsl cutlass._mlir cutlass._mlir.dialects"):  # fmt: skip
+                  "cutlass cutlass.cute cutlass.cute.runtime cutlass.utils cutlass.cutlass_dsl cutlass._mlir cutlass._mlir.dialects",
+                  "cuda cuda.bindings cuda.bindings.driver cuda.bindings.runtime"):  # fmt: skip
         stand_in(*names.split())  # only now, when transformers has looked for them
     registry._run_in_subprocess = lambda work: work()  # a class is looked at in a process of its own, which would import vLLM anew
 
@@ -113,7 +117,7 @@ class building:
         self.config = EngineArgs(
             model=str(path), load_format=load_format, tensor_parallel_size=mesh.get("tp", 1), pipeline_parallel_size=mesh.get("pp", 1),
             enable_expert_parallel=mesh.get("ep", 1) > 1, dtype=dtype, skip_tokenizer_init=True, enforce_eager=True, max_model_len=64,
-            distributed_executor_backend="mp" if world > 1 else "uni", disable_log_stats=True, **more,
+            **whole_tower(path), distributed_executor_backend="mp" if world > 1 else "uni", disable_log_stats=True, **more,
         ).create_engine_config()  # fmt: skip
         self.config.parallel_config.rank = rank
 
@@ -136,6 +140,11 @@ class building:
 
     def __exit__(self, *error):
         self.stack.close()
+
+
+def whole_tower(path: Path) -> dict:
+    """A wrapper's tower is whole on every rank, as in reshard's files: vLLM's --mm-encoder-tp-mode data."""
+    return {"mm_encoder_tp_mode": "data"} if "vision_config" in (path / "config.json").read_text() else {}
 
 
 def read(folder: Path, source: str, mesh: dict, stage: int, tp: int) -> dict:

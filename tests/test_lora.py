@@ -180,6 +180,12 @@ def test_what_is_no_plain_lora_is_refused_by_name(tmp_path, capsys):
         with pytest.raises(reshard.PlanError) as error:
             reshard.plan(reshard.open(folder, config=base), format=format)
         assert told in error.value.hint
+    alone = shutil.copytree(SAMPLES / "lora/phi3-r8", tmp_path / "alone")
+    with pytest.raises(reshard.ReshardError, match="lies in the destination, which would be replaced"):
+        reshard.convert(SAMPLES / "hf/phi3", alone, format="hf", adapter=alone, overwrite=True)
+    (alone / "adapter_config.json").unlink()
+    with pytest.raises(reshard.FormatError, match="no adapter_config.json, which tells their scale"):
+        reshard.plan(SAMPLES / "hf/phi3", format="hf", adapter=alone)
     with pytest.raises(reshard.FormatError, match="no LoRA adapter"):
         reshard.plan(base, format="hf", adapter=base)
     with pytest.raises(reshard.PlanError, match="cannot take an update"):

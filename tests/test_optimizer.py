@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from safetensors.torch import load_file
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 import reshard
@@ -23,6 +24,8 @@ def flat(folder: Path, scratch: Path) -> dict:
     dcp_to_torch_save(folder, scratch)
 
     def walk(tree, path):
+        if path[-1:] == ("params",):
+            tree = tuple(tree)
         items = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else None
         if items is None:
             yield path, tree
@@ -96,6 +99,55 @@ def test_other_names_keep_moments_and_tell_what_they_cannot(tmp_path, capsys):
     assert not torch.equal(
         hub["model.layers.0.self_attn.q_proj.weight"].float(), own["layers.0.attention.qkv_linear.wq.weight"].float()
     )  # the order
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("dtype", [None, "fp32"])
+@pytest.mark.parametrize("inner", ["", "global_step1_universal"])
+@pytest.mark.parametrize("name", ["zero1-dp1-bf16-autotp2", "zero2-dp2-bf16", "zero3-dp2-bf16"])
+def test_zeros_partitions_are_what_deepspeed_merges_them_to(tmp_path, name, inner, dtype):
+    """The universal checkpoint that DeepSpeed made of each is the measure; FSDP2 would load what comes out."""
+    source, config = SAMPLES / "deepspeed" / f"llama-{name}", SAMPLES / "hf/llama"
+    reshard.convert(source / inner, tmp_path / "out", format="dcp", tp=3, optimizer=True, dtype=dtype, config=config)
+    found = flat(tmp_path / "out", tmp_path / "b")
+    states = {path[2:]: value for path, value in found.items() if path[:2] == ("optim", "state")}
+    checked = 0
+    for path in (source / "global_step1_universal/zero").glob("*/*.pt"):
+        if path.stem != "fp32":
+            held = torch.load(path, weights_only=False)
+            held = held["param"] if isinstance(held, dict) else held
+            assert torch.equal(states[path.parent.name, path.stem].reshape(held.shape), held), path
+            checked += 1
+    assert checked >= 42 and found["optim", "param_groups", 0, "lr"] == 0.001
+    assert sorted(found["optim", "param_groups", 0, "params"]) == sorted({fqn for fqn, _ in states})
+    masters = [key for key in states if key[1] == "master_param"]
+    assert len(masters) == (21 if not inner and not dtype and "zero3" not in name else 0)
+    if masters:  # beside weights in bf16: nothing of the checkpoint is lost
+        assert all(torch.equal(states[fqn, word].bfloat16(), found["model", fqn]) for fqn, word in masters)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_moments_of_torch_dist_are_unstacked_and_unfused_as_weights_are(tmp_path, capsys):
+    """The measure: a folder in which the moments stand in the place of the weights, converted as weights."""
+    root = SAMPLES / "megatron/llama/torch_dist_tp2_optim/iter_0000010"
+    config = SAMPLES / "megatron/llama/hf"
+    with pytest.raises(SystemExit, match="0"):
+        main(["convert", str(root), str(tmp_path / "out"), "--to", "dcp", "--tp", "3", "--optimizer", "--config", str(config)])
+    told = capsys.readouterr().out
+    assert "optimizer: exp_avg, exp_avg_sq of 9 parameters" in told and "not kept: what __0_0.distcp says of the optimizer" in told
+    found = flat(tmp_path / "out", tmp_path / "b")
+    saved = {path[-1] if len(path) == 1 else ".".join(map(str, path)): value for path, value in flat(root, tmp_path / "a").items()}
+    for word in ("exp_avg", "exp_avg_sq"):
+        begin = f"optimizer.state.{word}."
+        swapped = {name.removeprefix(begin): tensor for name, tensor in saved.items() if name.startswith(begin)}
+        folder = tmp_path / word
+        dcp.save(swapped, checkpoint_id=folder, no_dist=True)
+        shutil.copy(root / "metadata.json", folder)
+        reshard.convert(folder, tmp_path / f"{word}-hf", format="hf", config=config)
+        want = load_file(tmp_path / f"{word}-hf/model.safetensors")
+        assert len(want) > 30
+        for name, tensor in want.items():
+            assert torch.equal(found["optim", "state", name, word], tensor), name
 
 
 def test_what_cannot_be_kept_is_refused(tmp_path):

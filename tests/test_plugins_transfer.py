@@ -39,7 +39,7 @@ def gathered(path, config, both: bool = False):
 
 def by_name_case(rank, root, where, name, trainer):
     config = TIED if name == "tied" else LLAMA
-    ends = ByName(1 << 15, config, trainer=trainer, backend="gloo", transport="p2p", timeout=30)
+    ends = ByName(1 << 15, config, trainer=trainer, dist_backend="gloo", transport="p2p", timeout=30)
     wanted = dict(gathered(root / name, config))
     marks = ["a", "b", "c", "d"]
     seen = []
@@ -132,7 +132,7 @@ NEMO = {"nemo_rl": {}, "nemo_rl.utils": {}, "nemo_rl.utils.checkpoint_engines": 
 def verl_case(rank, root, where):
     with stood_in(VERL):
         engine = importlib.import_module("reshard.plugins.verl").ReshardCheckpointEngine(
-            1 << 15, LLAMA, backend="gloo", is_master=rank == 0
+            1 << 15, LLAMA, dist_backend="gloo", is_master=rank == 0
         )
     told = [None] * 4
     dist.all_gather_object(told, {**engine.prepare(), "address": where if rank == 0 else None})
@@ -158,7 +158,7 @@ async def _all(stream):
 def nemo_case(rank, root, where):
     with stood_in(NEMO):
         engine = importlib.import_module("reshard.plugins.nemo_rl").ReshardCheckpointEngine(
-            1 << 15, LLAMA, backend="gloo", release_after_refit=True
+            1 << 15, LLAMA, dist_backend="gloo", release_after_refit=True
         )
     for turn in range(2):  # released after the first
         told = [None] * 4

@@ -53,8 +53,10 @@ class Adapter:
 def adapter_of(folder: AnyPath, contents: Contents, base: Layout) -> Adapter | None:
     """The adapter of a model of layout `base` that `contents` are; None where they are none. Raises FormatError or PlanError."""
     names = {piece.name: piece.extent or () for piece in contents.pieces}
-    if not any(".lora_" in name for name in names) or not (folder / CONFIG).is_file():
+    if not any(".lora_" in name for name in names):
         return None
+    if not (folder / CONFIG).is_file():
+        raise FormatError(f"{folder} holds a LoRA adapter's weights and no {CONFIG}, which tells their scale", "copy it again, whole")
     settings = _settings(folder / CONFIG)
     infix = {match[1] for name in names if (match := re.search(r"\.lora_(?:[AB]\.([^.]+)\.weight|embedding_[AB]\.([^.]+))$", name))}
     if len(infix) > 1:

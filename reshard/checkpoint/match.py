@@ -9,7 +9,7 @@ from reshard.checkpoint.names import spelled
 from reshard.checkpoint.opened import Checkpoint
 from reshard.errors import PlanError
 from reshard.formats.constants import check_constants
-from reshard.formats.pieces import Filed, Piece, placed
+from reshard.formats.pieces import SCALED, Filed, Piece, placed
 from reshard.geometry.block import Block, Stored, row_major, singles
 from reshard.geometry.coverage import faults_of, unlike
 from reshard.geometry.regions import Chunk
@@ -17,6 +17,7 @@ from reshard.layout import Entry, Layout, Placement, Section
 from reshard.layout.carry import carrying, with_entries
 from reshard.layout.carry import found as found_carried
 from reshard.layout.check import refuse_unheld
+from reshard.planner.values import Operand, Value, bare, formed
 
 #: by rank and name, the first of its pieces: a name may be one rank's of the base and another's of a variant, for local layer
 #: numbers differ from stage to stage
@@ -32,6 +33,7 @@ def match(checkpoint: Checkpoint, kind: formats.Format, contents: formats.Conten
     if contents.stages is not None and sum(map(len, contents.stages)) != layout.layers:
         raise PlanError([f"{checkpoint.path} holds {sum(map(len, contents.stages))} layers, config.json says {layout.layers}"])
     name, pieces = kind.section, contents.pieces
+    scales = {(piece.file, piece.offset): piece.scale for piece in pieces if piece.scale != 1}
     if contents.nested:
         name, pieces, checkpoint.beside, checkpoint.key = spelled(layout, kind, mesh, pieces)
     filed = Filed.of(pieces)
@@ -68,6 +70,8 @@ def match(checkpoint: Checkpoint, kind: formats.Format, contents: formats.Conten
         checkpoint.dropped_bytes += piece.nbytes
         if not computed:
             checkpoint.left_out.append(_by_itself(piece))
+    if scales:
+        checkpoint.layout = _unscaled(layout, [(s, scales[s.file, s.start]) for s in found.stored if (s.file, s.start) in scales], problems)
     if problems:
         raise PlanError(list(dict.fromkeys(problems)), _what_is_expected(checkpoint))
     check_constants(checkpoint.path, placement, held)
@@ -83,6 +87,20 @@ def match(checkpoint: Checkpoint, kind: formats.Format, contents: formats.Conten
 def copied(layout: Layout, entry: Entry) -> bool:
     """Whether `entry` repeats tensors of another place (the embedding beside a prediction layer): files may lack it."""
     return entry.copy and all(layout.descriptor.tensors[name].place != entry.place for name in entry.of)
+
+
+def _unscaled(layout: Layout, held: list[tuple[Stored, float]], problems: list[str]) -> Layout:
+    """`layout` with how the tensors are computed that files hold times a number."""
+    by: dict[str, tuple[float, tuple[int, ...]]] = {}
+    for s, scale in held:
+        for key, _ in s.blocks:
+            if by.setdefault(bare(key[0]), (scale, layout.shape_of(key)))[0] != scale:
+                problems.append(f"{s.name} ({s.file}) is held times {scale:g}, others of its kind times {by[bare(key[0])][0]:g}")
+    values = {
+        name: Value("divided", (Operand.alike(formed(name, SCALED), shape),), settings=(("by", scale),))
+        for name, (scale, shape) in by.items()
+    }
+    return replace(layout, values={**layout.values, **values}, _cache={})
 
 
 def _reach(piece: Piece) -> tuple[int, ...] | None:

@@ -121,6 +121,10 @@ def _matched(
     names = {piece.name for piece in contents.pieces}
     bound = quantised(bound, kind.section, names) if quantised_as else bound
     adapter = adapter_of(folder, contents, bound) if "adapter" in kind.holds else None
+    if adapter is None and "model" not in kind.holds:
+        raise FormatError(
+            f"{folder} holds no weights of a LoRA adapter's: none of its {len(names)} tensors has lora in its name", "copy it again, whole"
+        )
     bound = adapter.layout(bound) if adapter else bound
     checkpoint = Checkpoint(
         folder,

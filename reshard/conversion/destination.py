@@ -105,7 +105,8 @@ class Place:
         for path in [*(folder / file for file in job.source.files), *companions]:
             real = Path(os.path.realpath(path))
             if any(target in real.parents for target in (self.path, self.partial, self.old)):
-                raise DestinationError(f"{path}, of the source, is a link to {real}, which would be replaced", "choose another destination")
+                how = "lies in the destination" if real == path else f"is a link to {real}"
+                raise DestinationError(f"{path}, of the source, {how}, which would be replaced", "choose another destination")
 
     def check_free(self, overwrite: bool, note: str = "") -> None:
         """What stands there may only be replaced on demand, and only when it is a checkpoint."""

@@ -278,9 +278,8 @@ def left_out(source: Checkpoint, not_held: Iterable[Stored] = ()) -> LeftOut:
 def not_held(source: Checkpoint, placement: Placement) -> tuple[Stored, ...]:
     """Tensors of `source` that the destination's format is declared to do without."""
     gone = omitted(placement)
-    if not gone.places and not gone.tensors:
-        return ()
-    return tuple(s for s in source.stored if s.parts and all(key in gone for key, _ in s.blocks))
+    likely = [s for s in source.stored if s.parts and all(part.first[0] in gone.names for part in s.parts)] if gone.names else []
+    return tuple(s for s in likely if all(key in gone for key, _ in s.blocks))
 
 
 def without_quantisation(config: Mapping[str, object]) -> dict[str, object]:
@@ -305,10 +304,10 @@ def default_jobs(source: Checkpoint) -> int:
 
 def native_dtypes(source: Checkpoint, plan: Plan) -> dict[str, str]:
     """The model's own dtype of each tensor that the destination's engine wants in another: noted, so that it comes back."""
-    wanted = {bare(key[0]): s.entry.dtype for s in plan.destinations if s.entry and s.entry.dtype for key, _ in s.blocks}
+    wanted = {bare(part.first[0]): s.entry.dtype for s in plan.destinations if s.entry and s.entry.dtype for part in s.parts}
     if not wanted:
         return {}
-    held = {bare(key[0]): s.dtype for s in source.stored for key, _ in s.blocks if bare(key[0]) in wanted}
+    held = {name: s.dtype for s in source.stored for part in s.parts if (name := bare(part.first[0])) in wanted}
     return {name: own for name in held for own in [source.native.get(name, held[name])] if own != wanted[name]}
 
 

@@ -59,7 +59,7 @@ def optimizer_of(source: Checkpoint, kind: Format, placement: Placement) -> Opti
     for piece, head, name, word in parsed:
         if not word:
             by_word["", piece.name].append(piece)
-        elif piece.extent == sizes[name]:
+        elif piece.extent in (None, sizes[name]):
             by_word[word, head].append(piece._replace(name=name))
         elif piece.extent == ():
             by_word[f"{word} of", head].append(piece._replace(name=name))
@@ -82,17 +82,28 @@ def optimizer_of(source: Checkpoint, kind: Format, placement: Placement) -> Opti
         )
     words = sorted({word.removesuffix(" of") for word, _ in by_word if word})
     size = sum(s.size * DTYPE_SIZE[s.dtype] for s in sources)
-    others = states.others if same else {}
-    told = (
-        [f"{count(len({p.name for p in lost}), 'tensor')}, {human(sum(p.nbytes for p in lost))}: {some(sorted({p.name for p in lost}))}"]
-        if lost
-        else []
-    )
-    told += [f"{count(len(states.others), 'setting')}: {some(sorted(states.others))}"] if states.others and not same else []
+    others, key = states.others if same else {}, source.key or states.key
     kept = f"optimizer: {some(words)} of {count(len(named), 'parameter')}, {human(size)}, kept bit for bit"
     kept += f", and {count(len(others), 'setting')} byte for byte" if others else ""
-    return Optimizer(sources, destinations, source.key, shapes, States([], others, {n: p for n, p in states.paths.items() if same}), kept,
-                     f"not kept, since parameters have other names here: {'; '.join(told)}" if told else None)  # fmt: skip
+    told = [f"{_listed('tensor', {piece.name for piece in lost})}, {human(sum(piece.nbytes for piece in lost))}"] if lost else []
+    told += [_listed("setting", set(states.others))] if states.others and not same else []
+    reasons = [f"not kept, since parameters have other names here: {', '.join(told)}"] if told else []
+    reasons += [f"not kept: {states.lost}"] if states.lost else []
+    paths = {s.name: _path(s.name, "state.") for s in destinations} | {key + s.name: (*key.split(".")[:-1], s.name) for s in targets}
+    nested = any(len(path) > 1 for path in states.paths.values())
+    beside = States([], others, (paths if nested else {}) | (dict(states.paths) if same else {}))
+    return Optimizer(sources, destinations, key, shapes, beside, kept, "; ".join(reasons) or None)
+
+
+def _listed(what: str, names: set[str]) -> str:
+    return f"{count(len(names), what)}: {some(sorted(names))}"
+
+
+def _path(name: str, between: str) -> tuple[str | int, ...]:
+    """The keys of a saved state by which `name` is reached, where it is nested: those before the parameter's name, that, and the word."""
+    head, found, rest = name.partition(between)
+    parameter, _, word = rest.rpartition(".")
+    return (*head.split(".")[:-1], between[:-1], parameter, word) if found else (name,)
 
 
 def _parsed(pieces: Iterable[Piece], own: set[str], key: str) -> Iterator[tuple[Piece, str, str, str]]:
@@ -142,11 +153,12 @@ def _counts(source: Checkpoint, targets: list[Stored], head: str, word: str, pie
             sources: list[Stored], destinations: list[Stored], shapes: dict[str, tuple[int, ...]]) -> None:  # fmt: skip
     """One number per parameter: of all that are fused into one, which must be equal, as replicas are."""
     by_key: dict[Key, list[Piece]] = defaultdict(list)
-    for name, own in Filed.of(pieces).first[0].items():
-        for s in source.whole:
-            if s.name == name:
-                for key, _ in s.blocks:
-                    by_key[key].append(own)
+    by_name: dict[str, list[Piece]] = defaultdict(list)
+    for piece in pieces:
+        by_name[piece.name].append(piece)
+    for s in source.whole:
+        for key, _ in s.blocks:
+            by_key[key] += by_name.get(s.name, ())
     for s in targets:
         found = list(dict.fromkeys(piece for key, _ in s.blocks for piece in by_key.get(key, ())))
         if found:

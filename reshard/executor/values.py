@@ -135,6 +135,11 @@ def plus_one(given: Given) -> Array:
     return given.arrays[0].astype(np.float32) + np.float32(1)
 
 
+def divided(given: Given) -> Array:
+    """What is held times a number."""
+    return given.arrays[0].astype(np.float32) / np.float32(given.settings["by"])
+
+
 def minus_one(given: Given) -> Array:
     return given.arrays[0].astype(np.float32) - np.float32(1)
 
@@ -164,7 +169,7 @@ def repeated(given: Given) -> Array:
 #: by the name that a plan gives them
 FUNCTIONS: dict[str, Callable[[Given], Array]] = {
     function.__name__: function
-    for function in (scaled, fp4_scaled, fp8_codes, fp8_scale, plus_one, minus_one, minus_exp, log_minus, merged, repeated)
+    for function in (scaled, fp4_scaled, fp8_codes, fp8_scale, plus_one, divided, minus_one, minus_exp, log_minus, merged, repeated)
 }
 #: the dtypes of what functions return, as the rest calls them
 _WORDS = {"float32": "F32", "float8_e4m3fn": "F8_E4M3", "uint8": "U8", "bfloat16": "BF16", "float16": "F16", "float8_e8m0fnu": "F8_E8M0"}

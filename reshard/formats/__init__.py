@@ -21,11 +21,14 @@ from reshard.stores.files import AnyPath
 @dataclass(frozen=True)
 class States:
     """What a trainer saved beside the model. `pieces` bear torch's names, ``…state.PARAMETER.exp_avg``; `others` are the bytes of what is no
-    tensor, by name; `paths` are the keys of the saved state by which a name is reached, where that is known."""
+    tensor, by name; `paths` are the keys of the saved state by which a name is reached, where that is known; `key` is what the weights'
+    names are to begin with beside it, where they have no such key themselves; `lost` says what of it no format here can keep."""
 
     pieces: list[Piece]
     others: Mapping[str, bytes] = field(default_factory=dict)
     paths: Mapping[str, tuple[str | int, ...]] = field(default_factory=dict)
+    key: str = ""
+    lost: str | None = None
 
 
 @dataclass

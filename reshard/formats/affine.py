@@ -29,6 +29,7 @@ class View(NamedTuple):
     shape: Shape
     whole: tuple[int, Shape]
     own: tuple[int, Shape]
+    scale: float = 1.0  # of what the rank holds
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ class Share:
                 at = view.whole[0] + sum(start * step for (start, _), step in zip(part.box, view.whole[1]))
                 for skipped, size, strides, region in _regions(self.whole, part.shape, at, view.whole[1], part.strides):
                     byte = offset + (part.offset + skipped - low) * DTYPE_SIZE[dtype]
-                    yield Piece(file, byte, dtype, size, name, 0, region, strides, holder, self.whole)
+                    yield Piece(file, byte, dtype, size, name, 0, region, strides, holder, self.whole, view.scale)
 
 
 def _regions(whole: Shape, shape: Shape, at: int, steps: Shape, own: Shape) -> Iterator[tuple[int, Shape, Shape, Chunk | FlatRange]]:
@@ -103,10 +104,10 @@ def _share(path: object, pattern: str, whole: list[int], held: Mapping[str, Any]
     views = []
     for piece in held["pieces"]:
         view = View(_sizes(piece["shape"]), *((_sizes([piece[side][0]])[0], _sizes(piece[side][1])) for side in ("source", "dest")))
-        if piece.get("scale", 1.0) != 1.0:
-            raise FormatError(
-                f"{path}: {quote(_plain(pattern))} is held times {quote(piece['scale'])} (a bias that every rank adds)", _UNIVERSAL
-            )
+        scale = piece.get("scale", 1.0)
+        if not isinstance(scale, (int, float)) or not 0 < abs(scale) < 1e6:
+            raise ValueError(f"{pattern} is held times {scale}")
+        view = view._replace(scale=float(scale))  # a bias that every rank adds
         if not prod(view.shape):
             continue
         for (offset, steps), size in ((view.whole, whole), (view.own, shape)):

@@ -7,7 +7,7 @@ whole a tensor-parallel rank has, its file's affine map says. Sources: deepspeed
 
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from math import prod
@@ -17,13 +17,14 @@ from typing import Any
 from reshard.errors import FormatError
 from reshard.foreign import quote
 from reshard.formats import Contents, Format
+from reshard.formats import States as Beside
 from reshard.formats.affine import Share, shares
 from reshard.formats.hf import torch_tree
 from reshard.formats.pieces import Piece
-from reshard.formats.zero import fragments
+from reshard.formats.zero import base_of, fragments, moments
 from reshard.layout import Mesh, Rules
 from reshard.layout.mesh import even_stages, grid
-from reshard.stores import TensorInfo
+from reshard.stores import TensorInfo, torchzip
 from reshard.stores.files import read_small
 from reshard.text import some
 
@@ -33,6 +34,7 @@ _EXPERT = re.compile(r"(?:layer_([0-9]{1,5})_)?expert_([0-9]{1,5})_mp_rank_([0-9
 _PIPELINE = re.compile(r"layer_[0-9]+-model_[0-9]+-model_states\.pt")
 _TAG = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,200}")
 _UNIVERSAL = "zero"  # of a universal checkpoint: a folder for each parameter
+_STATE = "optim.state."  # as torch names what an optimizer keeps of a parameter
 _COPY = "copy the folder again, whole"
 _MIXED = "files of several checkpoints were mixed"
 _CONVERT = "make a universal checkpoint of it with `python -m deepspeed.checkpoint.ds_to_universal`, and name that folder"
@@ -98,7 +100,9 @@ class States:
         """What rank `m` has of tensor `name`, of which it holds `shape`."""
         if self.tp == 1:
             return Share(shape, shape)
-        found = self._maps.get((name, m))
+        shared = self.first.get("shared_params") or {}
+        names = [name, *(one for pair in shared.items() if name in pair for one in pair)]
+        found = next((self._maps[each, m] for each in names if (each, m) in self._maps), None)
         path = self.root / self.names[min(at for at in self.names if at[1] == m)]
         if found is None:
             raise FormatError(f"{path}: nothing says which part of {quote(name)} rank {m} of {self.tp} holds", _CONVERT)
@@ -206,7 +210,8 @@ def _read(folder: Path) -> Contents:
                     pieces.append(Piece(inside + file, at.offset, at.dtype, at.shape, name, 0, None, at.strides, m))
                 else:
                     pieces += share.pieces(inside + file, _packed(root / file, name, at), at.dtype, 0, prod(at.shape), name, m)
-    return Contents(Mesh(), pieces, nested=True, writer=states.writer("model states"), masters=partial(_masters, states))
+    return Contents(Mesh(), pieces, nested=True, writer=states.writer("model states"), masters=partial(_masters, states),
+                    states=partial(_optimizer, states, True))  # fmt: skip
 
 
 def _packed(path: Path, name: str, at: TensorInfo) -> int:
@@ -217,7 +222,25 @@ def _packed(path: Path, name: str, at: TensorInfo) -> int:
 
 def _masters(states: States) -> Contents:
     """The optimizer's fp32 weights, each rank's partition; with them what has none: buffers, frozen parameters, other names of shared ones."""
-    root, inside = states.root, states.inside
+    pieces = list(_partitions(states, _optimizers(states)))
+    for m in range(states.tp):
+        model = states.trees[0, m]
+        buffers = model.get("buffer_names") or ()
+        for name, at in model["module"].items():
+            if name in buffers and isinstance(at, TensorInfo):
+                pieces.append(Piece(states.inside + states.names[0, m], at.offset, at.dtype, at.shape, name, 0, None, at.strides, m))
+    pieces += list(_shared(states.first, pieces))
+    writer = states.writer("the optimizer's fp32 partitions")
+    return Contents(Mesh(), pieces, nested=True, writer=writer, states=partial(_optimizer, states, False))
+
+
+#: of each tensor-parallel rank, the optimizers of its data-parallel ranks: the file's name, and what it holds
+Optimizers = list[list[tuple[str, dict[str, Any]]]]
+
+
+def _optimizers(states: States) -> Optimizers:
+    """Raises FormatError where files lack."""
+    root = states.root
     if states.experts or states.first.get("ds_autoep_layers"):
         raise FormatError(f"{root}: experts' optimizer states are partitioned among those that hold the same experts", _CONVERT)
     found = {}
@@ -232,20 +255,54 @@ def _masters(states: States) -> Contents:
     if missing or len(found) > dp * states.tp:
         raise FormatError(f"{root} holds the optimizer states of {len(found)} ranks of {dp * states.tp}, where fp32 weights lie; missing: {some(missing) or 'none'}",
                           _COPY if missing else _MIXED)  # fmt: skip
-    pieces = []
-    for m in range(states.tp):
-        optimizers = [(found[d, m], _tree(root / found[d, m], "optimizer_state_dict")["optimizer_state_dict"]) for d in range(dp)]
-        models = [states.trees[d, m] for d in range(dp if states.partitioned else 1)]
-        for name, shape, parts in fragments(root, optimizers, models, [states.names[d, m] for d in range(len(models))]):
+    return [
+        [(found[d, m], _tree(root / found[d, m], "optimizer_state_dict")["optimizer_state_dict"]) for d in range(dp)]
+        for m in range(states.tp)
+    ]
+
+
+def _partitions(states: States, optimizers: Optimizers, word: str | None = None) -> Iterator[Piece]:
+    """Each rank's partition of the fp32 weights, or of the state that Adam calls `word`."""
+    for m, own in enumerate(optimizers):
+        models = [states.trees[d, m] for d in range(len(own) if states.partitioned else 1)]
+        for name, shape, parts in fragments(states.root, own, models, [states.names[d, m] for d in range(len(models))], word):
             share = states.share(name, shape, m)
             for d, file, at, low, high in parts:
-                pieces += share.pieces(inside + file, _packed(root / file, name, at), at.dtype, low, high, name, d * states.tp + m)
-        buffers = models[0].get("buffer_names") or ()
-        for name, at in models[0]["module"].items():
-            if name in buffers and isinstance(at, TensorInfo):
-                pieces.append(Piece(inside + states.names[0, m], at.offset, at.dtype, at.shape, name, 0, None, at.strides, m))
-    pieces += list(_shared(states.first, pieces))
-    return Contents(Mesh(), pieces, nested=True, writer=states.writer("the optimizer's fp32 partitions"))
+                offset = _packed(states.root / file, name, at)
+                yield from share.pieces(states.inside + file, offset, at.dtype, low, high, name, d * states.tp + m)
+
+
+def _optimizer(states: States, masters: bool) -> Beside:
+    """Adam's moments and step counts under torch's names, and its groups' settings; with `masters` the fp32 weights, too."""
+    optimizers = _optimizers(states)
+    file, state = optimizers[0][0]
+    path, pieces = states.root / file, []
+    kept = moments(path, state)
+    words = sorted({word for each in kept for word, at in each.items() if isinstance(at, TensorInfo) and len(at.shape) == 1})
+    shapes = [list(group) for group in states.first.get("param_shapes") or ()]
+    for word, called in [*((word, word) for word in words), *([(None, "master_param")] if masters else ())]:
+        pieces += [p._replace(name=f"{_STATE}{p.name}.{called}") for p in _partitions(states, optimizers, word)]
+    for number, names in enumerate(shapes):
+        for word, at in kept[min(number, len(kept) - 1)].items():
+            if isinstance(at, TensorInfo) and not at.shape:
+                pieces += [Piece(states.inside + file, at.offset, at.dtype, (), f"{_STATE}{name}.{word}") for name in names]
+    return _beside(path, pieces, base_of(state)["param_groups"], shapes)
+
+
+def _beside(path: Path, pieces: list[Piece], groups: Sequence[Mapping[str, Any]], names: Sequence[Sequence[str]]) -> Beside:
+    """`pieces` with the settings of an optimizer's groups, each of the parameters in `names`, as torch would pickle them."""
+    if len(groups) != len(names):
+        raise FormatError(f"{path} has {len(groups)} groups of parameters, the model states {len(names)}", _MIXED)
+    others: dict[str, bytes] = {}
+    paths: dict[str, tuple[str | int, ...]] = {}
+    for number, (group, own) in enumerate(zip(groups, names)):
+        for key, value in {**group, "params": list(own)}.items():
+            name = f"optim.param_groups.{number}.{key}"
+            others[name], paths[name] = torchzip.compose(value).content, ("optim", "param_groups", number, key)
+    for piece in pieces:
+        name, _, word = piece.name.removeprefix(_STATE).rpartition(".")
+        paths[piece.name] = ("optim", "state", name, word)
+    return Beside(pieces, others, paths, "model.")
 
 
 def _shared(tree: Mapping[str, Any], pieces: list[Piece]) -> Iterator[Piece]:
@@ -256,19 +313,36 @@ def _shared(tree: Mapping[str, Any], pieces: list[Piece]) -> Iterator[Piece]:
 
 def _universal(root: Path, inside: str) -> Contents:
     """``zero/NAME/fp32.pt``: each parameter whole, merged over all ranks; flat where it comes from ZeRO-3."""
+    pieces, tree = _parameters(root, inside, "fp32")
+    pieces += list(_shared(tree, pieces))
+
+    def states() -> Beside:
+        words = sorted({path.stem for each in (root / _UNIVERSAL).iterdir() for path in each.glob("*.pt")} - {"fp32"})
+        found = [p._replace(name=f"{_STATE}{p.name}.{word}") for word in words for p in _parameters(root, inside, word)[0]]
+        beside = root / _UNIVERSAL / "optimizer_state.pt"
+        told = torch_tree(beside) if beside.is_file() else {}
+        groups = told.get("param_groups") or () if isinstance(told, dict) else ()
+        return _beside(beside, found, groups, [list(group) for group in tree.get("param_shapes") or ()] if groups else [])
+
+    writer = quote(f"DeepSpeed {tree.get('ds_version', '')}, a universal checkpoint")
+    return Contents(Mesh(), pieces, nested=True, writer=writer, states=states)
+
+
+def _parameters(root: Path, inside: str, word: str) -> tuple[list[Piece], dict[str, Any]]:
+    """What a universal checkpoint has of each parameter under `word`, and the model's state beside it."""
     models = sorted(path.name for path in root.iterdir() if _MODEL.fullmatch(path.name))
     tree = _tree(root / models[0]) if models else {}
     shapes = {name: tuple(size) for group in tree.get("param_shapes") or () for name, size in group.items()}
     pieces = []
     for path in sorted(path for path in (root / _UNIVERSAL).iterdir() if path.is_dir()):
-        name, file = path.name, f"{_UNIVERSAL}/{path.name}/fp32.pt"
+        name, file = path.name, f"{_UNIVERSAL}/{path.name}/{word}.pt"
         if not (root / file).is_file():
             raise FormatError(f"{root / file} is missing", _COPY)
         held = torch_tree(root / file)
         at = held.get("param") if isinstance(held, dict) else held
         if not isinstance(at, TensorInfo):
             raise FormatError(f"{root / file} holds no parameter but a {type(at).__name__}")
-        shape = at.shape if isinstance(held, dict) else shapes.get(name)
+        shape = at.shape if isinstance(held, dict) or not at.shape else shapes.get(name)
         if shape is None:
             raise FormatError(
                 f"{root / file} is flat, and no …model_states.pt tells its shape", "copy those of the checkpoint beside zero/"
@@ -276,8 +350,7 @@ def _universal(root: Path, inside: str) -> Contents:
         if prod(shape) != prod(at.shape):
             raise FormatError(f"{root / file} has {prod(at.shape)} elements, {models[0]} says {list(shape)}", _MIXED)
         pieces.append(Piece(inside + file, at.offset, at.dtype, tuple(shape), name, 0, None, at.strides))
-    pieces += list(_shared(tree, pieces))
-    return Contents(Mesh(), pieces, nested=True, writer=quote(f"DeepSpeed {tree.get('ds_version', '')}, a universal checkpoint"))
+    return pieces, tree
 
 
 FORMAT = Format("deepspeed", "hf", Rules(grid, even_stages, even=False), _recognise, _read, None)

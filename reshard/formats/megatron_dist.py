@@ -12,12 +12,13 @@ import json
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
+from functools import partial
 from itertools import product
 from pathlib import Path
 
 from reshard.errors import FormatError
 from reshard.foreign import quote
-from reshard.formats import Contents, Folder, Format, OutFile, Target, parts
+from reshard.formats import Contents, Folder, Format, OutFile, States, Target, parts
 from reshard.formats.dcp import MEGATRONS, METADATA, metadata_of, pieces_in
 from reshard.formats.hf import torch_tree
 from reshard.formats.manifest import read_manifest
@@ -36,6 +37,8 @@ from reshard.stores.files import read_json, safe_join
 
 CONFIG, COMMON = "metadata.json", "common.pt"
 _RELEASE = "release"
+#: an optimizer's state of a parameter, of one that is chained too: its word comes before the parameter's name
+_STATE = re.compile(r"(?:chained_[0-9]+\.)?optimizer\.(?:[0-9]+\.)?state\.(\w+)\.(.+)")
 #: what core 0.16 wants to be told; 0.19 asks for the first two
 _CONFIG = {"sharded_backend": "torch_dist", "sharded_backend_version": 1, "common_backend": "torch", "common_backend_version": 1}
 #: parameters by which a module is known, and modules that are none of TransformerEngine's
@@ -82,7 +85,19 @@ def _read(folder: Path) -> Contents:
                           "copy the folder again, or take the checkpoint before it")  # fmt: skip
     writer = "reshard" if manifest else "Megatron-Core" if common else "Megatron-FSDP"
     settings = {inside + file: fields(common.get("args"))}
-    return Contents(Mesh(), pieces, manifest and manifest.get("layout"), settings=settings, nested=True, writer=writer)
+    layout = manifest and manifest.get("layout")
+    states = partial(_optimizer, pieces, inside + file)
+    return Contents(Mesh(), pieces, layout, settings=settings, nested=True, writer=writer, states=states)
+
+
+def _optimizer(pieces: list[Piece], common: str) -> States:
+    """The optimizer's tensors, which have their parameters' shapes and dtypes of their own, under torch's names for such."""
+    found = [piece._replace(name=f"optim.state.{match[2]}.{match[1]}") for piece in pieces if (match := _STATE.fullmatch(piece.name))]
+    paths = {}
+    for piece in found:
+        name, _, word = piece.name.removeprefix("optim.state.").rpartition(".")
+        paths[piece.name] = ("optim", "state", name, word)
+    return States(found, {}, paths, "model.", f"what {common} says of the optimizer (step counts, settings of its groups)")
 
 
 def _common(root: Path, held: dcp.Metadata) -> tuple[str, Mapping]:

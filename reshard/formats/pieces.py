@@ -14,8 +14,11 @@ from reshard.dtypes import DTYPE_SIZE
 from reshard.foreign import quote
 from reshard.geometry.block import Stored, chunk, restride, singles
 from reshard.geometry.regions import FlatRange, Region, boxes_of, outside, parts_in, shared, unsound
+from reshard.planner.values import formed
 from reshard.stores import TensorInfo
 from reshard.text import some
+
+SCALED = "scaled"  # the form of a tensor that files hold times a number
 
 
 class Piece(NamedTuple):
@@ -24,7 +27,8 @@ class Piece(NamedTuple):
     `file` is a path within the folder, `offset` the byte of it at which the first element lies; `dtype` is safetensors' word;
     `strides` count elements (None: row-major). `holder` is the rank whose file it is, where that is another than `rank`:
     formats that cut whole tensors into boxes have one rank by whose placement they are laid out, and many holders.
-    `whole` is the shape of the stored tensor, where the file tells it of a region.
+    `whole` is the shape of the stored tensor, where the file tells it of a region. `scale`: what the file holds is the tensor's
+    elements times it.
     """
 
     file: str
@@ -37,6 +41,7 @@ class Piece(NamedTuple):
     strides: tuple[int, ...] | None = None
     holder: int | None = None
     whole: tuple[int, ...] | None = None
+    scale: float = 1.0
 
     @property
     def held_by(self) -> int:
@@ -66,7 +71,7 @@ class Piece(NamedTuple):
         return f"{quote(self.name)} ({self.file}{'' if self.holder is None else f', rank {self.holder}'})"
 
 
-_WHOLE = (None, None, None, None)  # region, strides, holder and extent of a tensor that lies in a file as its rank has it
+_WHOLE = (None, None, None, None, 1.0)  # region, strides, holder, extent and scale of a tensor that lies in a file as its rank has it
 
 
 def pieces_of(file: str, held: Mapping[str, TensorInfo], rank: int = 0) -> list[Piece]:
@@ -144,6 +149,8 @@ def _cut(s: Stored, piece: Piece) -> Stored:
     strides = piece.strides
     if strides is not None:
         parts = singles((key, restride(block, piece.shape, strides)) for part in parts for key, block in part.each())
+    if piece.scale != 1:
+        parts = tuple([part._replace(first=(formed(part.first[0], SCALED), *part.first[1:])) for part in parts])
     rank = piece.rank if piece.holder is None else piece.holder
     return Stored(rank, s.name, piece.dtype, piece.shape, parts, s.entry, piece.file, piece.offset, pad)
 

@@ -31,20 +31,26 @@ class Fragment(NamedTuple):
 
 
 def fragments(
-    root: Path, optimizers: Sequence[tuple[str, Mapping[str, Any]]], models: Sequence[Mapping[str, Any]], names: Sequence[str]
+    root: Path,
+    optimizers: Sequence[tuple[str, Mapping[str, Any]]],
+    models: Sequence[Mapping[str, Any]],
+    names: Sequence[str],
+    word: str | None = None,
 ) -> Iterator[tuple[str, tuple[int, ...], list[Fragment]]]:
     """Each parameter's name, shape and fragments, of one tensor-parallel rank's data-parallel ranks: (file, state) of their optimizers, model
-    states and the names of their files. Raises FormatError where fragments lack."""
+    states and the names of their files. Of the weights themselves, or of the state that Adam calls `word`. Raises FormatError where fragments lack."""
     shapes = [{name: tuple(size) for name, size in group.items()} for group in models[0].get("param_shapes") or ()]
     zero3 = "fp32_flat_groups" in optimizers[0][1]
     key = "fp32_flat_groups" if zero3 else "single_partition_of_fp32_groups"
     flat = []
     for file, state in optimizers:
-        groups = state.get(key)
+        groups = state.get(key) if word is None else [each.get(word) for each in moments(root / file, state)]
         if not isinstance(groups, list) or not all(
             isinstance(at, TensorInfo) and len(at.shape) == 1 and at.strides is None for at in groups
         ):
-            raise FormatError(f"{root / file} holds no {key}", "it is no optimizer of ZeRO's; the model states may do, without fp32")
+            raise FormatError(
+                f"{root / file} holds no {word or key}", "it is no optimizer of ZeRO's; the model states may do, without fp32"
+            )
         flat.append(groups)
     lengths = [[at.shape[0] for at in groups] for groups in flat]
     other = next((i for i, each in enumerate(lengths) if zero3 and each != lengths[0] or len(each) != len(lengths[0])), None)
@@ -76,7 +82,26 @@ def fragments(
                 _COPY,
             )
         yield name, size, parts
-    yield from _frozen(root, models, names, zero3)
+    if word is None:
+        yield from _frozen(root, models, names, zero3)
+
+
+def moments(path: Path, state: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The state of the optimizer that ZeRO wraps, of each of its flat groups. Raises FormatError."""
+    base = base_of(state)
+    table, groups = base.get("state"), base.get("param_groups")
+    if (
+        not isinstance(table, dict)
+        or not isinstance(groups, list)
+        or not all(isinstance(each, dict) for each in (*table.values(), *groups))
+    ):
+        raise FormatError(f"{path} holds no state of an optimizer that reshard knows", "leave out --optimizer")
+    return [table[number] for number in sorted(table)]
+
+
+def base_of(state: Mapping[str, Any]) -> Mapping[str, Any]:
+    base = state.get("optimizer_state_dict" if "fp32_flat_groups" in state else "base_optimizer_state")
+    return base if isinstance(base, dict) else {}
 
 
 #: name, data-parallel rank, group, where it begins in the rank's flat tensor of that group, and which elements of the parameter

@@ -1,6 +1,7 @@
 """What can only be seen with sizes at hand: that a format holds every tensor of the model once, and which it does without."""
 
 from collections import defaultdict
+from functools import cached_property
 
 from reshard.errors import LayoutError
 from reshard.layout.bound import Layout
@@ -64,6 +65,12 @@ class Omitted:
             return False
         number = key[1] if tensor.index and tensor.index[0] == tensor.place else None
         return tensor.place in self.places or (tensor.name, number) in self.tensors
+
+    @cached_property
+    def names(self) -> frozenset[str]:
+        """Of the tensors that are left out, somewhere at least."""
+        whole = (tensor.name for tensor in self.layout.descriptor.tensors.values() if tensor.place in self.places)
+        return frozenset((*whole, *(name for name, _ in self.tensors)))
 
 
 def omitted(placement: Placement) -> Omitted:

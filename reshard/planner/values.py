@@ -8,6 +8,7 @@ a tile may be cut so that nothing is read twice, and what it all costs.
 
 from collections.abc import Container, Iterator
 from dataclasses import dataclass
+from functools import cache
 from math import gcd, lcm, prod
 
 from reshard.geometry.block import Box, Key
@@ -164,6 +165,7 @@ def formed(name: str, transform: str | None) -> str:
     return f"{transform}({name})" if transform else name
 
 
+@cache
 def bare(name: str) -> str:
     """The tensor that ``formed`` made `name` of."""
     return name.partition("(")[2].removesuffix(")") if name.endswith(")") else name

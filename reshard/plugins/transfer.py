@@ -100,9 +100,9 @@ class ByName:
     the ranks change.
     """
 
-    def __init__(self, bucket_size: int, config, *, trainer: Mapping[str, Any] | None = None, dtype: str = "bf16", backend: str = "nccl",
+    def __init__(self, bucket_size: int, config, *, trainer: Mapping[str, Any] | None = None, dtype: str = "bf16", dist_backend: str = "nccl",
                  transport: str = "auto", verify: bool = False, timeout: float = 60.0):  # fmt: skip
-        self._bucket, self._config, self._dtype, self._backend = bucket_size, config, dtype, backend
+        self._bucket, self._config, self._dtype, self._backend = bucket_size, config, dtype, dist_backend
         self._trainer = dict(trainer or {"format": "hf", "dtype": dtype})
         self._settings = {"transport": transport, "verify": verify, "timeout": timeout}
         self._sync: sync.Sync | None = None

@@ -53,6 +53,7 @@ CASES = {
     "ZeRO-3, frozen attention": (LLAMA, 3, {"stage": 3, "freeze": "self_attn"}),
     "ZeRO-3, Qwen3, many flat groups": (QWEN, 2, {"stage": 3, "zero": {"sub_group_size": 10000}}),
     "ZeRO-1, AutoTP 2": (LLAMA, 2, {"stage": 1, "tp": 2}),
+    "ZeRO-1, AutoTP 2, tied head, biases": (TIED, 2, {"stage": 1, "tp": 2}),
     "ZeRO-1, AutoTP 2, Qwen3, data parallel 2": (QWEN, 4, {"stage": 1, "tp": 2}),
     "ZeRO-2, AutoTP 2, data parallel 2": (LLAMA, 4, {"stage": 2, "tp": 2}),
 }
