@@ -220,3 +220,17 @@ def test_several_optimizers_stand_beside_the_model(tmp_path):
     assert list(checkpoint.beside) == ["optimizer"] and checkpoint.beside["optimizer"][0] == len(moments) + 2
     reshard.convert(checkpoint, tmp_path / "hf", format="hf")
     assert equal(tmp_path / "hf", model)
+
+
+@pytest.mark.parametrize("name", ["llama/torch_dist_tp2_optim", "ours"])
+def test_what_is_published_is_whole(tmp_path, name):
+    from reshard.publish.selection import select
+
+    if name == "ours":
+        folder = written(tmp_path, SAMPLES / "llama/hf", tp=2)
+    else:
+        shutil.copytree(SAMPLES / name, folder := tmp_path / "in")
+    (folder / "secret.txt").write_text("no")
+    selection = select(folder, config=SAMPLES / "llama/hf")
+    every = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    assert set(selection.files) == every - {"secret.txt"} and set(selection.left_out) == {"secret.txt"}

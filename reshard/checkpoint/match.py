@@ -155,6 +155,7 @@ def _as_found(checkpoint: Checkpoint, section: Section, on_mesh: OnMesh, held: S
 
 def _as_written(layout: Layout, section: Section, on_mesh: OnMesh, held: Held) -> Section:
     """The section with the entries of those variants whose names (or cuts, where these differ) the files really hold."""
+    layout = layout.present(layout.absent)  # of optional places, too
     for _, _, variant in section.variants:
         present = []
         for entry in variant.entries:

@@ -95,7 +95,9 @@ class Format:
     states: bool = False  # whether its folders may hold an optimizer's state, too
     settings: tuple[str, Callable[[AnyPath], dict[str, object]]] | None = None  # its own config: the file, and that as a config.json
     platforms: bool = False  # its engine wants other tensors on other platforms
-    small: tuple[str, ...] = ()  # names of files beside the weights without which a folder of this format is not whole
+    small: tuple[
+        str, ...
+    ] = ()  # names (or patterns of names) of files beside the weights without which a folder of this format is not whole
 
     def section_of(self, layout: Layout, name: str | None = None) -> Section:
         """The table of `layout` that its files follow (`name`: another of those whose names they may bear), in all its spellings."""

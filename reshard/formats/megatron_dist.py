@@ -188,6 +188,6 @@ FORMAT = Format(
     whole=True,
     forms=("dist",),
     stacks=True,
-    small=(TRACKER, *(f"{_RELEASE}/{name}" for name in (COMMON, METADATA, CONFIG, "__0_states.distcp"))),
+    small=(TRACKER, COMMON, METADATA, CONFIG, "*.distcp"),
     usage="--load {folder} --ckpt-format torch_dist --use-checkpoint-args --tensor-model-parallel-size N --pipeline-model-parallel-size M",
 )

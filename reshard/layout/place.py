@@ -189,8 +189,10 @@ class Placement:
         numbered = here[0][0] is not None
         own = numbered and pattern.tensors[0].place == entry.place
         if numbered and entry.place not in entry.numbered:
-            yield from self._stacked(pattern, rank, here)
-            return
+            if own:
+                yield from self._stacked(pattern, rank, here)
+                return
+            here = here[:1]  # another place's tensor: once, however many numbers there are
         local, separate = self.rules.local, "expert" in entry.numbered
         for number, printed in here:
             shape, blocks, pad = self._blocks(pattern, rank, number)

@@ -16,7 +16,6 @@ from typing import Any
 
 from huggingface_hub import CommitOperationAdd
 
-from reshard import formats
 from reshard.conversion.job import Job, default_jobs
 from reshard.conversion.job import left_out as what_is_left_out
 from reshard.conversion.output import Output
@@ -28,7 +27,7 @@ from reshard.hub.failures import asked, told
 from reshard.hub.location import parse_target
 from reshard.publish.card import card
 from reshard.publish.commit import commit, quietly
-from reshard.publish.selection import CARD, Selection, check_links, goes_along, left_out, select
+from reshard.publish.selection import CARD, Selection, check_links, goes_along, left_out, select, small_files
 from reshard.publish.target import Target, prepare
 from reshard.stores.files import AnyPath
 
@@ -111,7 +110,7 @@ def convert_and_push(
     others = {}
     source = job.source.path
     if isinstance(source, Path):
-        goes = {*beside, *job.folder.small, *job.source.files, *formats.get(job.source.format).small, CARD}
+        goes = {*beside, *job.folder.small, *job.source.files, *small_files(job.source), CARD}
         others = left_out(source, goes)
         here = [path for path in beside.values() if isinstance(path, Path)]  # a config.json on the Hub has its companions there
         check_links([path for path in here if path != job.source.config_path or path.parent == source], source)

@@ -9,6 +9,7 @@ import os
 import stat
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -48,12 +49,20 @@ def select(folder: str | Path, include_code: bool = False, **options: Any) -> Se
     folder = Path(folder)
     checkpoint = open_checkpoint(folder, **options)
     weights = set(checkpoint.files)
-    small = formats.get(checkpoint.format).small
-    beside = {path.name for path in folder.iterdir() if (path.name in small or goes_along(path.name, include_code)) and path.is_file()}
-    names = weights | beside
+    beside = {path.name for path in folder.iterdir() if goes_along(path.name, include_code) and path.is_file()}
+    names = weights | beside | small_files(checkpoint)
     files = {name: folder / name for name in sorted(names)}
     check_links(files.values(), folder)
     return Selection(checkpoint, files, left_out(folder, names))
+
+
+def small_files(checkpoint: Checkpoint) -> set[str]:
+    """Files without which its format's folders are not whole, where its weights lie and in the folder itself."""
+    small = formats.get(checkpoint.format).small
+    inside = {"", *(file.rpartition("/")[0] for file in checkpoint.files)}
+    found = [(at, path) for at in inside for path in (checkpoint.path / at if at else checkpoint.path).iterdir()]
+    return {f"{at}/{path.name}".removeprefix("/") for at, path in found
+            if path.is_file() and any(fnmatchcase(path.name, pattern) for pattern in small)}  # fmt: skip
 
 
 def check_links(paths: Iterable[Path], folder: Path) -> None:
