@@ -70,7 +70,9 @@ def typed(
                     continue  # told as missing
                 wanted = dtype_of(stored, name, source)
                 found.setdefault(wanted, key)
-                if wanted not in (source, native.get(name)) and not any({source, wanted} <= set(kinds) for kinds in (FLOATS, INTEGERS)):
+                if wanted not in (source, native.get(name)) and not any(
+                    {source, wanted} <= set(kinds) for kinds in ((*FLOATS, "F8_E8M0"), INTEGERS)
+                ):
                     problems.append(
                         f"{where(stored)}: {label(key)} is {source} and cannot become {wanted}: floats become floats, whole numbers whole numbers"
                     )
