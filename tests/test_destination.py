@@ -198,6 +198,22 @@ def test_two_runs_that_finish_together_lose_nothing(model, tmp_path):
         shutil.rmtree(tmp_path / "dst")
 
 
+def test_a_run_that_ends_between_looking_and_beginning(model, tmp_path, monkeypatch):
+    """One that had looked before the other took the name leaves nothing behind, and begins nothing."""
+    real, calls = destination.Place.make_partial, []
+
+    def make(place, mode):
+        calls.append(place)
+        if len(calls) == 1:
+            reshard.convert(model, tmp_path / "dst", **OPTIONS)
+        real(place, mode)
+
+    monkeypatch.setattr(destination.Place, "make_partial", make)
+    with pytest.raises(reshard.DestinationError, match="not empty|exists|holds"):
+        reshard.convert(model, tmp_path / "dst", **OPTIONS)
+    assert len(calls) > 1 and reshard.diff(model, tmp_path / "dst") and leftovers(tmp_path) == []
+
+
 @pytest.mark.parametrize("swap", [True, False])
 def test_replacing_takes_one_step_where_the_system_can(model, tmp_path, monkeypatch, swap):
     """defects.md M1"""

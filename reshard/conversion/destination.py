@@ -171,6 +171,19 @@ class Place:
                 f"{self.partial} can't be made: {error.strerror}", "choose a destination in a folder that you may write to"
             ) from None
 
+    def check_still_free(self, journal: Journal, overwrite: bool) -> None:
+        """As ``check_free``, once the journal is ours: a run that had it until now may have taken the name.
+
+        Raises DestinationError; a partial folder in which nothing was begun is removed.
+        """
+        try:
+            self.check_free(overwrite)
+        except DestinationError:
+            if not journal.notes and [path.name for path in self.partial.iterdir()] == [JOURNAL]:
+                (self.partial / JOURNAL).unlink()
+                self.partial.rmdir()
+            raise
+
     def publish(self, journal: Journal, overwrite: bool, fsync: bool) -> None:
         """Give the finished folder its name, in one step. To be called under the lock (``locked``).
 

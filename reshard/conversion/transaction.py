@@ -93,6 +93,8 @@ def convert(
     jobs = jobs or default_jobs(job.source)
     files_mode, folders_mode = modes(job.source.path / file for file in job.source.files) if not job.source.remote else (0o666, 0o777)
     with opened(place.partial, str(place.given), lambda: place.make_partial(folders_mode)) as journal:
+        if _ranks_there(job, place) is None:
+            place.check_still_free(journal, overwrite)
         notes += told(journal.lock) + check_leftover(journal.notes, first, job, place, overwrite)
         work = resume(journal, job, place.partial, first)
         source = job.source.source(job.batches or () if not work.resumed else (), jobs)

@@ -112,6 +112,7 @@ def pull(
         _check_leftover(notes_in(place.partial), work, overwrite)
         _check_room(work)
         with opened(place.partial, str(place.given), lambda: place.make_partial(0o777)) as journal:
+            place.check_still_free(journal, overwrite)
             notes += told(journal.lock)
             _check_leftover(journal.notes, work, overwrite)
             _download(work, _resume(journal, work), journal, progress)
