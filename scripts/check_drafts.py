@@ -19,7 +19,7 @@ from family_checkpoints import FAMILIES, checkpoint  # noqa: E402
 
 import reshard  # noqa: E402
 from reshard.authoring.draft import draft  # noqa: E402
-from reshard.layout import builtin_descriptors, find_descriptor  # noqa: E402
+from reshard.layout import find_descriptor  # noqa: E402
 from reshard.stores import safetensors  # noqa: E402
 
 
@@ -44,12 +44,13 @@ def held(folder: Path) -> dict:
     return out
 
 
-def judged(family: str, root: Path, asked: dict) -> tuple[str, str]:
+def judged(family: str, root: Path, asked: dict, without: frozenset[str] = frozenset()) -> tuple[str, str]:
+    """What the draft for `family` is worth, written as if its own descriptor, and those `without`, did not exist."""
     source = checkpoint(family, root / "hf")
     own = find_descriptor(reshard.checkpoint.read_config(source / "config.json"))
     if own is None:
         return "unknown", "no descriptor to judge by"
-    hidden = frozenset(name for name in builtin_descriptors() if name == own.name)
+    hidden = without | {own.name}
     try:
         text = draft(source, **asked, without=hidden)
         (root / "draft.toml").write_text(text)

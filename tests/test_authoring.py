@@ -48,7 +48,7 @@ def own(tmp_path: Path, text: str):
 def test_a_builtin_descriptor_is_consistent(family):
     descriptor = next(d for d in builtin_descriptors().values() if config(family)["architectures"][0] in d.architectures)
     found = review(descriptor, config(family))
-    assert not [f for f in found if f.wrong] and sum(not f.cannot for f in found) > 0.8 * len(found)
+    assert not [f for f in found if f.wrong] and sum(not f.cannot for f in found) > 0.7 * len(found)
     assert {f.format for f in found} >= {"hf", "tp", "rank-pt", "vllm"}
     one, two = (next(f for f in found if f.format == "tp" and f.mesh.tp == tp and f.mesh.pp == 1) for tp in (1, 2))
     assert one.largest // 2 <= two.largest < one.largest and two.tensors == 2 * one.tensors
@@ -93,7 +93,7 @@ def test_a_draft_is_right_unaided(family, tmp_path):
 
 def test_a_draft_marks_what_the_files_cannot_tell(tmp_path):
     """OLMo 2's norm over all queries has as many weights as the hidden state: which it is, and whether it is split, a person decides."""
-    status, _ = judged("olmo2", tmp_path, {})
+    status, _ = judged("olmo2", tmp_path, {}, frozenset(("olmo2", "olmo3")))
     text = (tmp_path / "draft.toml").read_text()
     line = next(line for line in text.splitlines() if line.startswith("self_attn_q_norm ="))
     assert status == "opens" and "DECIDE" in line
