@@ -41,7 +41,7 @@ def test_without_transformers_it_says_what_to_install(monkeypatch, capsys):
 
 @pytest.mark.parametrize("value", [0.0, 1e-7, 9.96e-8, 1.19e-7, 1.2e-4, 0.5, 1.0, 12.34, 3e20])
 def test_the_pattern_for_numbers_fits_whatever_a_run_measures(value):
-    """Issue 10: test_sound_shards_pass_and_are_told_so failed where an error happened to print as 1e-07"""
+    """test_sound_shards_pass_and_are_told_so failed where an error happened to print as 1e-07"""
     assert re.fullmatch(NUMBER, f"{value:.2g}")
 
 
