@@ -3,6 +3,7 @@
 import os
 import signal
 import threading
+import time
 
 import pytest
 
@@ -85,6 +86,19 @@ def test_no_thread_outlives_the_interrupted_call(jobs):
     with pytest.raises(KeyboardInterrupt):
         in_threads(jobs, lambda number: number, work, stopped)
     assert sorted(ended) == list(range(jobs))
+
+
+def test_an_interrupt_that_wakes_nobody_is_heard():
+    """The kernel gave it to another thread, or it came just before the main one began to wait: that one sleeps on."""
+
+    def work(item: object, space: object, stop: threading.Event) -> None:
+        signal.pthread_kill(threading.get_ident(), signal.SIGINT)
+        assert stop.wait(20)
+
+    began = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        in_threads(1, lambda number: number, work)
+    assert time.monotonic() - began < 20
 
 
 def test_the_first_failure_is_the_one_that_is_raised():

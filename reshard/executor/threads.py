@@ -66,7 +66,8 @@ def in_threads(
         try:
             futures = [pool.submit(worker, i) for i in range(jobs)]
             go.set()
-            wait(futures)
+            while wait(futures, timeout=1).not_done:  # a signal that comes to another thread, or just before the waiting, does not end it
+                pass
         except BaseException:
             stop.set()
             go.set()
